@@ -1,0 +1,57 @@
+"""Feedback alignment for JAX and Flax.
+
+The public names below, and the modules `ops`, `rules`, `trees`, `linen`, `nnx`, `metrics`,
+`models`, `data` and `training`. Everything loads on first use, so that `import soap_jax` and
+`soap-jax --help` are quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from soap_jax import data, linen, metrics, models, nnx, ops, rules, training, trees
+    from soap_jax.feedback import FeedbackState, init_feedback, sync_feedback
+    from soap_jax.rules import Fixed, Rule, SignSync, Transport
+
+__version__ = "0.1.0"
+
+_MODULES = ("data", "linen", "metrics", "models", "nnx", "ops", "rules", "training", "trees")
+_NAMES = {
+    "FeedbackState": "feedback",
+    "init_feedback": "feedback",
+    "sync_feedback": "feedback",
+    "Fixed": "rules",
+    "Rule": "rules",
+    "SignSync": "rules",
+    "Transport": "rules",
+}
+__all__ = [
+    "FeedbackState",
+    "Fixed",
+    "Rule",
+    "SignSync",
+    "Transport",
+    "data",
+    "init_feedback",
+    "linen",
+    "metrics",
+    "models",
+    "nnx",
+    "ops",
+    "rules",
+    "sync_feedback",
+    "training",
+    "trees",
+]
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f"soap_jax.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"soap_jax.{_NAMES[name]}"), name)
+    raise AttributeError(f"module 'soap_jax' has no attribute {name!r}")
+
+
+def __dir__():
+    return __all__

@@ -1,0 +1,229 @@
+"""Feedback weights as a state: made by `init_feedback`, changed by `sync_feedback`.
+
+    state = init_feedback(key, params, SignSync(period=10))
+    state = sync_feedback(params, state, step)      # pure; call it before taking the gradient
+    state.feedback                                  # what the model uses
+
+The state is an ordinary pytree of arrays beside `params`, and the optimiser never sees it. Its
+rule is static and its periods are leaves, so nothing retraces when steps or periods change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Mapping
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from soap_jax import rules, trees
+
+glorot_normal = jax.nn.initializers.glorot_normal()
+
+RulesByPattern = tuple[tuple[str, rules.Rule], ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FeedbackState:
+    """Feedback weights and what is needed to sync them.
+
+    Attributes:
+        feedback: the feedback tree, which the model uses; see `soap_jax.trees`.
+        period: int32 scalar, the number of updates from one sync to the next; with a mapping of
+            rules, a dict of such scalars by pattern.
+        key: the key from which random rules derive theirs.
+        rule: static: the rule with its period set to 1, or `(pattern, rule)` pairs.
+    """
+
+    feedback: chex.ArrayTree
+    period: chex.ArrayTree
+    key: chex.PRNGKey
+    rule: rules.Rule | RulesByPattern = dataclasses.field(metadata={"static": True})
+
+
+def init_feedback(
+    key: chex.PRNGKey,
+    params: chex.ArrayTree,
+    rule: rules.Rule | Mapping[str, rules.Rule] = rules.Fixed(),  # noqa: B008 (immutable)
+    *,
+    where: trees.Where = None,
+    initializer: jax.nn.initializers.Initializer = glorot_normal,
+    feedback: chex.ArrayTree | None = None,
+) -> FeedbackState:
+    """Makes feedback weights for a model's kernels, or adopts the model's own.
+
+    A layer's draw depends on `key` and its path alone, so that runs with different rules, or with
+    feedback on different layers, are paired. Feedback has its kernel's shape, dtype and sharding.
+    The first layer needs none: nobody uses its input's cotangent.
+
+    Args:
+        key: for the feedback weights, and for rules that draw; use a stream of its own.
+        params: the model's parameters: any pytree, such as Linen's `variables["params"]` or
+            `nnx.state(model, nnx.Param)`.
+        rule: how feedback changes; or a mapping from path patterns to rules, of which the first
+            that matches a leaf counts: `{"Dense_1/*": SignSync(), "*": Fixed()}`.
+        where: which leaves of `params` get feedback: glob patterns over paths such as
+            "Dense_1/kernel", or a predicate `(path, leaf) -> bool`. By default the leaves named
+            kernel, w or weight that have two axes or more.
+        initializer: `(key, shape, dtype) -> array`. For kernels of several input or output axes
+            give one that knows them, or adopt the model's own feedback.
+        feedback: feedback weights to adopt instead, such as Linen's `variables["feedback"]` or
+            `nnx.state(model, soap_jax.nnx.Feedback)`; excludes `where`.
+
+    Returns:
+        The state. Leaves of `params` without feedback have `None` in `state.feedback`.
+
+    Raises:
+        ValueError: if `rule` is neither a rule nor a mapping of rules, if a pattern matches
+            nothing or a leaf has no rule, if nothing is selected, if a kernel is not floating
+            point, or if adopted feedback does not fit `params`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> params = {"out": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
+        >>> state = init_feedback(jax.random.key(0), params, rules.SignSync(period=10))
+        >>> jax.tree.map(jnp.shape, state.feedback)
+        {'out': {'bias': None, 'kernel': (3, 2)}}
+        >>> state.rule, int(state.period)
+        (SignSync(period=1, magnitude='unit'), 10)
+    """
+    feedback_key, rule_key = jax.random.split(key)
+    if feedback is None:
+        chosen = trees.select(params, where)
+
+        def draw(keys, kernel):
+            path = trees.path_of(keys)
+            if path not in chosen:
+                return None
+            return initializer(_fold_in_path(feedback_key, path), kernel.shape, kernel.dtype)
+
+        feedback = jax.tree_util.tree_map_with_path(draw, params)
+    elif where is not None:
+        raise ValueError(
+            "both `where` and `feedback` are given; adopted feedback says itself which kernels "
+            "have any. Drop `where`, or put None at the leaves that should have no feedback."
+        )
+    feedback = trees.map_pairs(lambda path, w, b: rules.shard_like(b, w), params, feedback)
+    static, period = _split_period(rule)
+    state = FeedbackState(feedback, period, rule_key, static)
+    paths: list[trees.Path] = []
+    trees.map_pairs(lambda path, w, b: paths.append(path), params, feedback)
+    _rules_of(static, paths, complete=True)
+    return state
+
+
+def sync_feedback(params: chex.ArrayTree, state: FeedbackState, step: ArrayLike) -> FeedbackState:
+    """Applies the state's rule where `step % period == 0`: the whole of weight transport.
+
+    Call it before the gradient is taken, with the number of completed parameter updates, so that
+    step 0 is synced and learning starts with synced feedback. Pure: works under `jit`, `scan`,
+    `vmap` and `shard_map` (there a rule sees its shard of a sharded kernel). Structure, shapes,
+    dtypes and shardings stay the same, and no gradient flows from feedback to `params`. Random
+    rules derive their key from the state's key and `step`, so that a resumed run repeats itself.
+
+    Args:
+        params: the parameters that the state was made for.
+        state: from `init_feedback`.
+        step: integer scalar, the number of completed parameter updates.
+
+    Returns:
+        The state, its feedback synced or bit-identical.
+
+    Raises:
+        ValueError: if the feedback does not fit `params`, or a rule returns another shape.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> params = {"kernel": jnp.array([[2.0, -3.0]])}
+        >>> state = init_feedback(jax.random.key(0), params, rules.SignSync(period=10))
+        >>> sync_feedback(params, state, 20).feedback["kernel"]
+        Array([[ 1., -1.]], dtype=float32)
+        >>> sync_feedback(params, state, 21).feedback["kernel"] - state.feedback["kernel"]
+        Array([[0., 0.]], dtype=float32)
+
+    References:
+        Liao, Leibo, Poggio. How important is weight symmetry in backpropagation? AAAI, 2016.
+        https://arxiv.org/abs/1510.05067
+    """
+    kernels: dict[trees.Path, jax.Array] = {}
+    feedback: dict[trees.Path, jax.Array] = {}
+
+    def collect(path, kernel, leaf):
+        kernels[path], feedback[path] = kernel, leaf
+
+    trees.map_pairs(collect, params, state.feedback)
+    key = jax.random.fold_in(state.key, step)
+    for pattern, rule, paths in _rules_of(state.rule, list(feedback)):
+        if isinstance(rule, rules.Fixed) or not paths:
+            continue
+        period = state.period if pattern is None else state.period[pattern]
+        apply = _sync_with(rule, {path: lax.stop_gradient(kernels[path]) for path in paths}, key)
+        old = {path: feedback[path] for path in paths}
+        feedback |= lax.cond(step % period == 0, apply, lambda old: old, old)
+    synced = trees.map_pairs(lambda path, w, b: feedback[path], params, state.feedback)
+    return dataclasses.replace(state, feedback=synced)
+
+
+def _sync_with(rule, kernels, key):
+    """The function that applies `rule` to a dict of feedback by path."""
+
+    def apply(feedback):
+        return {path: one(path, leaf) for path, leaf in feedback.items()}
+
+    def one(path, leaf):
+        new = rule(kernels[path], leaf, _fold_in_path(key, path))
+        if jnp.shape(new) != leaf.shape:
+            raise ValueError(
+                f"{rule} returned feedback of shape {jnp.shape(new)} for {trees.show(path)}; "
+                f"expected {leaf.shape}, the shape of its kernel."
+            )
+        return jnp.asarray(new, leaf.dtype)
+
+    return apply
+
+
+def _split_period(rule):
+    """Splits a rule, or a mapping of rules, into its static part and its periods."""
+    if isinstance(rule, rules.Rule):
+        static = rule if isinstance(rule, rules.Fixed) else dataclasses.replace(rule, period=1)
+        return static, jnp.asarray(rule.period, jnp.int32)
+    if isinstance(rule, Mapping) and rule:
+        parts = {pattern: _split_period(one) for pattern, one in rule.items()}
+        static = tuple((pattern, static) for pattern, (static, _) in parts.items())
+        return static, {pattern: period for pattern, (_, period) in parts.items()}
+    raise ValueError(
+        f"rule is {rule!r}; expected a rule such as soap_jax.SignSync(period=10), or a mapping "
+        "from path patterns to rules."
+    )
+
+
+def _rules_of(static, paths, *, complete=False):
+    """Lists `(pattern, rule, paths)`; `complete` insists that patterns and paths all match."""
+    if isinstance(static, rules.Rule):
+        return [(None, static, paths)]
+    out, rest = [], list(paths)
+    for pattern, rule in static:
+        if complete and not any(trees.matches(pattern, path) for path in paths):
+            raise ValueError(
+                f"the rule's pattern {pattern!r} matches no feedback. Feedback is at: "
+                f"{', '.join(map(trees.show, paths))}."
+            )
+        out.append((pattern, rule, [path for path in rest if trees.matches(pattern, path)]))
+        rest = [path for path in rest if not trees.matches(pattern, path)]
+    if complete and rest:
+        raise ValueError(
+            f"no rule for the feedback at {', '.join(map(trees.show, rest))}: none of the "
+            f"patterns {', '.join(repr(pattern) for pattern, _ in static)} matches. Add a last "
+            "pattern '*'."
+        )
+    return out
+
+
+def _fold_in_path(key, path):
+    """A key per layer that does not depend on which other layers there are."""
+    return jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))

@@ -1,0 +1,210 @@
+"""Flax NNX layers that learn by feedback alignment.
+
+Each is Flax's own layer, with all its arguments, plus `feedback_init`. The forward pass, the
+parameters and their gradients are Flax's; only the way back to the layer's input goes through
+`layer.feedback` in place of `layer.kernel`. `Feedback` is a variable type of its own, not a
+`Param`, so that no optimiser sees it:
+
+    params, feedback = nnx.state(model, nnx.Param), nnx.state(model, Feedback)
+    state = init_feedback(key, params, SignSync(period=10), feedback=feedback)
+    state = sync_feedback(params, state, step)
+    nnx.update(model, state.feedback)
+
+The same `rngs` give the same kernels as in a model of plain Flax layers, whether `rngs` has a
+stream `feedback` or not, so runs with and without feedback are paired. The first layer of a model
+needs no feedback (nobody uses its input's cotangent): use Flax's own there. The value `None` in
+place of feedback runs that layer by exact backpropagation.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import jax
+from flax import nnx
+from jax import lax
+
+from soap_jax import ops, trees
+from soap_jax.feedback import glorot_normal
+
+
+class Feedback(nnx.Variable):
+    """Feedback weights, of the shape of the sibling `kernel`. Not a `Param`.
+
+    Example:
+        >>> from flax import nnx
+        >>> layer = FeedbackLinear(3, 2, rngs=nnx.Rngs(0))
+        >>> layer.feedback.shape
+        (3, 2)
+        >>> list(nnx.state(layer, nnx.Param))
+        ['bias', 'kernel']
+    """
+
+
+_Base = nnx.Module if TYPE_CHECKING else object
+
+
+class _FeedbackLayer(_Base):
+    """Mixin before one of Flax's layers: a bilinear op of input and kernel, and perhaps a bias."""
+
+    kernel: nnx.Param[jax.Array]
+    bias: Any
+
+    def __init__(
+        self,
+        *args,
+        feedback_init: nnx.Initializer = glorot_normal,
+        feedback_bar: ops.FeedbackBar = None,
+        rngs: nnx.Rngs,
+        **kwargs,
+    ):
+        feedback_rngs = nnx.Rngs(params=_feedback_key(rngs))
+        super().__init__(*args, rngs=rngs, **kwargs)
+        layer = next(c for c in type(self).__mro__ if c.__module__.startswith("flax."))
+        twin = layer(*args, rngs=feedback_rngs, **kwargs | {"kernel_init": feedback_init})
+        self.feedback = Feedback(twin.kernel[...])
+        self.feedback_bar = feedback_bar
+
+    def __call__(self, inputs: jax.Array, *args, **kwargs) -> jax.Array:
+        """Applies Flax's layer; its input's cotangent goes through feedback."""
+        feedback = self.feedback.get_value()
+        if feedback is None:
+            return super().__call__(inputs, *args, **kwargs)
+        y = super().__call__(lax.stop_gradient(inputs), *args, **kwargs)
+        forward = super().__call__.__func__
+        kernel = self.kernel[...]
+        trees.check_feedback(feedback, kernel, ("feedback",))
+        graph, state = nnx.split(self)
+        shapes = jax.eval_shape(lambda: state)
+
+        def op(x, kernel):
+            layer = nnx.merge(graph, shapes)
+            layer.kernel, layer.bias, layer.use_bias = nnx.Param(kernel), None, False
+            return forward(layer, x, *args, **kwargs)
+
+        return ops.through_feedback(op, y, inputs, kernel, feedback, feedback_bar=self.feedback_bar)
+
+
+def _feedback_key(rngs: nnx.Rngs) -> jax.Array:
+    """A key for feedback that leaves the stream of the kernels as Flax's layers would find it."""
+    if "feedback" in rngs:
+        return rngs.feedback()
+    stream = rngs.params  # falls back to the default stream
+    key = jax.random.fold_in(stream.key[...], stream.count[...])
+    return jax.random.fold_in(key, zlib.crc32(b"feedback"))
+
+
+class FeedbackLinear(_FeedbackLayer, nnx.Linear):
+    """Feedback-alignment `nnx.Linear`: `(..., in_features) -> (..., out_features)`.
+
+    Takes the arguments of Flax's layer, and
+
+    Args:
+        feedback_init: initialiser of the feedback weights.
+        feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
+        rngs: as in Flax; a stream `feedback`, if there is one, draws the feedback weights.
+
+    Raises:
+        ValueError: when called with feedback of a shape that is not the kernel's.
+
+    Example:
+        >>> from flax import nnx
+        >>> FeedbackLinear(3, 2, rngs=nnx.Rngs(0)).feedback.shape
+        (3, 2)
+
+    References:
+        Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
+    """
+
+
+class FeedbackLinearGeneral(_FeedbackLayer, nnx.LinearGeneral):
+    """Feedback-alignment `nnx.LinearGeneral`: a linear layer over any axes.
+
+    Takes the arguments of Flax's layer, and
+
+    Args:
+        feedback_init: initialiser of the feedback weights.
+        feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
+        rngs: as in Flax; a stream `feedback`, if there is one, draws the feedback weights.
+
+    Raises:
+        ValueError: when called with feedback of a shape that is not the kernel's.
+
+    Example:
+        >>> from flax import nnx
+        >>> FeedbackLinearGeneral(3, (2, 5), rngs=nnx.Rngs(0)).feedback.shape
+        (3, 2, 5)
+
+    References:
+        Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
+    """
+
+
+class FeedbackEinsum(_FeedbackLayer, nnx.Einsum):
+    """Feedback-alignment `nnx.Einsum`: an einsum of the input with the kernel.
+
+    Takes the arguments of Flax's layer, and
+
+    Args:
+        feedback_init: initialiser of the feedback weights.
+        feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
+        rngs: as in Flax; a stream `feedback`, if there is one, draws the feedback weights.
+
+    Raises:
+        ValueError: when called with feedback of a shape that is not the kernel's.
+
+    Example:
+        >>> from flax import nnx
+        >>> FeedbackEinsum("bi,io->bo", (3, 2), rngs=nnx.Rngs(0)).feedback.shape
+        (3, 2)
+
+    References:
+        Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
+    """
+
+
+class FeedbackConv(_FeedbackLayer, nnx.Conv):
+    """Feedback-alignment `nnx.Conv`: a convolution over `(batch, *spatial, features)`.
+
+    Takes the arguments of Flax's layer, and
+
+    Args:
+        feedback_init: initialiser of the feedback weights.
+        feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
+        rngs: as in Flax; a stream `feedback`, if there is one, draws the feedback weights.
+
+    Raises:
+        ValueError: when called with feedback of a shape that is not the kernel's.
+
+    Example:
+        >>> from flax import nnx
+        >>> FeedbackConv(1, 2, (3, 3), rngs=nnx.Rngs(0)).feedback.shape
+        (3, 3, 1, 2)
+
+    References:
+        Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
+    """
+
+
+class FeedbackConvTranspose(_FeedbackLayer, nnx.ConvTranspose):
+    """Feedback-alignment `nnx.ConvTranspose`: a transposed convolution.
+
+    Takes the arguments of Flax's layer, and
+
+    Args:
+        feedback_init: initialiser of the feedback weights.
+        feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
+        rngs: as in Flax; a stream `feedback`, if there is one, draws the feedback weights.
+
+    Raises:
+        ValueError: when called with feedback of a shape that is not the kernel's.
+
+    Example:
+        >>> from flax import nnx
+        >>> FeedbackConvTranspose(1, 2, (3, 3), rngs=nnx.Rngs(0)).feedback.shape
+        (3, 3, 1, 2)
+
+    References:
+        Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
+    """

@@ -1,0 +1,394 @@
+"""Bilinear ops whose input cotangent goes through feedback weights.
+
+An op that is bilinear in an input `x` and a `kernel` has two cotangents. Backpropagation takes
+both at the kernel itself. Feedback alignment (FA) takes the input's at another array, `feedback`:
+
+    y          = op(x, kernel)
+    x_bar      = the op's cotangent for x, at feedback in place of kernel
+    kernel_bar = the op's own cotangent for kernel at (x, kernel)
+
+One mechanism serves every op. The forward pass and `kernel_bar` are left to JAX: `op` is applied
+to `stop_gradient(x)`. Then `through_feedback`, the identity on `y`, adds the missing way back to
+`x`, which is JAX's own transposition of `op` at `feedback`. So strides, groups, batch dimensions,
+einsum strings, `precision`, `vmap` and shardings all come right without a hand-written
+contraction, nothing but `feedback` is kept for the backward pass, and both passes compile to the
+matrix products of plain backpropagation.
+
+References:
+    Timothy P. Lillicrap, Daniel Cownden, Douglas B. Tweed, Colin J. Akerman. Random synaptic
+    feedback weights support error backpropagation for deep learning. Nature Communications, 2016.
+    https://doi.org/10.1038/ncomms13276
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from soap_jax import trees
+
+BilinearOp = Callable[[jax.Array, jax.Array], jax.Array]
+"""`(x, kernel) -> y`, linear in each argument."""
+
+FeedbackBarFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+"""`(x, y, kernel, feedback, y_bar) -> feedback_bar`, of feedback's shape."""
+
+FeedbackBar = Literal["kernel"] | FeedbackBarFn | None
+"""What feedback's cotangent is: zeros (`None`), the kernel's cotangent, or a function's value."""
+
+FeedbackOp = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+"""`(x, kernel, feedback) -> y`."""
+
+
+def through_feedback(
+    op: BilinearOp,
+    y: jax.Array,
+    x: jax.Array,
+    kernel: jax.Array,
+    feedback: jax.Array,
+    *,
+    feedback_bar: FeedbackBar = None,
+) -> jax.Array:
+    """Returns `y` unchanged; on the way back sends its cotangent to `x` through `feedback`.
+
+    This is the half of a feedback op that the backward pass needs. `y` is expected to be
+    `op(stop_gradient(x), kernel)`, plus anything that depends on neither (a bias).
+
+    Args:
+        op: the bilinear op, a pure function that closes over no traced value.
+        y: the op's output.
+        x: the op's input; its cotangent becomes the op's own at `(y_bar, feedback)`.
+        kernel: the op's kernel; read only by a `feedback_bar` that asks for it.
+        feedback: feedback weights, of the kernel's shape; cast to the kernel's dtype.
+        feedback_bar: feedback's own cotangent; see `feedback_op`.
+
+    Returns:
+        `y`.
+
+    Raises:
+        ValueError: if feedback's shape is not the kernel's (the forward pass would never notice),
+            or `feedback_bar` is neither None, "kernel" nor a function.
+    """
+    trees.check_feedback(feedback, kernel)
+    if feedback_bar == "kernel":
+        feedback_bar = functools.partial(_kernel_bar, op)
+    elif not (feedback_bar is None or callable(feedback_bar)):
+        raise ValueError(
+            f"feedback_bar is {feedback_bar!r}; expected None, 'kernel', or a function of "
+            "(x, y, kernel, feedback, y_bar)."
+        )
+    if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+        return y  # an integer input has no cotangent
+    x_type, kernel_dtype = jax.typeof(x), kernel.dtype
+    has_cotangent = jnp.issubdtype(jnp.result_type(feedback), jnp.inexact)
+    learned = feedback_bar if has_cotangent else None
+
+    def f(y, x, kernel, feedback):
+        del x, kernel, feedback
+        return y
+
+    def f_fwd(y, x, kernel, feedback):
+        return y, (feedback,) if learned is None else (feedback, x, y, kernel)
+
+    def f_bwd(residuals, y_bar):
+        feedback, *activities = residuals
+        at_feedback = feedback.astype(kernel_dtype)
+        (x_bar,) = jax.linear_transpose(lambda x: op(x, at_feedback), x_type)(y_bar)
+        if learned is None:
+            return y_bar, x_bar, None, None
+        feedback_bar = learned(*activities, feedback, y_bar).astype(feedback.dtype)
+        return y_bar, x_bar, None, feedback_bar
+
+    f = jax.custom_vjp(f)
+    f.defvjp(f_fwd, f_bwd)
+    return f(y, x, kernel, feedback)
+
+
+def feedback_op(op: BilinearOp, *, feedback_bar: FeedbackBar = None) -> FeedbackOp:
+    """Gives a bilinear op a feedback argument.
+
+    With `f = feedback_op(op)`, `f(x, kernel, feedback)` equals `op(x, kernel)`; backwards,
+
+        x_bar      = opᵀ(y_bar; feedback)      the op's cotangent for x, at feedback
+        kernel_bar = opᵀ(y_bar; x)             independent of feedback
+
+    so `f(x, kernel, kernel)` is exact backpropagation. `x` and `kernel` are promoted to a common
+    inexact dtype, as Flax layers do, and every cotangent has its primal's dtype. Reverse mode
+    only: `jax.jvp` raises, since a pseudo-gradient is defined by its backward pass.
+
+    Args:
+        op: `(x, kernel) -> y`, linear in each argument, closing over no traced value.
+        feedback_bar: the cotangent of feedback. None: none, it reads as zeros. "kernel": the
+            kernel's cotangent, as Kolen-Pollack learning asks. A function
+            `(x, y, kernel, feedback, y_bar) -> array` of feedback's shape: its value, for rules
+            that learn from the batch's activities. Integer feedback never has one.
+
+    Returns:
+        A function `(x, kernel, feedback) -> y`; `feedback=None` means exact backpropagation.
+        It raises ValueError at trace time where feedback's shape is not the kernel's or where the
+        kernel is not floating point.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from soap_jax import ops
+        >>> matvec = ops.feedback_op(lambda x, kernel: x @ kernel)
+        >>> x, kernel, feedback = jnp.ones(2), jnp.eye(2, 3), jnp.full((2, 3), 5.0)
+        >>> matvec(x, kernel, feedback)
+        Array([1., 1., 0.], dtype=float32)
+        >>> jax.grad(lambda x: matvec(x, kernel, feedback).sum())(x)
+        Array([15., 15.], dtype=float32)
+
+    References:
+        Lillicrap et al. (2016), above. For "kernel": Mohamed Akrout et al. Deep learning without
+        weight transport. NeurIPS, 2019. https://arxiv.org/abs/1904.05391
+    """
+
+    def f(x: jax.Array, kernel: jax.Array, feedback: jax.Array | None) -> jax.Array:
+        trees.check_kernel(kernel)
+        x, kernel = _promote(x, kernel)
+        if feedback is None:
+            return op(x, kernel)
+        y = op(lax.stop_gradient(x), kernel)
+        return through_feedback(op, y, x, kernel, feedback, feedback_bar=feedback_bar)
+
+    return f
+
+
+def feedback_dense(
+    x: jax.Array,
+    kernel: jax.Array,
+    feedback: jax.Array | None,
+    *,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+    feedback_bar: FeedbackBar = None,
+) -> jax.Array:
+    """Feedback-alignment dense layer without bias: `y = x · kernel`, `x_bar = y_bar · feedbackᵀ`.
+
+    Args:
+        x: `(..., in)`.
+        kernel: `(in, out)`.
+        feedback: `(in, out)`, or None for exact backpropagation.
+        precision: as in `jax.lax.dot_general`.
+        preferred_element_type: as in `jax.lax.dot_general`.
+        feedback_bar: as in `feedback_op`.
+
+    Returns:
+        `(..., out)`.
+
+    Raises:
+        ValueError: see `feedback_op`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from soap_jax import ops
+        >>> x, kernel = jnp.ones((4, 3)), jnp.ones((3, 2))
+        >>> ops.feedback_dense(x, kernel, jnp.zeros((3, 2))).shape
+        (4, 2)
+
+    References:
+        Lillicrap et al. (2016); see the module's docstring.
+    """
+
+    def op(x, kernel):
+        return lax.dot_general(
+            x,
+            kernel,
+            (((x.ndim - 1,), (0,)), ((), ())),
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+        )
+
+    return feedback_op(op, feedback_bar=feedback_bar)(x, kernel, feedback)
+
+
+def feedback_einsum(
+    spec: str,
+    x: jax.Array,
+    kernel: jax.Array,
+    feedback: jax.Array | None,
+    *,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+    feedback_bar: FeedbackBar = None,
+) -> jax.Array:
+    """Feedback-alignment `einsum(spec, x, kernel)`.
+
+    Args:
+        spec: an einsum string of two operands, `x` first, such as "bti,iho->btho".
+        x: first operand.
+        kernel: second operand.
+        feedback: of the kernel's shape, or None for exact backpropagation.
+        precision: as in `jax.numpy.einsum`.
+        preferred_element_type: as in `jax.numpy.einsum`.
+        feedback_bar: as in `feedback_op`.
+
+    Returns:
+        What `jnp.einsum` returns.
+
+    Raises:
+        ValueError: see `feedback_op`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from soap_jax import ops
+        >>> x, kernel = jnp.ones((2, 5, 3)), jnp.ones((3, 4, 7))
+        >>> ops.feedback_einsum("bti,iho->btho", x, kernel, kernel).shape
+        (2, 5, 4, 7)
+
+    References:
+        Lillicrap et al. (2016); see the module's docstring.
+    """
+    op = functools.partial(
+        jnp.einsum, spec, precision=precision, preferred_element_type=preferred_element_type
+    )
+    return feedback_op(op, feedback_bar=feedback_bar)(x, kernel, feedback)
+
+
+def feedback_conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    feedback: jax.Array | None,
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: str | Sequence[tuple[int, int]] = "SAME",
+    input_dilation: int | Sequence[int] = 1,
+    kernel_dilation: int | Sequence[int] = 1,
+    feature_group_count: int = 1,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+    feedback_bar: FeedbackBar = None,
+) -> jax.Array:
+    """Feedback-alignment convolution over any number of spatial axes.
+
+    `y = x ⋆ kernel`; `x_bar` is the same convolution's transpose, at `feedback`.
+
+    Args:
+        x: `(batch, *spatial, in)`.
+        kernel: `(*window, in / feature_group_count, out)`.
+        feedback: of the kernel's shape, or None for exact backpropagation.
+        strides: window strides, one or one per spatial axis.
+        padding: "SAME", "VALID", or `(low, high)` per spatial axis.
+        input_dilation: dilation of `x`, one or one per spatial axis.
+        kernel_dilation: dilation of the window, one or one per spatial axis.
+        feature_group_count: number of groups of features.
+        precision: as in `jax.lax.conv_general_dilated`.
+        preferred_element_type: as in `jax.lax.conv_general_dilated`.
+        feedback_bar: as in `feedback_op`.
+
+    Returns:
+        `(batch, *spatial', out)`.
+
+    Raises:
+        ValueError: see `feedback_op`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from soap_jax import ops
+        >>> x, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
+        >>> ops.feedback_conv(x, kernel, kernel, strides=2).shape
+        (2, 4, 4, 5)
+
+    References:
+        Lillicrap et al. (2016); see the module's docstring.
+    """
+    rank = kernel.ndim - 2
+    op = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=_per_axis(strides, rank),
+        padding=padding,
+        lhs_dilation=_per_axis(input_dilation, rank),
+        rhs_dilation=_per_axis(kernel_dilation, rank),
+        dimension_numbers=_channels_last(rank),
+        feature_group_count=feature_group_count,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+    return feedback_op(op, feedback_bar=feedback_bar)(x, kernel, feedback)
+
+
+def feedback_conv_transpose(
+    x: jax.Array,
+    kernel: jax.Array,
+    feedback: jax.Array | None,
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: str | Sequence[tuple[int, int]] = "SAME",
+    kernel_dilation: int | Sequence[int] = 1,
+    transpose_kernel: bool = False,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+    feedback_bar: FeedbackBar = None,
+) -> jax.Array:
+    """Feedback-alignment transposed (fractionally strided) convolution.
+
+    Args:
+        x: `(batch, *spatial, in)`.
+        kernel: `(*window, in, out)`; with `transpose_kernel`, `(*window, out, in)`.
+        feedback: of the kernel's shape, or None for exact backpropagation.
+        strides: upsampling factors, one or one per spatial axis.
+        padding: "SAME", "VALID", or `(low, high)` per spatial axis.
+        kernel_dilation: dilation of the window, one or one per spatial axis.
+        transpose_kernel: flip the window and swap the kernel's feature axes.
+        precision: as in `jax.lax.conv_transpose`.
+        preferred_element_type: as in `jax.lax.conv_transpose`.
+        feedback_bar: as in `feedback_op`.
+
+    Returns:
+        `(batch, *spatial', out)`.
+
+    Raises:
+        ValueError: see `feedback_op`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from soap_jax import ops
+        >>> x, kernel = jnp.ones((2, 4, 4, 3)), jnp.ones((3, 3, 3, 5))
+        >>> ops.feedback_conv_transpose(x, kernel, kernel, strides=2).shape
+        (2, 8, 8, 5)
+
+    References:
+        Lillicrap et al. (2016); see the module's docstring.
+    """
+    rank = kernel.ndim - 2
+    op = functools.partial(
+        lax.conv_transpose,
+        strides=_per_axis(strides, rank),
+        padding=padding,
+        rhs_dilation=_per_axis(kernel_dilation, rank),
+        dimension_numbers=_channels_last(rank),
+        transpose_kernel=transpose_kernel,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+    return feedback_op(op, feedback_bar=feedback_bar)(x, kernel, feedback)
+
+
+def _kernel_bar(op, x, y, kernel, feedback, y_bar):
+    """The op's own cotangent for the kernel, as a `feedback_bar` function."""
+    del y, feedback
+    (kernel_bar,) = jax.linear_transpose(lambda kernel: op(x, kernel), kernel)(y_bar)
+    return kernel_bar
+
+
+def _promote(x, kernel):
+    dtype = jnp.result_type(x, kernel)  # inexact, since the kernel is
+    return jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
+
+
+def _per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
+    return (value,) * rank if isinstance(value, int) else tuple(value)
+
+
+def _channels_last(rank: int) -> lax.ConvDimensionNumbers:
+    """Flax's layout: x `(batch, *spatial, in)`, kernel `(*window, in, out)`."""
+    spatial = tuple(range(1, rank + 1))
+    x_spec = (0, rank + 1, *spatial)
+    kernel_spec = (rank + 1, rank, *range(rank))
+    return lax.ConvDimensionNumbers(x_spec, kernel_spec, x_spec)

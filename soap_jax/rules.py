@@ -1,0 +1,221 @@
+"""Rules: how feedback weights change outside the optimiser.
+
+A rule is a frozen, hashable value whose heart is one pure function on a pair of arrays,
+`rule(kernel, feedback, key) -> feedback`. `sync_feedback` calls it where
+`step % period == 0`. A rule of your own is one small class:
+
+    >>> import dataclasses
+    >>> import jax.numpy as jnp
+    >>> from soap_jax import rules
+    >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+    ... class Leak(rules.Rule):
+    ...     "Feedback forgets a part of itself: B <- (1 - rate) B."
+    ...     rate: float
+    ...     def __call__(self, kernel, feedback, key):
+    ...         return (1 - self.rate) * feedback
+    >>> Leak(period=10, rate=0.5)
+    Leak(period=10, rate=0.5)
+
+Rules hold numbers and strings, never functions or arrays (two equal initialisers do not compare
+equal, and would retrace). The one exception is an array `period`, for sweeps over the period: it
+makes the rule unhashable until `init_feedback` has moved the period into the state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from typing import Literal, get_args
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+Magnitude = Literal["unit", "preserve", "norm", "glorot", "redraw"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Base of all rules.
+
+    Attributes:
+        period: feedback is synced every so many parameter updates, counted from 0.
+
+    Raises:
+        ValueError: if the period is a number and not an integer of at least 1.
+    """
+
+    period: ArrayLike = 1
+
+    def __post_init__(self):
+        if isinstance(self.period, jax.Array):
+            return  # transient, and perhaps traced: its value is not looked at
+        if not isinstance(self.period, numbers.Integral) or self.period < 1:
+            raise ValueError(
+                f"{type(self).__name__}: period is {self.period!r}; expected an integer of at "
+                "least 1, the number of parameter updates from one sync to the next."
+            )
+
+    def __call__(self, kernel: jax.Array, feedback: jax.Array, key: chex.PRNGKey) -> jax.Array:
+        """Computes new feedback weights for one kernel.
+
+        Args:
+            kernel: forward weights W.
+            feedback: feedback weights B, of the kernel's shape.
+            key: differs from layer to layer and step to step.
+
+        Returns:
+            The new B, of the same shape; it is cast to B's dtype.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define __call__.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed(Rule):
+    """Feedback alignment: fixed random feedback, `B <- B`.
+
+    Example:
+        >>> Fixed()
+        Fixed()
+
+    References:
+        Lillicrap et al. Random synaptic feedback weights support error backpropagation for deep
+        learning. Nature Communications, 2016. https://doi.org/10.1038/ncomms13276
+    """
+
+    period: ArrayLike = dataclasses.field(default=1, init=False, repr=False)
+
+    def __call__(self, kernel: jax.Array, feedback: jax.Array, key: chex.PRNGKey) -> jax.Array:
+        """Returns `feedback`."""
+        del kernel, key
+        return feedback
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SignSync(Rule):
+    """Sign synchronisation: one bit per synapse leaks, `B <- m * sign(W)`.
+
+    The magnitudes m are, by name,
+
+        "unit"      1: SOAP's sync, and uSF. sign(0) = 0
+        "glorot"    sqrt(2 / (fan_in + fan_out)): uSF as BioTorch scales it. sign(0) = 0
+        "preserve"  abs(B), so abs(B0) forever: SOAP's remedy, and frSF at period 1
+        "norm"      norm(B) / sqrt(size), so norm(B) = norm(B0) forever: the clean control
+        "redraw"    abs of a fresh normal draw of Glorot's deviation at every sync: brSF
+
+    In the last three a zero weight counts as positive, so that no magnitude is ever lost.
+
+    Attributes:
+        period: as in `Rule`.
+        magnitude: one of the names above.
+
+    Raises:
+        ValueError: for an unknown magnitude, or a period as in `Rule`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> kernel, feedback = jnp.array([0.5, -3.0]), jnp.array([-0.1, 0.2])
+        >>> SignSync(magnitude="preserve")(kernel, feedback, jax.random.key(0))
+        Array([ 0.1, -0.2], dtype=float32)
+
+    References:
+        Qianli Liao, Joel Z. Leibo, Tomaso Poggio. How important is weight symmetry in
+        backpropagation? AAAI, 2016. https://arxiv.org/abs/1510.05067
+    """
+
+    magnitude: Magnitude = "unit"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.magnitude not in get_args(Magnitude):
+            raise ValueError(
+                f"SignSync: magnitude is {self.magnitude!r}; expected one of "
+                f"{', '.join(map(repr, get_args(Magnitude)))}."
+            )
+
+    def __call__(self, kernel: jax.Array, feedback: jax.Array, key: chex.PRNGKey) -> jax.Array:
+        """Returns the magnitudes with the signs of `kernel`."""
+        match self.magnitude:
+            case "unit":
+                return jnp.sign(kernel)
+            case "glorot":
+                return _glorot_deviation(kernel.shape) * jnp.sign(kernel)
+            case "preserve":
+                magnitude = jnp.abs(feedback)
+            case "norm":
+                magnitude = _root_mean_square(feedback)
+            case "redraw":
+                draw = jax.random.normal(key, kernel.shape, kernel.dtype)
+                magnitude = shard_like(_glorot_deviation(kernel.shape) * jnp.abs(draw), kernel)
+        return jnp.where(kernel < 0, -magnitude, magnitude)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Transport(Rule):
+    """Weight transport: `B <- B + rate * (W - B)`.
+
+    With `rate=1` feedback is a copy of the kernel, `period` updates old at most; with
+    `period=1` too, training is exact backpropagation.
+
+    Attributes:
+        period: as in `Rule`.
+        rate: the step towards W, in [0, 1].
+
+    Raises:
+        ValueError: if the rate is outside [0, 1], or for a period as in `Rule`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> Transport(rate=0.5)(jnp.array([1.0]), jnp.array([3.0]), jax.random.key(0))
+        Array([2.], dtype=float32)
+
+    References:
+        Akrout et al. Deep learning without weight transport. NeurIPS, 2019 (the problem's
+        statement). https://arxiv.org/abs/1904.05391
+    """
+
+    rate: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (isinstance(self.rate, numbers.Real) and 0 <= self.rate <= 1):
+            raise ValueError(f"Transport: rate is {self.rate!r}; expected a number in [0, 1].")
+
+    def __call__(self, kernel: jax.Array, feedback: jax.Array, key: chex.PRNGKey) -> jax.Array:
+        """Returns `feedback`, moved towards `kernel`."""
+        del key
+        if self.rate == 1:
+            return kernel  # exactly, whatever the rounding of W - B
+        return feedback + self.rate * (kernel - feedback)
+
+
+def shard_like(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Gives `x` the kernel's sharding: by `device_put`, or in the type under an explicit mesh."""
+    if not isinstance(kernel, jax.Array):
+        return x
+    if not isinstance(kernel, jax.core.Tracer) and not isinstance(x, jax.core.Tracer):
+        return jax.device_put(x, kernel.sharding)
+    sharding = jax.typeof(kernel).sharding
+    if jax.sharding.AxisType.Explicit not in (sharding.mesh.axis_types or ()):
+        return x
+    return jax.sharding.reshard(x, sharding)
+
+
+def _glorot_deviation(shape: tuple[int, ...]) -> float:
+    """`sqrt(2 / (fan_in + fan_out))` for a kernel `(*window, in, out)`."""
+    if len(shape) < 2:
+        raise ValueError(
+            f"a kernel of shape {shape} has no fan-in and fan-out, which the magnitudes 'glorot' "
+            "and 'redraw' need; expected (*window, in, out). Use another magnitude for it."
+        )
+    return math.sqrt(2 / (math.prod(shape[:-2]) * (shape[-2] + shape[-1])))
+
+
+def _root_mean_square(x: jax.Array) -> jax.Array:
+    """`sqrt(mean(x²))`; exactly abs(x) where all abs(x) are equal, so that syncs never drift."""
+    x = jnp.abs(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    largest = jnp.max(x)
+    scaled = x / jnp.where(largest > 0, largest, 1)
+    return largest * jnp.sqrt(jnp.mean(jnp.square(scaled)))

@@ -1,0 +1,171 @@
+"""Paths into trees, and which feedback leaf belongs to which kernel.
+
+A feedback tree mirrors `params`: the feedback for `params[path]` lies at the same path. An NNX
+module cannot hold two attributes of one name, so there the leaf is called `feedback` and pairs
+with its sibling `kernel`. `map_pairs` knows both forms, and everything that compares or combines
+kernels with feedback goes through it. A missing or `None` leaf means exact backpropagation.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+Path = tuple[str, ...]
+"""Names from a tree's root to a leaf; the box that Flax may put around a leaf does not count."""
+
+Where = str | Sequence[str] | Callable[[str, jax.Array], bool] | None
+"""Selects leaves: glob patterns over "a/b/c" paths, or a predicate `(path, leaf) -> bool`."""
+
+KERNEL_NAMES = ("kernel", "w", "weight")
+"""Leaves of these names, of two axes or more, get feedback by default."""
+
+
+def map_pairs(
+    fn: Callable[[Path, jax.Array, jax.Array], Any],
+    params: chex.ArrayTree,
+    feedback: chex.ArrayTree,
+) -> chex.ArrayTree:
+    """Maps `fn(path, kernel, feedback)` over the pairs of `params` and `feedback`.
+
+    Args:
+        fn: what to compute from one pair.
+        params: a tree that holds the kernels: a dict of arrays, an `nnx.State`, any pytree.
+        feedback: a tree whose leaves lie at their kernels' paths, or are called `feedback` beside
+            a `kernel`. `None` leaves are passed over.
+
+    Returns:
+        A tree of feedback's structure; `None` leaves stay `None`.
+
+    Raises:
+        ValueError: if a feedback leaf has no kernel, or not its kernel's shape, or if its kernel
+            is not floating point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"out": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}}
+        >>> feedback = {"out": {"kernel": jnp.full((2, 3), 7.0)}}
+        >>> map_pairs(lambda path, w, b: float((w * b).sum()), params, feedback)
+        {'out': {'kernel': 42.0}}
+    """
+    kernels = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def one(keys, leaf):
+        if leaf is None:
+            return None
+        path = path_of(keys)
+        kernel = kernels.get(path)
+        if kernel is None and path[-1:] == ("feedback",):
+            kernel = kernels.get((*path[:-1], "kernel"))
+        if kernel is None:
+            raise ValueError(
+                f"feedback at {show(path)} has no kernel: params has no leaf there. Feedback lies "
+                "at its kernel's path (in NNX: is called 'feedback' beside a 'kernel'). The "
+                f"leaves of params: {', '.join(map(show, kernels)) or 'none'}."
+            )
+        check_kernel(kernel, path)
+        check_feedback(leaf, kernel, path)
+        return fn(path, kernel, leaf)
+
+    return jax.tree_util.tree_map_with_path(one, feedback, is_leaf=lambda leaf: leaf is None)
+
+
+def at_kernels(params: chex.ArrayTree, feedback: chex.ArrayTree) -> chex.ArrayTree:
+    """The feedback tree that makes the same model's gradients exact: `feedback := kernel`.
+
+    Args:
+        params: as in `map_pairs`.
+        feedback: as in `map_pairs`; gives the structure and dtypes, its values are not used.
+
+    Returns:
+        A tree of feedback's structure that holds the kernels.
+
+    Raises:
+        ValueError: as `map_pairs`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> at_kernels({"kernel": jnp.eye(2)}, {"kernel": jnp.zeros((2, 2))})["kernel"].trace()
+        Array(2., dtype=float32)
+    """
+    return map_pairs(lambda path, kernel, leaf: kernel.astype(leaf.dtype), params, feedback)
+
+
+def select(params: chex.ArrayTree, where: Where) -> set[Path]:
+    """The paths of the kernels that `where` names; floating point all of them.
+
+    Raises:
+        ValueError: if a pattern matches nothing, if nothing at all is selected, or if what is
+            selected is not floating point.
+    """
+    leaves = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    if where is None:
+        chosen = {p for p, leaf in leaves.items() if p[-1:] and p[-1] in KERNEL_NAMES}
+        chosen = {p for p in chosen if jnp.ndim(leaves[p]) > 1}
+    elif callable(where):
+        chosen = {p for p, leaf in leaves.items() if where("/".join(p), leaf)}
+    else:
+        patterns = (where,) if isinstance(where, str) else tuple(where)
+        chosen = set()
+        for pattern in patterns:
+            matched = {p for p in leaves if matches(pattern, p)}
+            if not matched:
+                raise ValueError(
+                    f"where={pattern!r} matches no leaf of params. The leaves are: "
+                    f"{', '.join(map(show, leaves)) or 'none'}."
+                )
+            chosen |= matched
+    if not chosen:
+        raise ValueError(
+            "no leaf of params gets feedback. By default these do: leaves named "
+            f"{' or '.join(KERNEL_NAMES)} with two axes or more; say otherwise with `where`. The "
+            f"leaves are: {', '.join(map(show, leaves)) or 'none'}."
+        )
+    for path in chosen:
+        check_kernel(leaves[path], path)
+    return chosen
+
+
+def check_kernel(kernel: jax.Array, path: Path = ()) -> None:
+    """Raises ValueError unless the kernel is floating point."""
+    if not jnp.issubdtype(jnp.result_type(kernel), jnp.inexact):
+        raise ValueError(
+            f"the kernel{_at(path)} has dtype {jnp.result_type(kernel)}; expected a floating-point "
+            "dtype, since only such a kernel has a gradient. Leave it out, or cast it."
+        )
+
+
+def check_feedback(feedback: jax.Array, kernel: jax.Array, path: Path = ()) -> None:
+    """Raises ValueError unless feedback has its kernel's shape; a forward pass never notices."""
+    if jnp.shape(feedback) != jnp.shape(kernel):
+        raise ValueError(
+            f"feedback{_at(path)} has shape {jnp.shape(feedback)}; expected {jnp.shape(kernel)}, "
+            "the shape of its kernel. Feedback is laid out like the kernel, not transposed."
+        )
+
+
+def path_of(keys: Sequence[Any]) -> Path:
+    """The names in a `jax.tree_util` key path, without the `value` of a Flax box."""
+    keys = tuple(keys)
+    if len(keys) > 1 and keys[-1] == jax.tree_util.GetAttrKey("value"):
+        keys = keys[:-1]  # an nnx.Variable or nn.Partitioned
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+
+
+def matches(pattern: str, path: Path) -> bool:
+    """Whether the glob `pattern` matches the path; `*` also spans "/"."""
+    return fnmatch.fnmatchcase("/".join(path), pattern)
+
+
+def show(path: Path) -> str:
+    """The path as error messages print it: `['Dense_1']['kernel']`."""
+    return "".join(f"[{name!r}]" for name in path)
+
+
+def _at(path: Path) -> str:
+    return f" at {show(path)}" if path else ""
