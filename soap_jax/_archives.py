@@ -1,0 +1,275 @@
+"""The published files behind the image data sets: where they lie and how they are read.
+
+Every file is known by its size and SHA-256, so that whoever has the bytes, from whichever mirror,
+has the same data. Reading is plain NumPy and the standard library.
+"""
+
+import gzip
+import hashlib
+import os
+import pathlib
+import tarfile
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Arrays = tuple[np.ndarray, np.ndarray]  # images `(n, height, width, channels)`, labels `(n,)`
+
+
+class File(NamedTuple):
+    """One published file.
+
+    Attributes:
+      name: its name, the same in every mirror.
+      size: its length in bytes.
+      sha256: its SHA-256, in hexadecimal.
+    """
+
+    name: str
+    size: int
+    sha256: str
+
+
+class Archive(NamedTuple):
+    """The published files of one data set.
+
+    Attributes:
+      url: the folder they are published in, ending in a slash.
+      files: four IDX files (train images, train labels, test images, test labels), or one tar.gz.
+      image_shape: `(height, width, channels)`.
+    """
+
+    url: str
+    files: tuple[File, ...]
+    image_shape: tuple[int, int, int]
+
+    @property
+    def kind(self) -> str:
+        """What the files are, in a word."""
+        return "idx" if self.files[0].name in IDX_NAMES else "tar.gz"
+
+    @property
+    def sha256(self) -> str:
+        """One short name for the content of all files, in their order."""
+        return hashlib.sha256("".join(f.sha256 for f in self.files).encode()).hexdigest()[:16]
+
+
+NUM_CLASSES = 10
+
+IDX_NAMES = (
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+)
+
+
+def _idx_archive(url: str, *sizes_and_sums: tuple[int, str]) -> Archive:
+    files = tuple(File(name, *rest) for name, rest in zip(IDX_NAMES, sizes_and_sums, strict=True))
+    return Archive(url, files, (28, 28, 1))
+
+
+# Sizes and SHA-256 as TensorFlow Datasets registers them for the data sets of the same names.
+ARCHIVES: dict[str, Archive] = {
+    "mnist": _idx_archive(
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        (9912422, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
+        (28881, "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
+        (1648877, "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
+        (4542, "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"),
+    ),
+    "fashion_mnist": _idx_archive(
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        (26421880, "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"),
+        (29515, "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"),
+        (4422102, "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"),
+        (5148, "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"),
+    ),
+    "kmnist": _idx_archive(
+        "http://codh.rois.ac.jp/kmnist/dataset/kmnist/",
+        (18165135, "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4"),
+        (29497, "e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17"),
+        (3041136, "edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5"),
+        (5120, "20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c"),
+    ),
+    "cifar10": Archive(
+        "https://www.cs.toronto.edu/~kriz/",
+        (
+            File(
+                "cifar-10-binary.tar.gz",
+                170052171,
+                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+            ),
+        ),
+        (32, 32, 3),
+    ),
+}
+
+
+def read(name: str, paths: Sequence[os.PathLike[str]]) -> dict[str, Arrays]:
+    """Reads and checks the files of a data set.
+
+    Args:
+      name: a key of `ARCHIVES`.
+      paths: where each of its files lies, in the order of `Archive.files`.
+
+    Returns:
+      `{"train": (images, labels), "test": (images, labels)}`: images uint8
+      `(n, height, width, channels)`, labels int32 `(n,)`, in the published order.
+
+    Raises:
+      ValueError: a file is damaged, is another file, or does not fit its sibling.
+    """
+    local = [pathlib.Path(path) for path in paths]
+    if name == "cifar10":
+        arrays = _read_cifar10(local[0])
+    else:
+        arrays = {"train": _read_idx_pair(*local[:2]), "test": _read_idx_pair(*local[2:])}
+    for images, labels in arrays.values():
+        expected = ARCHIVES[name].image_shape
+        if images.shape[1:] != expected:
+            raise ValueError(
+                f"{local[0]} holds images of shape {images.shape[1:]}; expected {expected}, the "
+                f"shape of {name}'s."
+            )
+        if labels.size and labels.max() >= NUM_CLASSES:
+            raise ValueError(
+                f"{local[0].parent} holds a label {labels.max()}; expected 0 to {NUM_CLASSES - 1}."
+            )
+    for file, path in zip(ARCHIVES[name].files, local, strict=True):
+        _check_sha256(name, file, path)  # last: a damaged file is better described by its damage
+    return arrays
+
+
+def read_idx(path: pathlib.Path, *, ndim: int) -> np.ndarray:
+    """Reads one gzipped IDX file of unsigned bytes.
+
+    The format is two zero bytes, a type code (8: unsigned byte), the number of dimensions, each
+    dimension as a big-endian 32-bit number, then the values in row-major order.
+
+    Args:
+      path: the `.gz` file.
+      ndim: the number of dimensions it must have.
+
+    Returns:
+      The values, uint8, of the shape that the file's header states.
+
+    Raises:
+      ValueError: the file is not gzip, not IDX, of another type or rank, or of the wrong length.
+    """
+    content = _gunzip(path)
+    magic, expected = content[:4], bytes([0, 0, 8, ndim])
+    if magic != expected:
+        raise ValueError(
+            f"{path} starts with the bytes {magic.hex()}; expected {expected.hex()}, an IDX file "
+            f"of unsigned bytes with {ndim} dimension(s). Are images and labels swapped?"
+        )
+    header = 4 + 4 * ndim
+    if len(content) < header:
+        raise ValueError(
+            f"{path} is truncated: it ends after {len(content)} bytes, inside its {header}-byte "
+            "header. Download it again."
+        )
+    shape = tuple(int(size) for size in np.frombuffer(content[4:header], ">u4"))
+    num_bytes = int(np.prod(shape, dtype=np.int64))
+    if len(content) - header != num_bytes:
+        raise ValueError(
+            f"{path} holds {len(content) - header} bytes of data; expected {num_bytes}, since its "
+            f"header states the shape {shape}. Download it again."
+        )
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
+
+
+def _gunzip(path: pathlib.Path) -> bytes:
+    raw = path.read_bytes()
+    if raw[:2] != b"\x1f\x8b":
+        raise ValueError(
+            f"{path} is not a gzip file: it starts with the bytes {raw[:2].hex() or 'none'}; "
+            "expected 1f8b. Use the original .gz file, not unpacked."
+        )
+    try:
+        return gzip.decompress(raw)
+    except EOFError as error:
+        raise ValueError(
+            f"{path} is truncated: its compressed data ends too early, after {len(raw)} bytes. "
+            "Download it again."
+        ) from error
+    except (OSError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}). Download it again.") from error
+
+
+def _read_idx_pair(images_path: pathlib.Path, labels_path: pathlib.Path) -> Arrays:
+    images = read_idx(images_path, ndim=3)
+    labels = read_idx(labels_path, ndim=1)
+    if len(images) != len(labels):
+        raise ValueError(
+            f"{images_path} holds {len(images)} images but {labels_path.name} beside it holds "
+            f"{len(labels)} labels; expected as many labels as images. Use the files of one split."
+        )
+    return images[..., np.newaxis], labels.astype(np.int32)
+
+
+CIFAR10_MEMBERS = {
+    "train": [f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)],
+    "test": ["cifar-10-batches-bin/test_batch.bin"],
+}
+
+
+def _read_cifar10(path: pathlib.Path) -> dict[str, Arrays]:
+    wanted = {member for members in CIFAR10_MEMBERS.values() for member in members}
+    records = {}
+    try:
+        with tarfile.open(path, "r:gz") as tar:
+            for member in tar:  # in the order of the file: seeking back would decompress again
+                if member.name in wanted and (stream := tar.extractfile(member)) is not None:
+                    records[member.name] = _cifar10_records(path, member.name, stream.read())
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise ValueError(
+            f"{path} is truncated, damaged or not a .tar.gz file ({error}); expected CIFAR-10's "
+            "binary version. Download it again."
+        ) from error
+    if missing := sorted(wanted - records.keys()):
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}; expected CIFAR-10's binary version, not the one "
+            "for Python or MATLAB. Download it again."
+        )
+    return {
+        split: _cifar10_arrays(np.concatenate([records[member] for member in members]))
+        for split, members in CIFAR10_MEMBERS.items()
+    }
+
+
+def _cifar10_records(path: pathlib.Path, member: str, content: bytes) -> np.ndarray:
+    """Records of 1 label byte and 3072 pixels: red, green, blue planes of 32 x 32, row-major."""
+    if not content or len(content) % 3073:
+        raise ValueError(
+            f"{member} in {path} is {len(content)} bytes long; expected a multiple of 3073, the "
+            "length of one record. Download the file again."
+        )
+    return np.frombuffer(content, np.uint8).reshape(-1, 3073)
+
+
+def _cifar10_arrays(records: np.ndarray) -> Arrays:
+    planes = records[:, 1:].reshape(-1, 3, 32, 32)
+    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), records[:, 0].astype(np.int32)
+
+
+def _check_sha256(name: str, file: File, path: pathlib.Path) -> None:
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found == file.sha256:
+        return
+    others = [
+        other for other, archive in ARCHIVES.items() for f in archive.files if f.sha256 == found
+    ]
+    hint = (
+        f"It is the file of that name of {others[0]}."
+        if others
+        else (f"Download it again from {ARCHIVES[name].url}{file.name}.")
+    )
+    raise ValueError(
+        f"{path} has the wrong checksum: SHA-256 {found} ({path.stat().st_size} bytes); expected "
+        f"{file.sha256} ({file.size} bytes), as published for {name}. {hint}"
+    )
