@@ -1,7 +1,7 @@
 """Feedback alignment for JAX and Flax.
 
 The public names below, and the modules `ops`, `rules`, `trees`, `linen`, `nnx`, `metrics`,
-`models`, `data` and `training`. Everything loads on first use, so that `import soap_jax` and
+`models`, `data`, `training` and `sweeps`. Everything loads on first use, so that `import soap_jax` and
 `soap-jax --help` are quick.
 """
 
@@ -9,13 +9,24 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from soap_jax import data, linen, metrics, models, nnx, ops, rules, training, trees
+    from soap_jax import data, linen, metrics, models, nnx, ops, rules, sweeps, training, trees
     from soap_jax.feedback import FeedbackState, init_feedback, sync_feedback
     from soap_jax.rules import Fixed, Rule, SignSync, Transport
 
 __version__ = "0.1.0"
 
-_MODULES = ("data", "linen", "metrics", "models", "nnx", "ops", "rules", "training", "trees")
+_MODULES = (
+    "data",
+    "linen",
+    "metrics",
+    "models",
+    "nnx",
+    "ops",
+    "rules",
+    "sweeps",
+    "training",
+    "trees",
+)
 _NAMES = {
     "FeedbackState": "feedback",
     "init_feedback": "feedback",
@@ -39,6 +50,7 @@ __all__ = [
     "nnx",
     "ops",
     "rules",
+    "sweeps",
     "sync_feedback",
     "training",
     "trees",

@@ -1,0 +1,276 @@
+"""The command line: `soap-jax study`. The only place that prints.
+
+Heavy imports wait until a command runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import time
+from typing import Annotated
+
+try:
+    import typer
+except ModuleNotFoundError as error:
+    raise SystemExit("The command line needs: pip install 'soap_jax[study]'") from error
+
+from soap_jax.study.config import ACTIVATIONS, DATASETS, METHODS, StudyConfig
+
+app = typer.Typer(
+    help="Feedback alignment for JAX and Flax.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _comma_separated(values) -> str:
+    return ",".join(str(value) for value in values)
+
+
+def _show_version(value: bool):
+    if value:
+        import soap_jax
+
+        typer.echo(f"soap_jax {soap_jax.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+):
+    pass
+
+
+@app.command()
+def study(
+    dataset: Annotated[
+        str, typer.Option(help=f"Data set: {', '.join(DATASETS)}. Only digits needs no download.")
+    ] = StudyConfig.dataset,
+    methods: Annotated[
+        str, typer.Option(help=f"Methods to compare, of {', '.join(METHODS)}.")
+    ] = _comma_separated(StudyConfig.methods),
+    learning_rates: Annotated[
+        str, typer.Option(help="Grid of learning rates of plain SGD, the same for every method.")
+    ] = _comma_separated(StudyConfig.learning_rates),
+    seeds: Annotated[
+        int, typer.Option(help="Number of seeds; every method starts alike from each.")
+    ] = StudyConfig.seeds,
+    epochs: Annotated[
+        int, typer.Option(help="Passes over the training data.")
+    ] = StudyConfig.epochs,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = StudyConfig.batch_size,
+    hidden: Annotated[str, typer.Option(help="Widths of the hidden layers.")] = _comma_separated(
+        StudyConfig.hidden
+    ),
+    activation: Annotated[
+        str, typer.Option(help=f"Activation: {', '.join(ACTIVATIONS)}.")
+    ] = StudyConfig.activation,
+    period: Annotated[
+        int, typer.Option(help="Parameter updates from one sign synchronisation to the next.")
+    ] = StudyConfig.period,
+    target_loss: Annotated[
+        float, typer.Option(help="Training loss to which steps are counted.")
+    ] = StudyConfig.target_loss,
+    evaluations: Annotated[
+        int, typer.Option(help="How often a run is evaluated, in equal distances.")
+    ] = StudyConfig.evaluations,
+    data_dir: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Directory with the published files; else TensorFlow Datasets is asked."),
+    ] = None,
+    out: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Where results go.", show_default="results/DATASET"),
+    ] = None,
+):
+    """Compare backprop, feedback alignment and sign synchronisation over rates and seeds.
+
+    Prints a table and writes tidy results, the full configuration and figures.
+    """
+    try:
+        config = StudyConfig(
+            dataset=dataset,
+            methods=_split("methods", methods, str),
+            learning_rates=_split("learning-rates", learning_rates, float),
+            seeds=seeds,
+            epochs=epochs,
+            batch_size=batch_size,
+            hidden=_split("hidden", hidden, int),
+            activation=activation,
+            period=period,
+            target_loss=target_loss,
+            evaluations=evaluations,
+        )
+        _run_study(config, data_dir, out or pathlib.Path("results") / dataset)
+    except (ValueError, OSError, ImportError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(2) from None
+
+
+def _split(option, text, kind):
+    """Parses a comma-separated option."""
+    try:
+        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(
+            f"--{option} is {text!r}; expected numbers with commas between them."
+        ) from None
+
+
+def _run_study(config: StudyConfig, data_dir: pathlib.Path | None, out: pathlib.Path):
+    start = time.perf_counter()
+    import jax
+    from rich.console import Console
+
+    # One CPU device per core: a sweep puts a run on each. Must come before JAX is first used.
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+
+    from soap_jax.study import figures, results, summary
+
+    console = Console(highlight=False)
+    directory = results.ResultsDir(out, config)
+    if directory.finished:
+        console.print(f"{out} already holds the results of this configuration; showing them.")
+        tables = directory.read()
+    else:
+        tables, source = _train(config, data_dir, console)
+        seconds = time.perf_counter() - start
+        directory.write(tables, results.provenance(config, source, seconds))
+    table = summary.summarise(tables["runs"])
+    directory.write_table("summary", table)
+    paths = figures.draw_all(config, tables, out / "figures")
+    _print_summary(console, config, table)
+    console.print(
+        f"\nResults in [bold]{out}[/bold] (study.json, evaluations.csv, runs.csv, summary.csv) and "
+        f"figures, first [bold]{paths[0]}[/bold]. {time.perf_counter() - start:.0f} s in all."
+    )
+
+
+def _train(config, data_dir, console):
+    """Trains every method, showing progress; returns the tidy tables and the data's source."""
+    import jax
+    import pandas as pd
+    from rich import progress
+
+    from soap_jax import data
+    from soap_jax.study import experiment, results
+    from soap_jax.study.methods import TITLES
+
+    dataset = data.load(config.dataset, data_dir=data_dir)
+    num_train = len(experiment.split(dataset).train[1])
+    marks = experiment.evaluation_steps(config, num_train)
+    num_runs = len(config.learning_rates) * config.seeds
+    devices = jax.local_devices()
+    console.print(
+        f"{config.dataset}: {num_train} training examples ({dataset.source}). {num_runs} runs of "
+        f"{marks[-1]} steps for each of {len(config.methods)} methods, on {len(devices)} x "
+        f"{devices[0].device_kind}."
+    )
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("runs"),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    parts = []
+    with progress.Progress(*columns, console=console, transient=True) as bar:
+        for method in config.methods:
+            begin = time.perf_counter()
+            task = bar.add_task(f"{TITLES[method]}: compiling", total=None)
+            compiled = 0.0
+
+            def show(done, total, task=task, begin=begin, method=method):
+                nonlocal compiled
+                if done == 0:
+                    compiled = time.perf_counter() - begin
+                    bar.reset(task, description=TITLES[method])
+                bar.update(task, completed=done, total=total)
+
+            record = experiment.train_method(config, method, dataset, on_progress=show)
+            parts.append(results.tidy(config, method, record, marks))
+            bar.remove_task(task)
+            console.print(
+                f"  {TITLES[method]:<22} {num_runs} runs in "
+                f"{time.perf_counter() - begin - compiled:.1f} s, compiled in {compiled:.1f} s"
+            )
+    tables = {
+        name: pd.concat([part[name] for part in parts], ignore_index=True)
+        for name in results.TABLES
+    }
+    return tables, dataset.source
+
+
+def _print_summary(console, config, table):
+    import math
+
+    from rich import box
+    from rich.table import Table
+
+    from soap_jax.study.methods import TITLES
+
+    def accuracy(row):
+        mean, high = 100 * row["test_accuracy"], 100 * row["test_accuracy_high"]
+        if math.isnan(mean):
+            return "-"
+        return f"{mean:.1f}" if math.isnan(high) else f"{mean:.1f} ± {high - mean:.1f}"
+
+    def ratio(row):
+        value, low, high = (row["ratio_to_bp" + end] for end in ("", "_low", "_high"))
+        if math.isnan(value):
+            return "-"
+        return f"{value:.2f}" if math.isnan(low) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+    def number(value):
+        return "-" if math.isnan(value) else f"{value:.3g}"
+
+    screen = Table(
+        title=f"{config.dataset}, {config.seeds} seeds, 95 % intervals",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    screen.add_column("method", no_wrap=True)
+    target = f"{config.target_loss:g}"
+    for title in ("best\nrate", "test\naccuracy %", f"steps to\nloss {target}", "ratio\nto bp"):
+        screen.add_column(title, justify="right", no_wrap=True)
+    screen.add_column("diverged", justify="right", no_wrap=True)
+    for _, row in table.iterrows():
+        screen.add_row(
+            TITLES[row["method"]],
+            number(row["best_rate"]) + "*" * bool(row["best_rate_at_edge"]),
+            accuracy(row),
+            number(row["steps_to_target"]),
+            ratio(row),
+            f"{row['diverged']} of {row['runs']}",
+        )
+    shared = table["shared_rate"].iloc[0]
+    console.print()
+    console.print(screen)
+    if math.isnan(shared):
+        console.print(
+            f"At no learning rate does every run reach loss {target}: no steps to compare."
+        )
+    else:
+        console.print(
+            f"Accuracy at each method's best rate, chosen on validation data. Steps at rate "
+            f"{shared:g}, the smallest at which every run gets there."
+        )
+    if table["best_rate_at_edge"].any():
+        console.print("* at the edge of the grid: the best rate may lie beyond it.")
+
+
+def main():
+    """Entry point of the `soap-jax` command."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

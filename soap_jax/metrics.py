@@ -1,0 +1,338 @@
+"""How well feedback, cotangents and pseudo-gradients align with the true ones.
+
+All of it is pure and cheap enough for the inside of a jitted training loop. Angles are in degrees;
+the angle of a zero tensor to anything is NaN.
+
+Metrics of weights take `(params, feedback)`, as `sync_feedback` does, and return a tree of scalars
+of feedback's structure. Metrics of one layer's error take `(y_bar, kernel, feedback)`, where
+`y_bar`, the cotangent of the layer's output, is the error e of the papers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from soap_jax import ops, trees
+
+
+def angle(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
+    """Angle between two arrays, or between two trees taken as one long vector each.
+
+        angle = 2 atan2(|u - v|, |u + v|),  u = a / |a|,  v = b / |b|
+
+    which equals `arccos(u · v)` and, unlike it, is accurate near 0 and 180 degrees.
+
+    Args:
+        a: an array, or a tree of arrays.
+        b: the same shapes.
+
+    Returns:
+        float32 (or wider) scalar, degrees in [0, 180]; NaN if either is zero.
+
+    Raises:
+        ValueError: if the trees or shapes differ.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> float(angle(jnp.array([1.0, 0.0]), jnp.array([0.0, 2.0])))
+        90.0
+
+    References:
+        William Kahan. How futile are mindless assessments of roundoff in floating-point
+        computation? 2006 (section 12). https://people.eecs.berkeley.edu/~wkahan/Mindless.pdf
+    """
+    leaves_a, structure_a = jax.tree.flatten(a)
+    leaves_b, structure_b = jax.tree.flatten(b)
+    shapes_a, shapes_b = map(jnp.shape, leaves_a), map(jnp.shape, leaves_b)
+    if structure_a != structure_b or list(shapes_a) != list(shapes_b):
+        raise ValueError(
+            f"the angle of trees that differ: {jax.tree.map(jnp.shape, a)} and "
+            f"{jax.tree.map(jnp.shape, b)}; expected the same structure and shapes."
+        )
+    leaves_a, leaves_b = _widen(leaves_a), _widen(leaves_b)
+    norm_a, norm_b = _norm(leaves_a), _norm(leaves_b)
+    units = [(x / norm_a, y / norm_b) for x, y in zip(leaves_a, leaves_b, strict=True)]
+    apart = _norm([u - v for u, v in units])
+    together = _norm([u + v for u, v in units])
+    return jnp.degrees(2 * jnp.arctan2(apart, together))
+
+
+def weight_angle(params: chex.ArrayTree, feedback: chex.ArrayTree) -> chex.ArrayTree:
+    """Angle of feedback to kernel, layer by layer: `angle(B, W)`.
+
+    Args:
+        params: as in `soap_jax.trees.map_pairs`.
+        feedback: as there.
+
+    Returns:
+        A tree of feedback's structure of scalars in degrees.
+
+    Raises:
+        ValueError: if feedback does not fit params.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> weight_angle({"kernel": jnp.eye(2)}, {"kernel": -jnp.eye(2)})
+        {'kernel': Array(180., dtype=float32)}
+
+    References:
+        Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
+    """
+    return trees.map_pairs(lambda path, w, b: angle(b, w), params, feedback)
+
+
+def norm_ratio(params: chex.ArrayTree, feedback: chex.ArrayTree) -> chex.ArrayTree:
+    """Norm of feedback over norm of kernel, layer by layer: `|B| / |W|`.
+
+    Args:
+        params: as in `soap_jax.trees.map_pairs`.
+        feedback: as there.
+
+    Returns:
+        A tree of feedback's structure of scalars.
+
+    Raises:
+        ValueError: if feedback does not fit params.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> norm_ratio({"kernel": jnp.eye(2)}, {"kernel": 3 * jnp.eye(2)})
+        {'kernel': Array(3., dtype=float32)}
+    """
+
+    def ratio(path, w, b):
+        return _norm(_widen([b])) / _norm(_widen([w]))
+
+    return trees.map_pairs(ratio, params, feedback)
+
+
+def sign_concordance(params: chex.ArrayTree, feedback: chex.ArrayTree) -> chex.ArrayTree:
+    """Share of the non-zero weights whose feedback has their sign, layer by layer.
+
+        mean over W != 0 of [sign(B) = sign(W)]
+
+    Args:
+        params: as in `soap_jax.trees.map_pairs`.
+        feedback: as there.
+
+    Returns:
+        A tree of feedback's structure of scalars in [0, 1]; NaN for a kernel of zeros.
+
+    Raises:
+        ValueError: if feedback does not fit params.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> w, b = jnp.array([1.0, -2.0, 3.0, 0.0]), jnp.array([1.0, 1.0, 1.0, 1.0])
+        >>> round(float(sign_concordance({"w": w}, {"w": b})["w"]), 3)
+        0.667
+
+    References:
+        Liao, Leibo, Poggio. How important is weight symmetry in backpropagation? AAAI, 2016.
+        https://arxiv.org/abs/1510.05067
+    """
+
+    def concordance(path, w, b):
+        return jnp.mean(jnp.sign(b) == jnp.sign(w), where=w != 0)
+
+    return trees.map_pairs(concordance, params, feedback)
+
+
+def effective_learning_rate(
+    learning_rate: ArrayLike, params: chex.ArrayTree, feedback: chex.ArrayTree
+) -> chex.ArrayTree:
+    """Learning rate that the layer below each feedback effectively has.
+
+        learning_rate * norm_ratio * cos(weight_angle) = learning_rate * <B, W> / <W, W>
+
+    that is, the learning rate times the length of B along W. Exact backpropagation gives
+    `learning_rate`. Where several feedbacks lie above a layer their factors multiply.
+
+    Args:
+        learning_rate: scalar.
+        params: as in `soap_jax.trees.map_pairs`.
+        feedback: as there.
+
+    Returns:
+        A tree of feedback's structure of scalars.
+
+    Raises:
+        ValueError: if feedback does not fit params.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params, feedback = {"w": jnp.array([0.5, -0.5])}, {"w": jnp.array([1.0, -1.0])}
+        >>> effective_learning_rate(0.5, params, feedback)
+        {'w': Array(1., dtype=float32)}
+    """
+
+    def rate(path, w, b):
+        (w,), (b,) = _widen([w]), _widen([b])
+        return learning_rate * jnp.vdot(b, w) / jnp.vdot(w, w)
+
+    return trees.map_pairs(rate, params, feedback)
+
+
+def gradient_angle(
+    gradient: Callable[[chex.ArrayTree, chex.ArrayTree], chex.ArrayTree],
+    params: chex.ArrayTree,
+    feedback: chex.ArrayTree,
+) -> chex.ArrayTree:
+    """Angle of the pseudo-gradient to the true gradient, parameter by parameter.
+
+        angle(gradient(params, feedback), gradient(params, kernels))
+
+    The true gradient is the same model's, with the kernels put in place of feedback.
+
+    Args:
+        gradient: `(params, feedback) -> gradient`, such as
+            `lambda params, feedback: jax.grad(loss)(params, feedback, batch)`.
+        params: as in `soap_jax.trees.map_pairs`.
+        feedback: as there.
+
+    Returns:
+        A tree of the gradient's structure of scalars in degrees.
+
+    Raises:
+        ValueError: if feedback does not fit params.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from soap_jax import ops
+        >>> def loss(params, feedback):
+        ...     hidden = jnp.tanh(jnp.array([1.0, 2.0]) @ params["below"])
+        ...     return ops.feedback_dense(hidden, params["top"], feedback["top"])[0]
+        >>> params = {"below": jnp.eye(2), "top": jnp.ones((2, 1))}
+        >>> gradient_angle(jax.grad(loss), params, {"top": -params["top"]})
+        {'below': Array(180., dtype=float32), 'top': Array(0., dtype=float32)}
+
+    References:
+        Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
+    """
+    pseudo = gradient(params, feedback)
+    true = gradient(params, trees.at_kernels(params, feedback))
+    return jax.tree.map(angle, pseudo, true)
+
+
+def cotangent_angle(
+    y_bar: jax.Array,
+    kernel: jax.Array,
+    feedback: jax.Array,
+    *,
+    op: ops.BilinearOp | None = None,
+    x: jax.Array | None = None,
+) -> jax.Array:
+    """Angle of the error that feedback sends back to the true one, example by example.
+
+        angle(x_bar through feedback, x_bar through kernel);   dense: angle(e Bᵀ, e Wᵀ)
+
+    Args:
+        y_bar: cotangent of the layer's output, `(batch, ...)`.
+        kernel: forward weights W.
+        feedback: feedback weights B, of the kernel's shape.
+        op: the layer's bilinear op; by default a dense layer.
+        x: the layer's input, or anything of its shape and dtype; needed with `op`.
+
+    Returns:
+        `(batch,)` degrees; NaN for an example whose error is zero.
+
+    Raises:
+        ValueError: if the shapes differ, or `op` is given without `x`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> e, kernel = jnp.array([[1.0], [2.0]]), jnp.array([[1.0], [0.0]])
+        >>> cotangent_angle(e, kernel, jnp.array([[0.0], [3.0]]))
+        Array([90., 90.], dtype=float32)
+
+    References:
+        Lillicrap et al. (2016), figure 2. https://doi.org/10.1038/ncomms13276
+    """
+    pseudo, true = _input_cotangents(y_bar, kernel, feedback, op, x)
+    return jax.vmap(angle)(pseudo, true)
+
+
+class Descent(NamedTuple):
+    """The descent condition over a batch.
+
+    Attributes:
+        mean: scalar, the mean of eᵀ W B e over the batch; learning descends while it is positive.
+        share: scalar, the share of examples where it is positive.
+    """
+
+    mean: jax.Array
+    share: jax.Array
+
+
+def descent_condition(
+    y_bar: jax.Array,
+    kernel: jax.Array,
+    feedback: jax.Array,
+    *,
+    op: ops.BilinearOp | None = None,
+    x: jax.Array | None = None,
+) -> Descent:
+    """Whether the error that feedback sends back points less than 90 degrees off the true one.
+
+        eᵀ W B e = <x_bar through kernel, x_bar through feedback>
+
+    in the paper's layout (W maps inputs to outputs by W x, and B errors to inputs by B e).
+
+    Args:
+        y_bar: cotangent e of the layer's output, `(batch, ...)`.
+        kernel: forward weights.
+        feedback: feedback weights, of the kernel's shape.
+        op: the layer's bilinear op; by default a dense layer.
+        x: the layer's input, or anything of its shape and dtype; needed with `op`.
+
+    Returns:
+        A `Descent`: the mean over the batch, and the share of examples where it is positive.
+
+    Raises:
+        ValueError: if the shapes differ, or `op` is given without `x`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> e, kernel = jnp.array([[1.0], [-2.0]]), jnp.array([[1.0], [1.0]])
+        >>> descent_condition(e, kernel, jnp.array([[3.0], [-1.0]]))
+        Descent(mean=Array(5., dtype=float32), share=Array(1., dtype=float32))
+
+    References:
+        Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
+    """
+    pseudo, true = _input_cotangents(y_bar, kernel, feedback, op, x)
+    products = jax.vmap(jnp.vdot)(pseudo, true)
+    return Descent(jnp.mean(products), jnp.mean(products > 0))
+
+
+def _input_cotangents(y_bar, kernel, feedback, op, x):
+    """The cotangents of a layer's input through feedback and through the kernel, widened."""
+    trees.check_feedback(feedback, kernel)
+    if op is None:
+
+        def op(x, kernel):
+            return x @ kernel
+
+        x = jnp.zeros((*y_bar.shape[:-1], kernel.shape[0]), y_bar.dtype)
+    elif x is None:
+        raise ValueError("`op` is given without `x`: pass the layer's input, for its shape.")
+    y_bar, kernel, feedback = _widen([y_bar, kernel, feedback])
+    x_type = jax.ShapeDtypeStruct(x.shape, y_bar.dtype)
+    return tuple(
+        jax.linear_transpose(lambda x, w=w: op(x, w), x_type)(y_bar)[0] for w in (feedback, kernel)
+    )
+
+
+def _widen(leaves):
+    """Half precision is too coarse for sums over a layer."""
+    return [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in leaves]
+
+
+def _norm(leaves):
+    return jnp.sqrt(sum((jnp.vdot(x, x).real for x in leaves), start=jnp.float32(0)))

@@ -1,0 +1,111 @@
+"""What the tidy results say: one row per method, with 95 % intervals over seeds.
+
+The learning rate of a method is chosen on validation data; accuracy is then read on test data.
+Steps to the target loss are compared at one rate that all methods share, pairing the seeds.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean and its Student t interval, `(mean, low, high)`; NaN bounds for fewer than two values.
+
+    Example:
+        >>> mean, low, high = mean_interval([1.0, 2.0, 3.0])
+        >>> round(mean, 3), round(low, 3), round(high, 3)
+        (2.0, -0.484, 4.484)
+    """
+    values = np.asarray(values, float)
+    mean = values.mean()
+    if values.size < 2:
+        return mean, np.nan, np.nan
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, values.size - 1) * stats.sem(values)
+    return mean, mean - half, mean + half
+
+
+def ratio_interval(values: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
+    """Geometric mean of paired ratios and its t interval on the log scale, `(ratio, low, high)`.
+
+    Example:
+        >>> ratio, low, high = ratio_interval([20.0, 40.0, 80.0], [10.0, 20.0, 40.0])
+        >>> round(ratio, 3), round(low, 3), round(high, 3)
+        (2.0, 2.0, 2.0)
+    """
+    logs = np.log(np.asarray(values, float)) - np.log(np.asarray(reference, float))
+    return tuple(np.exp(mean_interval(logs)))
+
+
+def best_rate(runs: pd.DataFrame) -> float:
+    """The learning rate with the highest mean validation accuracy, of one method's runs.
+
+    Ties go to the lower mean validation loss. A rate at which any run diverged is not chosen; NaN
+    if that leaves none.
+    """
+    by_rate = runs.groupby("learning_rate")
+    means = by_rate[["validation_accuracy", "validation_loss"]].mean()
+    means = means[~by_rate["diverged"].any()]
+    if means.empty:
+        return np.nan
+    order = means.sort_values(["validation_accuracy", "validation_loss"], ascending=[False, True])
+    return float(order.index[0])
+
+
+def shared_rate(runs: pd.DataFrame) -> float:
+    """The smallest learning rate at which every run of every method reaches the target loss.
+
+    NaN if there is none. At so small a rate the steps measure the speed of learning rather than
+    its stability, and no run is censored.
+    """
+    reached = runs.groupby("learning_rate")["steps_to_target"].apply(lambda s: s.notna().all())
+    return float(min(reached[reached].index, default=np.nan))
+
+
+def summarise(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row per method.
+
+    Args:
+        runs: the tidy table "runs".
+
+    Returns:
+        A table with the columns `method`, `best_rate`, `best_rate_at_edge` (the best may lie
+        beyond the grid), `test_accuracy` at it with `_low` and `_high`, `shared_rate`,
+        `steps_to_target` there (geometric mean), `ratio_to_bp` of those steps with `_low` and
+        `_high`, `diverged` and `runs`.
+    """
+    rates = sorted(runs["learning_rate"].unique())
+    shared = shared_rate(runs)
+    at_shared = runs[runs["learning_rate"] == shared]
+    steps = at_shared.pivot(index="seed", columns="method", values="steps_to_target")
+    rows = []
+    for method in runs["method"].unique():
+        of_method = runs[runs["method"] == method]
+        best = best_rate(of_method)
+        accuracy = of_method.loc[of_method["learning_rate"] == best, "test_accuracy"]
+        interval = mean_interval(accuracy) if accuracy.size else (np.nan,) * 3
+        row = {
+            "method": method,
+            "best_rate": best,
+            "best_rate_at_edge": len(rates) > 1 and best in (rates[0], rates[-1]),
+            **_named("test_accuracy", interval),
+            "shared_rate": shared,
+            "steps_to_target": np.nan,
+            **_named("ratio_to_bp", (np.nan,) * 3),
+            "diverged": int(of_method["diverged"].sum()),
+            "runs": len(of_method),
+        }
+        if method in steps:
+            row["steps_to_target"] = float(np.exp(np.log(steps[method]).mean()))
+            if "bp" in steps and method != "bp":
+                row |= _named("ratio_to_bp", ratio_interval(steps[method], steps["bp"]))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _named(name, interval):
+    return dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))

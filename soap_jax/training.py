@@ -1,0 +1,283 @@
+"""Training loops that stay on the device: a step, a scanned epoch, an evaluation.
+
+    step = make_train_step(apply_fn, optimizer)
+    state = init_train_state(params, optimizer, feedback=init_feedback(key, params, rule))
+    state, losses = train_epoch(step, state, (images, labels), key, batch_size=64)
+
+An `apply_fn` is any `(params, feedback, x) -> outputs`, of whatever library; for a Linen model
+
+    def apply_fn(params, feedback, x):
+        return model.apply({"params": params, "feedback": feedback}, x)
+
+All of it is pure. Where you `jit` a step or an epoch yourself, donate the state
+(`jax.jit(step, donate_argnums=0)`): feedback that passes through undonated is copied every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from soap_jax.feedback import FeedbackState, sync_feedback
+
+ApplyFn = Callable[[chex.ArrayTree, chex.ArrayTree | None, jax.Array], jax.Array]
+"""`(params, feedback, x) -> outputs`."""
+
+LossFn = Callable[[jax.Array, jax.Array], jax.Array]
+"""`(outputs, targets) -> loss`, a scalar."""
+
+Batch = tuple[jax.Array, jax.Array]
+"""`(x, targets)`, the examples along the first axis of both."""
+
+
+class TrainState(NamedTuple):
+    """What training carries from step to step.
+
+    Attributes:
+        params: the parameters.
+        feedback: feedback weights and how they are synced; None for exact backpropagation.
+        opt_state: the optimiser's state, over `params` alone.
+        step: int32 scalar, the number of completed parameter updates.
+    """
+
+    params: chex.ArrayTree
+    feedback: FeedbackState | None
+    opt_state: optax.OptState
+    step: jax.Array
+
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]
+"""`(state, batch) -> (state, loss)`."""
+
+
+class Evaluation(NamedTuple):
+    """A model's quality on a data set.
+
+    Attributes:
+        loss: scalar, the mean loss.
+        accuracy: scalar, the share of examples whose largest output is the target's.
+    """
+
+    loss: jax.Array
+    accuracy: jax.Array
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean softmax cross-entropy of `logits` `(batch, classes)` and integer `labels` `(batch,)`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> round(float(cross_entropy(jnp.zeros((4, 10)), jnp.arange(4))), 4)
+        2.3026
+    """
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def init_train_state(
+    params: chex.ArrayTree,
+    optimizer: optax.GradientTransformation | optax.MultiSteps,
+    *,
+    feedback: FeedbackState | None = None,
+) -> TrainState:
+    """The state before the first update.
+
+    Args:
+        params: the parameters.
+        optimizer: an Optax optimiser, or `optax.MultiSteps` around one.
+        feedback: from `init_feedback`; None for exact backpropagation.
+
+    Returns:
+        The state, at step 0.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> int(init_train_state({"w": jnp.ones(2)}, optax.sgd(0.1)).step)
+        0
+    """
+    return TrainState(params, feedback, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def make_train_step(
+    apply_fn: ApplyFn,
+    optimizer: optax.GradientTransformation | optax.MultiSteps,
+    *,
+    loss_fn: LossFn = cross_entropy,
+) -> TrainStep:
+    """Makes the step of training: sync feedback, take the gradient, update the parameters.
+
+    Feedback is synced first, with the number of completed updates, so learning starts with synced
+    feedback. Under `optax.MultiSteps` only real updates count, and feedback changes only right
+    after one.
+
+    Args:
+        apply_fn: `(params, feedback, x) -> outputs`; feedback is `state.feedback.feedback`, or
+            None where the state has no feedback.
+        optimizer: the optimiser that the state was made with.
+        loss_fn: `(outputs, targets) -> loss`.
+
+    Returns:
+        A pure function `(state, batch) -> (state, loss)`, the loss before the update. Jit it with
+        `donate_argnums=0`, or scan it.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from soap_jax import ops
+        >>> def apply_fn(params, feedback, x):
+        ...     return ops.feedback_dense(x, params["w"], feedback and feedback["w"])
+        >>> optimizer = optax.sgd(0.1)
+        >>> step = jax.jit(make_train_step(apply_fn, optimizer), donate_argnums=0)
+        >>> state = init_train_state({"w": jnp.zeros((3, 2))}, optimizer)
+        >>> state, loss = step(state, (jnp.ones((4, 3)), jnp.array([0, 1, 1, 1])))
+        >>> round(float(loss), 4), int(state.step)
+        (0.6931, 1)
+    """
+
+    def loss_of(params, feedback, batch):
+        x, targets = batch
+        return loss_fn(apply_fn(params, feedback, x), targets)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+        feedback = state.feedback
+        if feedback is not None:
+            feedback = _sync(state.params, feedback, state)
+        weights = None if feedback is None else feedback.feedback
+        loss, gradient = jax.value_and_grad(loss_of)(state.params, weights, batch)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        if isinstance(opt_state, optax.MultiStepsState):
+            completed = opt_state.gradient_step
+        else:
+            completed = state.step + 1
+        return TrainState(params, feedback, opt_state, completed), loss
+
+    return step
+
+
+def train_epoch(
+    step: TrainStep,
+    state: TrainState,
+    data: Batch,
+    key: chex.PRNGKey,
+    *,
+    batch_size: int,
+) -> tuple[TrainState, jax.Array]:
+    """Trains on every example once, in an order drawn from `key`, as one scan.
+
+    Data stay on the device as they are stored; a last, incomplete batch is left out.
+
+    Args:
+        step: from `make_train_step`.
+        state: the state before.
+        data: `(x, targets)`.
+        key: for the order.
+        batch_size: examples per step.
+
+    Returns:
+        The state after, and the loss of each step, `(examples // batch_size,)`.
+
+    Raises:
+        ValueError: if the batch size is not between 1 and the number of examples.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> count = lambda state, batch: (state + batch[0].size, batch[1].sum())
+        >>> data = (jnp.ones(10), jnp.ones(10))
+        >>> total, losses = train_epoch(count, 0, data, jax.random.key(0), batch_size=3)
+        >>> int(total), losses
+        (9, Array([3., 3., 3.], dtype=float32))
+    """
+    order = epoch_order(key, data[0].shape[0], batch_size)
+    return scan_batches(step, state, data, order)
+
+
+def epoch_order(key: chex.PRNGKey, num_examples: int, batch_size: int) -> jax.Array:
+    """Draws the batches of an epoch: indices, `(num_examples // batch_size, batch_size)`.
+
+    Raises:
+        ValueError: if the batch size is not between 1 and the number of examples.
+
+    Example:
+        >>> import jax
+        >>> epoch_order(jax.random.key(0), 10, 3).shape
+        (3, 3)
+    """
+    if not 1 <= batch_size <= num_examples:
+        raise ValueError(
+            f"batch_size is {batch_size}; expected 1 to {num_examples}, the number of examples."
+        )
+    steps = num_examples // batch_size
+    order = jax.random.permutation(key, num_examples)
+    return order[: steps * batch_size].reshape(steps, batch_size)
+
+
+def scan_batches(
+    step: TrainStep, state: TrainState, data: Batch, order: jax.Array
+) -> tuple[TrainState, jax.Array]:
+    """Scans `step` over the batches that `order` `(steps, batch_size)` picks from `data`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> first = lambda state, batch: (state, batch[0][0])
+        >>> scan_batches(first, 0, (jnp.arange(9), jnp.arange(9)), jnp.array([[5, 1], [7, 2]]))[1]
+        Array([5, 7], dtype=int32)
+    """
+
+    def body(state, indices):
+        return step(state, jax.tree.map(lambda leaf: leaf[indices], data))
+
+    return lax.scan(body, state, order)
+
+
+def evaluate(
+    apply_fn: ApplyFn,
+    params: chex.ArrayTree,
+    feedback: chex.ArrayTree | None,
+    data: Batch,
+    *,
+    loss_fn: LossFn = cross_entropy,
+    batch_size: int = 1000,
+) -> Evaluation:
+    """Mean loss and accuracy over a data set, a batch at a time.
+
+    Args:
+        apply_fn: as in `make_train_step`.
+        params: the parameters.
+        feedback: a feedback tree, which the forward pass does not use, or None.
+        data: `(x, labels)`.
+        loss_fn: a mean over examples.
+        batch_size: the largest number of examples at a time.
+
+    Returns:
+        An `Evaluation`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> data = (jnp.eye(3), jnp.array([0, 1, 1]))
+        >>> round(float(evaluate(lambda p, b, x: x, None, None, data).accuracy), 3)
+        0.667
+    """
+
+    def one(example):
+        x, label = jax.tree.map(lambda leaf: leaf[None], example)
+        outputs = apply_fn(params, feedback, x)
+        return loss_fn(outputs, label), jnp.argmax(outputs, -1)[0] == label[0]
+
+    losses, hits = lax.map(one, data, batch_size=min(batch_size, data[0].shape[0]))
+    return Evaluation(losses.mean(), hits.mean())
+
+
+def _sync(params, feedback, state):
+    """Syncs, but between two real updates of `optax.MultiSteps` leaves feedback as it is."""
+    if not isinstance(state.opt_state, optax.MultiStepsState):
+        return sync_feedback(params, feedback, state.step)
+    return lax.cond(
+        state.opt_state.mini_step == 0,
+        lambda: sync_feedback(params, feedback, state.step),
+        lambda: feedback,
+    )
