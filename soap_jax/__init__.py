@@ -1,8 +1,8 @@
 """Feedback alignment for JAX and Flax.
 
 The public names below, and the modules `ops`, `rules`, `trees`, `linen`, `nnx`, `metrics`,
-`models`, `data`, `training` and `sweeps`. Everything loads on first use, so that `import soap_jax` and
-`soap-jax --help` are quick.
+`models`, `data`, `training` and `sweeps`. Everything loads on first use, so that
+`import soap_jax` and `soap-jax --help` are quick.
 """
 
 import importlib

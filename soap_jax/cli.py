@@ -218,6 +218,8 @@ def _print_summary(console, config, table):
 
     from soap_jax.study.methods import TITLES
 
+    shared = table["shared_rate"].iloc[0]
+
     def accuracy(row):
         mean, high = 100 * row["test_accuracy"], 100 * row["test_accuracy_high"]
         if math.isnan(mean):
@@ -227,16 +229,13 @@ def _print_summary(console, config, table):
     def ratio(row):
         value, low, high = (row["ratio_to_bp" + end] for end in ("", "_low", "_high"))
         if math.isnan(value):
-            return "-"
+            return "1" if row["method"] == "bp" and not math.isnan(shared) else "-"
         return f"{value:.2f}" if math.isnan(low) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
-
-    def number(value):
-        return "-" if math.isnan(value) else f"{value:.3g}"
 
     screen = Table(
         title=f"{config.dataset}, {config.seeds} seeds, 95 % intervals",
         box=box.SIMPLE_HEAD,
-        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     screen.add_column("method", no_wrap=True)
     target = f"{config.target_loss:g}"
@@ -246,13 +245,12 @@ def _print_summary(console, config, table):
     for _, row in table.iterrows():
         screen.add_row(
             TITLES[row["method"]],
-            number(row["best_rate"]) + "*" * bool(row["best_rate_at_edge"]),
+            f"{row['best_rate']:g}" + "*" * bool(row["best_rate_at_edge"]),
             accuracy(row),
-            number(row["steps_to_target"]),
+            "-" if math.isnan(row["steps_to_target"]) else f"{row['steps_to_target']:.0f}",
             ratio(row),
             f"{row['diverged']} of {row['runs']}",
         )
-    shared = table["shared_rate"].iloc[0]
     console.print()
     console.print(screen)
     if math.isnan(shared):

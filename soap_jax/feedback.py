@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import chex
 import jax
@@ -187,15 +188,15 @@ def _sync_with(rule, kernels, key):
     return apply
 
 
-def _split_period(rule):
+def _split_period(rule) -> tuple[Any, chex.ArrayTree]:
     """Splits a rule, or a mapping of rules, into its static part and its periods."""
     if isinstance(rule, rules.Rule):
         static = rule if isinstance(rule, rules.Fixed) else dataclasses.replace(rule, period=1)
         return static, jnp.asarray(rule.period, jnp.int32)
     if isinstance(rule, Mapping) and rule:
         parts = {pattern: _split_period(one) for pattern, one in rule.items()}
-        static = tuple((pattern, static) for pattern, (static, _) in parts.items())
-        return static, {pattern: period for pattern, (_, period) in parts.items()}
+        static_parts = tuple((pattern, static) for pattern, (static, _) in parts.items())
+        return static_parts, {pattern: period for pattern, (_, period) in parts.items()}
     raise ValueError(
         f"rule is {rule!r}; expected a rule such as soap_jax.SignSync(period=10), or a mapping "
         "from path patterns to rules."

@@ -32,7 +32,7 @@ def check(
         return isinstance(value, numbers.Integral)
 
     def positive(value):
-        return isinstance(value, numbers.Real) and 0 < value < math.inf
+        return isinstance(value, numbers.Real) and 0 < float(value) < math.inf
 
     each("seeds", seeds, lambda s: whole(s) and 0 <= s < 2**31, "integers from 0 to 2³¹ - 1")
     each("learning_rates", learning_rates, positive, "positive, finite numbers")

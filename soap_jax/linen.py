@@ -30,7 +30,10 @@ from soap_jax.feedback import glorot_normal
 
 COLLECTION = "feedback"
 
-_Base = nn.Module if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = nn.Module
+else:
+    _Base = object
 
 
 class _FeedbackLayer(_Base):
@@ -68,6 +71,7 @@ class _FeedbackLayer(_Base):
         return layer(**fields | {"parent": None, "name": None, "use_bias": False} | changes)
 
     def _read_feedback(self):
+        assert self.scope is not None  # Flax has bound the module
         if COLLECTION not in self.scope.root.variables():
             path = "/".join(self.path)
             raise ValueError(

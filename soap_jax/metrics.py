@@ -49,8 +49,8 @@ def angle(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
     """
     leaves_a, structure_a = jax.tree.flatten(a)
     leaves_b, structure_b = jax.tree.flatten(b)
-    shapes_a, shapes_b = map(jnp.shape, leaves_a), map(jnp.shape, leaves_b)
-    if structure_a != structure_b or list(shapes_a) != list(shapes_b):
+    same_shapes = list(map(jnp.shape, leaves_a)) == list(map(jnp.shape, leaves_b))
+    if structure_a != structure_b or not same_shapes:  # type: ignore[operator]
         raise ValueError(
             f"the angle of trees that differ: {jax.tree.map(jnp.shape, a)} and "
             f"{jax.tree.map(jnp.shape, b)}; expected the same structure and shapes."

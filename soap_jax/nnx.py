@@ -19,7 +19,7 @@ place of feedback runs that layer by exact backpropagation.
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from flax import nnx
@@ -42,14 +42,13 @@ class Feedback(nnx.Variable):
     """
 
 
-_Base = nnx.Module if TYPE_CHECKING else object
+_Base: Any = object
 
 
 class _FeedbackLayer(_Base):
     """Mixin before one of Flax's layers: a bilinear op of input and kernel, and perhaps a bias."""
 
-    kernel: nnx.Param[jax.Array]
-    bias: Any
+    kernel: Any
 
     def __init__(
         self,
@@ -61,8 +60,8 @@ class _FeedbackLayer(_Base):
     ):
         feedback_rngs = nnx.Rngs(params=_feedback_key(rngs))
         super().__init__(*args, rngs=rngs, **kwargs)
-        layer = next(c for c in type(self).__mro__ if c.__module__.startswith("flax."))
-        twin = layer(*args, rngs=feedback_rngs, **kwargs | {"kernel_init": feedback_init})
+        kwargs["kernel_init"] = feedback_init
+        twin = _flax_layer(type(self))(*args, rngs=feedback_rngs, **kwargs)
         self.feedback = Feedback(twin.kernel[...])
         self.feedback_bar = feedback_bar
 
@@ -72,18 +71,23 @@ class _FeedbackLayer(_Base):
         if feedback is None:
             return super().__call__(inputs, *args, **kwargs)
         y = super().__call__(lax.stop_gradient(inputs), *args, **kwargs)
-        forward = super().__call__.__func__
         kernel = self.kernel[...]
         trees.check_feedback(feedback, kernel, ("feedback",))
+        flax_layer = _flax_layer(type(self))
         graph, state = nnx.split(self)
         shapes = jax.eval_shape(lambda: state)
 
         def op(x, kernel):
             layer = nnx.merge(graph, shapes)
             layer.kernel, layer.bias, layer.use_bias = nnx.Param(kernel), None, False
-            return forward(layer, x, *args, **kwargs)
+            return flax_layer.__call__(layer, x, *args, **kwargs)
 
         return ops.through_feedback(op, y, inputs, kernel, feedback, feedback_bar=self.feedback_bar)
+
+
+def _flax_layer(cls: type) -> Any:
+    """Flax's own layer, from which a feedback layer derives."""
+    return next(c for c in cls.__mro__ if c.__module__.startswith("flax."))
 
 
 def _feedback_key(rngs: nnx.Rngs) -> jax.Array:

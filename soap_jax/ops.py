@@ -76,9 +76,7 @@ def through_feedback(
             or `feedback_bar` is neither None, "kernel" nor a function.
     """
     trees.check_feedback(feedback, kernel)
-    if feedback_bar == "kernel":
-        feedback_bar = functools.partial(_kernel_bar, op)
-    elif not (feedback_bar is None or callable(feedback_bar)):
+    if not (feedback_bar is None or feedback_bar == "kernel" or callable(feedback_bar)):
         raise ValueError(
             f"feedback_bar is {feedback_bar!r}; expected None, 'kernel', or a function of "
             "(x, y, kernel, feedback, y_bar)."
@@ -87,23 +85,26 @@ def through_feedback(
         return y  # an integer input has no cotangent
     x_type, kernel_dtype = jax.typeof(x), kernel.dtype
     has_cotangent = jnp.issubdtype(jnp.result_type(feedback), jnp.inexact)
-    learned = feedback_bar if has_cotangent else None
+    learned: FeedbackBarFn | None = None
+    if has_cotangent and feedback_bar is not None:
+        learned = _kernel_bar_of(op) if feedback_bar == "kernel" else feedback_bar
 
     def f(y, x, kernel, feedback):
         del x, kernel, feedback
         return y
 
     def f_fwd(y, x, kernel, feedback):
-        return y, (feedback,) if learned is None else (feedback, x, y, kernel)
+        return y, (feedback, None if learned is None else (x, y, kernel))
 
     def f_bwd(residuals, y_bar):
-        feedback, *activities = residuals
+        feedback, activities = residuals
         at_feedback = feedback.astype(kernel_dtype)
         (x_bar,) = jax.linear_transpose(lambda x: op(x, at_feedback), x_type)(y_bar)
         if learned is None:
             return y_bar, x_bar, None, None
-        feedback_bar = learned(*activities, feedback, y_bar).astype(feedback.dtype)
-        return y_bar, x_bar, None, feedback_bar
+        x, y, kernel = activities
+        feedback_bar = learned(x, y, kernel, feedback, y_bar)
+        return y_bar, x_bar, None, feedback_bar.astype(feedback.dtype)
 
     f = jax.custom_vjp(f)
     f.defvjp(f_fwd, f_bwd)
@@ -370,10 +371,14 @@ def feedback_conv_transpose(
     return feedback_op(op, feedback_bar=feedback_bar)(x, kernel, feedback)
 
 
-def _kernel_bar(op, x, y, kernel, feedback, y_bar):
+def _kernel_bar_of(op: BilinearOp) -> FeedbackBarFn:
     """The op's own cotangent for the kernel, as a `feedback_bar` function."""
-    del y, feedback
-    (kernel_bar,) = jax.linear_transpose(lambda kernel: op(x, kernel), kernel)(y_bar)
+
+    def kernel_bar(x, y, kernel, feedback, y_bar):
+        del y, feedback
+        (kernel_bar,) = jax.linear_transpose(lambda kernel: op(x, kernel), kernel)(y_bar)
+        return kernel_bar
+
     return kernel_bar
 
 

@@ -3,7 +3,8 @@
 A run is any pure function `(seed, learning_rate, period, *args) -> results`. `sweep` compiles it
 once and spreads the runs over all devices. On accelerators a device does a chunk of runs at once
 (`vmap`); on CPU it does them one after the other (`lax.map`), which is faster there and
-bit-identical to a run alone, whatever the number of devices. Give JAX one CPU device per core before its first use:
+bit-identical to a run alone, whatever the number of devices. Give JAX one CPU device per core
+before its first use:
 
     jax.config.update("jax_num_cpu_devices", os.cpu_count())
 """

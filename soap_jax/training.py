@@ -21,6 +21,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -32,7 +33,7 @@ ApplyFn = Callable[[chex.ArrayTree, chex.ArrayTree | None, jax.Array], jax.Array
 LossFn = Callable[[jax.Array, jax.Array], jax.Array]
 """`(outputs, targets) -> loss`, a scalar."""
 
-Batch = tuple[jax.Array, jax.Array]
+Batch = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]
 """`(x, targets)`, the examples along the first axis of both."""
 
 

@@ -22,7 +22,7 @@ PROBE_SIZE = 256
 
 
 class Arrays(NamedTuple):
-    """A data set as the device holds it, each a pair of uint8 images and int32 labels.
+    """A data set in three parts, each of uint8 images and int32 labels.
 
     Attributes:
         train: what is trained on.
@@ -30,9 +30,9 @@ class Arrays(NamedTuple):
         test: looked at once, at the end of a run.
     """
 
-    train: training.Batch
-    validation: training.Batch
-    test: training.Batch
+    train: data.Split
+    validation: data.Split
+    test: data.Split
 
 
 class Record(NamedTuple):
@@ -56,7 +56,7 @@ def split(dataset: data.Dataset) -> Arrays:
     """Splits a data set; a fifth of the training examples, at most 5000, are for validation."""
     num = min(len(dataset.train.labels) // 5, 5000)
     train, validation = data.split_validation(dataset.train, num)
-    return Arrays(tuple(train), tuple(validation), tuple(dataset.test))
+    return Arrays(train, validation, dataset.test)
 
 
 def evaluation_steps(config: StudyConfig, num_train: int) -> np.ndarray:

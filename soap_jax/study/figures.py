@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -17,13 +18,13 @@ from soap_jax.study.config import StudyConfig
 from soap_jax.study.methods import TITLES
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and a marker each.
-STYLES = {
+STYLES: dict[str, Any] = {
     "bp": {"color": "#000000", "marker": "o"},
     "fa": {"color": "#D55E00", "marker": "s"},
     "sign": {"color": "#0072B2", "marker": "^"},
     "sign_preserve": {"color": "#009E73", "marker": "D"},
 }
-PAPER = {
+PAPER: Any = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.grid": True,

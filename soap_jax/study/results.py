@@ -61,12 +61,9 @@ def tidy(
             smooth = losses.ewm(alpha=SMOOTHING).mean().where(np.isfinite(losses)).to_numpy()
             reached = np.flatnonzero(smooth <= config.target_loss)
             names = {"method": method, "learning_rate": rate, "seed": seed, "period": config.period}
-            rows = pd.DataFrame(one.evaluations)
-            rows.insert(0, "train_loss", np.append(np.nan, smooth)[marks])
-            rows.insert(0, "step", marks)
-            for column, value in reversed(names.items()):
-                rows.insert(0, column, value)
-            evaluations.append(rows)
+            train_loss = np.append(np.nan, smooth)[marks]
+            rows = {**names, "step": marks, "train_loss": train_loss, **one.evaluations}
+            evaluations.append(pd.DataFrame(rows))
             measured = [one.test_loss, *one.evaluations.values()]
             finite = np.isfinite(losses).all() and all(np.isfinite(m).all() for m in measured[:2])
             runs.append(

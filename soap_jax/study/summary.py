@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy import stats
 
 CONFIDENCE = 0.95
 
 
-def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
+def mean_interval(values: ArrayLike) -> tuple[float, float, float]:
     """Mean and its Student t interval, `(mean, low, high)`; NaN bounds for fewer than two values.
 
     Example:
@@ -21,15 +22,15 @@ def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
         >>> round(mean, 3), round(low, 3), round(high, 3)
         (2.0, -0.484, 4.484)
     """
-    values = np.asarray(values, float)
-    mean = values.mean()
-    if values.size < 2:
+    sample = np.asarray(values, float)
+    mean = float(sample.mean())
+    if sample.size < 2:
         return mean, np.nan, np.nan
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, values.size - 1) * stats.sem(values)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, sample.size - 1) * stats.sem(sample))
     return mean, mean - half, mean + half
 
 
-def ratio_interval(values: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
+def ratio_interval(values: ArrayLike, reference: ArrayLike) -> tuple[float, float, float]:
     """Geometric mean of paired ratios and its t interval on the log scale, `(ratio, low, high)`.
 
     Example:
@@ -38,7 +39,8 @@ def ratio_interval(values: np.ndarray, reference: np.ndarray) -> tuple[float, fl
         (2.0, 2.0, 2.0)
     """
     logs = np.log(np.asarray(values, float)) - np.log(np.asarray(reference, float))
-    return tuple(np.exp(mean_interval(logs)))
+    mean, low, high = np.exp(mean_interval(logs)).tolist()
+    return mean, low, high
 
 
 def best_rate(runs: pd.DataFrame) -> float:
