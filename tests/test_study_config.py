@@ -1,0 +1,47 @@
+"""The configuration of a study refuses what it cannot run."""
+
+import subprocess
+import sys
+
+import pytest
+
+from soap_jax.study.config import StudyConfig
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset": "minst"}, "dataset is 'minst'; expected one of digits, mnist"),
+        ({"methods": ("bp", "dfa")}, "methods is 'bp', 'dfa'; expected different ones of bp"),
+        ({"methods": ()}, "methods is empty"),
+        ({"methods": ("fa", "fa")}, "different ones"),
+        ({"activation": "step"}, "activation is 'step'"),
+        ({"learning_rates": ()}, "learning_rates is empty"),
+        ({"learning_rates": (0.1, -0.1)}, "learning_rates has -0.1 at index 1; expected positive"),
+        ({"learning_rates": (0.1, float("nan"))}, "learning_rates has nan at index 1"),
+        ({"learning_rates": (0.1, 0.1)}, "twice"),
+        ({"seeds": 0}, "seeds is 0; expected at least 1"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"period": 0}, "period is 0"),
+        ({"evaluations": 0}, "evaluations is 0"),
+        ({"hidden": ()}, "nothing for feedback to do"),
+        ({"hidden": (256, 0)}, "hidden is"),
+        ({"target_loss": 0.0}, "target_loss is 0.0"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        StudyConfig(**change)
+
+
+def test_configurations_are_compared_by_content():
+    assert StudyConfig(learning_rates=[0.3, 0.1]) == StudyConfig(learning_rates=(0.1, 0.3))
+    assert hash(StudyConfig()) == hash(StudyConfig())
+
+
+def test_importing_the_command_line_loads_nothing_heavy():
+    heavy = "{'jax', 'numpy', 'pandas', 'matplotlib', 'scipy', 'flax'}"
+    code = f"import sys, soap_jax.cli; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stdout + done.stderr
