@@ -131,7 +131,7 @@ def _run_study(config: StudyConfig, data_dir: pathlib.Path | None, out: pathlib.
     from rich.console import Console
 
     # One CPU device per core: a sweep puts a run on each. Must come before JAX is first used.
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    jax.config.update("jax_num_cpu_devices", _num_cores())
 
     from soap_jax.study import figures, results, summary
 
@@ -152,6 +152,13 @@ def _run_study(config: StudyConfig, data_dir: pathlib.Path | None, out: pathlib.
         f"\nResults in [bold]{out}[/bold] (study.json, evaluations.csv, runs.csv, summary.csv) and "
         f"figures, first [bold]{paths[0]}[/bold]. {time.perf_counter() - start:.0f} s in all."
     )
+
+
+def _num_cores() -> int:
+    """The number of cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on every system
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _train(config, data_dir, console):

@@ -11,6 +11,7 @@ rule is static and its periods are leaves, so nothing retraces when steps or per
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -74,10 +75,13 @@ def init_feedback(
         initializer: `(key, shape, dtype) -> array`. For kernels of several input or output axes
             give one that knows them, or adopt the model's own feedback.
         feedback: feedback weights to adopt instead, such as Linen's `variables["feedback"]` or
-            `nnx.state(model, soap_jax.nnx.Feedback)`; excludes `where`.
+            `nnx.state(model, soap_jax.nnx.Feedback)`; excludes `where`. The state shares its
+            buffers, so donating the state uses them up.
 
     Returns:
-        The state. Leaves of `params` without feedback have `None` in `state.feedback`.
+        The state. Leaves of `params` without feedback have `None` in `state.feedback`, which has
+        the structure of `params`; for the layers of `soap_jax.nnx` adopt the model's feedback
+        instead, since `nnx.update` would put the leaves of a tree like `params` in its place.
 
     Raises:
         ValueError: if `rule` is neither a rule nor a mapping of rules, if a pattern matches
@@ -158,26 +162,29 @@ def sync_feedback(params: chex.ArrayTree, state: FeedbackState, step: ArrayLike)
         kernels[path], feedback[path] = kernel, leaf
 
     trees.map_pairs(collect, params, state.feedback)
-    key = jax.random.fold_in(state.key, step)
     for pattern, rule, paths in _rules_of(state.rule, list(feedback)):
-        if isinstance(rule, rules.Fixed) or not paths:
+        if type(rule) is rules.Fixed or not paths:
             continue
         period = state.period if pattern is None else state.period[pattern]
-        apply = _sync_with(rule, {path: lax.stop_gradient(kernels[path]) for path in paths}, key)
-        old = {path: feedback[path] for path in paths}
-        feedback |= lax.cond(step % period == 0, apply, lambda old: old, old)
+        feedback |= _sync(
+            rule,
+            {path: kernels[path] for path in paths},
+            {path: feedback[path] for path in paths},
+            period,
+            state.key,
+            step,
+        )
     synced = trees.map_pairs(lambda path, w, b: feedback[path], params, state.feedback)
     return dataclasses.replace(state, feedback=synced)
 
 
-def _sync_with(rule, kernels, key):
-    """The function that applies `rule` to a dict of feedback by path."""
-
-    def apply(feedback):
-        return {path: one(path, leaf) for path, leaf in feedback.items()}
+@functools.partial(jax.jit, static_argnums=0)  # a call outside `jit` then compiles only once
+def _sync(rule, kernels, feedback, period, key, step):
+    """Applies one rule to feedback by path, if its turn has come."""
+    key = jax.random.fold_in(key, step)
 
     def one(path, leaf):
-        new = rule(kernels[path], leaf, _fold_in_path(key, path))
+        new = rule(lax.stop_gradient(kernels[path]), leaf, _fold_in_path(key, path))
         if jnp.shape(new) != leaf.shape:
             raise ValueError(
                 f"{rule} returned feedback of shape {jnp.shape(new)} for {trees.show(path)}; "
@@ -185,7 +192,10 @@ def _sync_with(rule, kernels, key):
             )
         return jnp.asarray(new, leaf.dtype)
 
-    return apply
+    def apply(feedback):
+        return {path: one(path, leaf) for path, leaf in feedback.items()}
+
+    return lax.cond(step % period == 0, apply, lambda feedback: feedback, feedback)
 
 
 def _split_period(rule) -> tuple[Any, chex.ArrayTree]:

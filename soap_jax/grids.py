@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import struct
 from collections.abc import Sequence
 
 
@@ -25,15 +26,23 @@ def check(
         for i, value in enumerate(values):
             if isinstance(value, bool) or not holds(value):
                 raise ValueError(f"{name} has {value!r} at index {i}; expected {expected}.")
-        if len(set(values)) < len(values):
+        if len(set(map(_as_float32, values))) < len(values):
             raise ValueError(f"{name} has a value twice: {list(values)}.")
 
     def whole(value):
         return isinstance(value, numbers.Integral)
 
     def positive(value):
-        return isinstance(value, numbers.Real) and 0 < float(value) < math.inf
+        return isinstance(value, numbers.Real) and 0 < _as_float32(value) < math.inf
 
     each("seeds", seeds, lambda s: whole(s) and 0 <= s < 2**31, "integers from 0 to 2³¹ - 1")
     each("learning_rates", learning_rates, positive, "positive, finite numbers")
     each("periods", periods, lambda p: whole(p) and 1 <= p < 2**31, "integers of at least 1")
+
+
+def _as_float32(value) -> float:
+    """The value as a sweep will use it: very small and very large ones become 0 and infinity."""
+    try:
+        return struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.inf

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 import flax.linen as nn
 import jax
 from flax.core import meta
-from jax import lax
 
 from soap_jax import ops, trees
 from soap_jax.feedback import glorot_normal
@@ -42,25 +41,30 @@ class _FeedbackLayer(_Base):
     feedback_init: nn.initializers.Initializer
     feedback_bar: ops.FeedbackBar
 
-    def __call__(self, inputs: jax.Array, *args) -> jax.Array:
+    def __call__(self, inputs: jax.Array, *args, **kwargs) -> jax.Array:
         """Applies Flax's layer; its input's cotangent goes through feedback."""
         if self.is_initializing():
-            y = super().__call__(inputs, *args)  # first, so that it draws what Flax's layer draws
+            # First, so that it draws what Flax's layer draws.
+            y = super().__call__(inputs, *args, **kwargs)
             if not self.has_variable(COLLECTION, "kernel"):
+                if not self.is_mutable_collection(COLLECTION):
+                    raise ValueError(self._no_collection())
                 twin = self._flax_layer(kernel_init=self.feedback_init)
-                drawn = twin.init(self.make_rng(COLLECTION), inputs, *args)
+                drawn = twin.init(self.make_rng(COLLECTION), inputs, *args, **kwargs)
                 self.put_variable(COLLECTION, "kernel", drawn["params"]["kernel"])
             return y
         feedback = self._read_feedback()
         if feedback is None:
-            return super().__call__(inputs, *args)
-        y = super().__call__(lax.stop_gradient(inputs), *args)
+            return super().__call__(inputs, *args, **kwargs)
+        y = super().__call__(ops.detach(inputs), *args, **kwargs)
         kernel = meta.unbox(self.get_variable("params", "kernel"))
         trees.check_feedback(feedback, kernel, (*self.path, "kernel"))
+        if getattr(self, "mask", None) is not None:
+            feedback = feedback * self.mask  # out here, where a traced mask is an argument
         linear = self._flax_layer()
 
         def op(x, kernel):
-            return linear.apply({"params": {"kernel": kernel}}, x, *args)
+            return linear.apply({"params": {"kernel": kernel}}, x, *args, **kwargs)
 
         return ops.through_feedback(op, y, inputs, kernel, feedback, feedback_bar=self.feedback_bar)
 
@@ -68,20 +72,25 @@ class _FeedbackLayer(_Base):
         """Flax's own layer with this one's fields, without a bias: bilinear in input and kernel."""
         layer = next(c for c in type(self).__mro__ if c.__module__.startswith("flax."))
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(layer) if f.init}
+        if "mask" in fields:
+            fields["mask"] = None
         return layer(**fields | {"parent": None, "name": None, "use_bias": False} | changes)
+
+    def _no_collection(self):
+        path = "/".join(self.path)
+        return (
+            f"{type(self).__name__} at {path or 'the top'} found no collection 'feedback'. "
+            "Pass it beside the parameters:\n"
+            "    model.apply({'params': params, 'feedback': feedback}, x)\n"
+            "with `feedback` from model.init(...)['feedback'] or init_feedback(...).feedback; "
+            "under nn.scan or nn.vmap also give variable_axes={'params': 0, 'feedback': 0}. "
+            "For exact backpropagation pass None as the layer's leaf."
+        )
 
     def _read_feedback(self):
         assert self.scope is not None  # Flax has bound the module
         if COLLECTION not in self.scope.root.variables():
-            path = "/".join(self.path)
-            raise ValueError(
-                f"{type(self).__name__} at {path or 'the top'} found no collection 'feedback'. "
-                "Pass it beside the parameters:\n"
-                "    model.apply({'params': params, 'feedback': feedback}, x)\n"
-                "with `feedback` from model.init(...)['feedback'] or init_feedback(...).feedback; "
-                "under nn.scan or nn.vmap also give variable_axes={'params': 0, 'feedback': 0}. "
-                "For exact backpropagation pass None as the layer's leaf."
-            )
+            raise ValueError(self._no_collection())
         return meta.unbox(self.get_variable(COLLECTION, "kernel"))
 
 

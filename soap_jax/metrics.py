@@ -10,6 +10,7 @@ of feedback's structure. Metrics of one layer's error take `(y_bar, kernel, feed
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -56,8 +57,7 @@ def angle(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
             f"{jax.tree.map(jnp.shape, b)}; expected the same structure and shapes."
         )
     leaves_a, leaves_b = _widen(leaves_a), _widen(leaves_b)
-    norm_a, norm_b = _norm(leaves_a), _norm(leaves_b)
-    units = [(x / norm_a, y / norm_b) for x, y in zip(leaves_a, leaves_b, strict=True)]
+    units = list(zip(_unit(leaves_a), _unit(leaves_b), strict=True))
     apart = _norm([u - v for u, v in units])
     together = _norm([u + v for u, v in units])
     return jnp.degrees(2 * jnp.arctan2(apart, together))
@@ -314,16 +314,12 @@ def descent_condition(
 def _input_cotangents(y_bar, kernel, feedback, op, x):
     """The cotangents of a layer's input through feedback and through the kernel, widened."""
     trees.check_feedback(feedback, kernel)
-    if op is None:
-
-        def op(x, kernel):
-            return x @ kernel
-
-        x = jnp.zeros((*y_bar.shape[:-1], kernel.shape[0]), y_bar.dtype)
-    elif x is None:
-        raise ValueError("`op` is given without `x`: pass the layer's input, for its shape.")
     y_bar, kernel, feedback = _widen([y_bar, kernel, feedback])
-    x_type = jax.ShapeDtypeStruct(x.shape, y_bar.dtype)
+    if op is None:
+        return y_bar @ feedback.T, y_bar @ kernel.T
+    if x is None:
+        raise ValueError("`op` is given without `x`: pass the layer's input, for its shape.")
+    x_type = jax.typeof(x.astype(y_bar.dtype))
     return tuple(
         jax.linear_transpose(lambda x, w=w: op(x, w), x_type)(y_bar)[0] for w in (feedback, kernel)
     )
@@ -331,8 +327,28 @@ def _input_cotangents(y_bar, kernel, feedback, op, x):
 
 def _widen(leaves):
     """Half precision is too coarse for sums over a layer."""
-    return [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in leaves]
+    return [jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)) for x in leaves]
 
 
 def _norm(leaves):
+    """Norm of all leaves as one vector; the squares stay in range whatever its scale."""
+    scale, scaled = _scaled(leaves)
+    return scale * _norm_in_range(scaled)
+
+
+def _unit(leaves):
+    """The leaves, divided by their norm; NaN if that is zero."""
+    _, scaled = _scaled(leaves)
+    norm = _norm_in_range(scaled)
+    return [x / norm for x in scaled]
+
+
+def _norm_in_range(leaves):
     return jnp.sqrt(sum((jnp.vdot(x, x).real for x in leaves), start=jnp.float32(0)))
+
+
+def _scaled(leaves):
+    """The largest absolute value (1 if all are zero), and the leaves divided by it."""
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x), initial=0) for x in leaves])
+    scale = jnp.where(largest > 0, largest, 1)
+    return scale, [x / scale for x in leaves]

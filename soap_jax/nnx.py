@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax import lax
 
 from soap_jax import ops, trees
 from soap_jax.feedback import glorot_normal
@@ -42,7 +41,7 @@ class Feedback(nnx.Variable):
     """
 
 
-_Base: Any = object
+_Base: Any = object  # to the type checker: whatever layer of Flax the mixin comes before
 
 
 class _FeedbackLayer(_Base):
@@ -62,24 +61,27 @@ class _FeedbackLayer(_Base):
         super().__init__(*args, rngs=rngs, **kwargs)
         kwargs["kernel_init"] = feedback_init
         twin = _flax_layer(type(self))(*args, rngs=feedback_rngs, **kwargs)
-        self.feedback = Feedback(twin.kernel[...])
+        self.feedback: Feedback | None = Feedback(twin.kernel[...])
         self.feedback_bar = feedback_bar
 
     def __call__(self, inputs: jax.Array, *args, **kwargs) -> jax.Array:
         """Applies Flax's layer; its input's cotangent goes through feedback."""
-        feedback = self.feedback.get_value()
+        feedback = None if self.feedback is None else self.feedback.get_value()
         if feedback is None:
             return super().__call__(inputs, *args, **kwargs)
-        y = super().__call__(lax.stop_gradient(inputs), *args, **kwargs)
+        y = super().__call__(ops.detach(inputs), *args, **kwargs)
         kernel = self.kernel[...]
         trees.check_feedback(feedback, kernel, ("feedback",))
         flax_layer = _flax_layer(type(self))
+        if getattr(self, "mask", None) is not None:
+            feedback = feedback * self.mask  # out here, where a traced mask is an argument
         graph, state = nnx.split(self)
         shapes = jax.eval_shape(lambda: state)
 
         def op(x, kernel):
             layer = nnx.merge(graph, shapes)
             layer.kernel, layer.bias, layer.use_bias = nnx.Param(kernel), None, False
+            layer.mask = None
             return flax_layer.__call__(layer, x, *args, **kwargs)
 
         return ops.through_feedback(op, y, inputs, kernel, feedback, feedback_bar=self.feedback_bar)

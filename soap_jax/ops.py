@@ -8,11 +8,11 @@ both at the kernel itself. Feedback alignment (FA) takes the input's at another 
     kernel_bar = the op's own cotangent for kernel at (x, kernel)
 
 One mechanism serves every op. The forward pass and `kernel_bar` are left to JAX: `op` is applied
-to `stop_gradient(x)`. Then `through_feedback`, the identity on `y`, adds the missing way back to
-`x`, which is JAX's own transposition of `op` at `feedback`. So strides, groups, batch dimensions,
-einsum strings, `precision`, `vmap` and shardings all come right without a hand-written
-contraction, nothing but `feedback` is kept for the backward pass, and both passes compile to the
-matrix products of plain backpropagation.
+to `detach(x)`, from which no cotangent comes back. Then `through_feedback`, the identity on `y`,
+adds the missing way back to `x`, which is JAX's own transposition of `op` at `feedback`. So
+strides, groups, batch dimensions, einsum strings, `precision`, `vmap`, higher derivatives and
+shardings all come right without a hand-written contraction, nothing but `x` and `feedback` is kept
+for the backward pass, and both passes compile to the matrix products of plain backpropagation.
 
 References:
     Timothy P. Lillicrap, Daniel Cownden, Douglas B. Tweed, Colin J. Akerman. Random synaptic
@@ -46,6 +46,30 @@ FeedbackOp = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 """`(x, kernel, feedback) -> y`."""
 
 
+@jax.custom_jvp
+def detach(x: jax.Array) -> jax.Array:
+    """The identity, whose derivative is zero.
+
+    Unlike `jax.lax.stop_gradient` it stops one differentiation, the innermost, so that the
+    derivative of a pseudo-gradient is right.
+
+    Example:
+        >>> import jax
+        >>> jax.grad(lambda x: x * detach(x))(3.0)
+        Array(3., dtype=float32, weak_type=True)
+        >>> jax.grad(jax.grad(lambda x: x * detach(x)))(3.0)
+        Array(1., dtype=float32, weak_type=True)
+    """
+    return x
+
+
+@functools.partial(detach.defjvp, symbolic_zeros=True)
+def _detach_jvp(primals, tangents):
+    del tangents
+    (x,) = primals
+    return x, jax.custom_derivatives.zero_from_primal(x, symbolic_zeros=True)
+
+
 def through_feedback(
     op: BilinearOp,
     y: jax.Array,
@@ -58,7 +82,7 @@ def through_feedback(
     """Returns `y` unchanged; on the way back sends its cotangent to `x` through `feedback`.
 
     This is the half of a feedback op that the backward pass needs. `y` is expected to be
-    `op(stop_gradient(x), kernel)`, plus anything that depends on neither (a bias).
+    `op(detach(x), kernel)`, plus anything that depends on neither (a bias).
 
     Args:
         op: the bilinear op, a pure function that closes over no traced value.
@@ -81,30 +105,32 @@ def through_feedback(
             f"feedback_bar is {feedback_bar!r}; expected None, 'kernel', or a function of "
             "(x, y, kernel, feedback, y_bar)."
         )
-    if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
-        return y  # an integer input has no cotangent
-    x_type, kernel_dtype = jax.typeof(x), kernel.dtype
-    has_cotangent = jnp.issubdtype(jnp.result_type(feedback), jnp.inexact)
-    learned: FeedbackBarFn | None = None
-    if has_cotangent and feedback_bar is not None:
-        learned = _kernel_bar_of(op) if feedback_bar == "kernel" else feedback_bar
+    x_type, kernel_type = jax.typeof(x), jax.typeof(kernel)
+    if not _has_cotangent(feedback):
+        feedback_bar = None
 
     def f(y, x, kernel, feedback):
         del x, kernel, feedback
         return y
 
     def f_fwd(y, x, kernel, feedback):
-        return y, (feedback, None if learned is None else (x, y, kernel))
+        if feedback_bar is None:
+            return y, (feedback,)
+        return y, (feedback, x) if feedback_bar == "kernel" else (feedback, x, y, kernel)
 
     def f_bwd(residuals, y_bar):
-        feedback, activities = residuals
-        at_feedback = feedback.astype(kernel_dtype)
-        (x_bar,) = jax.linear_transpose(lambda x: op(x, at_feedback), x_type)(y_bar)
-        if learned is None:
-            return y_bar, x_bar, None, None
-        x, y, kernel = activities
-        feedback_bar = learned(x, y, kernel, feedback, y_bar)
-        return y_bar, x_bar, None, feedback_bar.astype(feedback.dtype)
+        feedback, *activities = residuals
+        x_bar = bar = None
+        if _has_cotangent(x_type):
+            at_feedback = feedback.astype(kernel_type.dtype)
+            (x_bar,) = jax.linear_transpose(lambda x: op(x, at_feedback), x_type)(y_bar)
+        if feedback_bar == "kernel":
+            (x,) = activities
+            (bar,) = jax.linear_transpose(lambda kernel: op(x, kernel), kernel_type)(y_bar)
+        elif feedback_bar is not None:
+            x, y, kernel = activities
+            bar = feedback_bar(x, y, kernel, feedback, y_bar)
+        return y_bar, x_bar, None, None if bar is None else bar.astype(feedback.dtype)
 
     f = jax.custom_vjp(f)
     f.defvjp(f_fwd, f_bwd)
@@ -155,7 +181,7 @@ def feedback_op(op: BilinearOp, *, feedback_bar: FeedbackBar = None) -> Feedback
         x, kernel = _promote(x, kernel)
         if feedback is None:
             return op(x, kernel)
-        y = op(lax.stop_gradient(x), kernel)
+        y = op(detach(x), kernel)
         return through_feedback(op, y, x, kernel, feedback, feedback_bar=feedback_bar)
 
     return f
@@ -275,7 +301,7 @@ def feedback_conv(
         kernel: `(*window, in / feature_group_count, out)`.
         feedback: of the kernel's shape, or None for exact backpropagation.
         strides: window strides, one or one per spatial axis.
-        padding: "SAME", "VALID", or `(low, high)` per spatial axis.
+        padding: "SAME", "VALID", or `(low, high)` per spatial axis (with `input_dilation` only so).
         input_dilation: dilation of `x`, one or one per spatial axis.
         kernel_dilation: dilation of the window, one or one per spatial axis.
         feature_group_count: number of groups of features.
@@ -371,15 +397,8 @@ def feedback_conv_transpose(
     return feedback_op(op, feedback_bar=feedback_bar)(x, kernel, feedback)
 
 
-def _kernel_bar_of(op: BilinearOp) -> FeedbackBarFn:
-    """The op's own cotangent for the kernel, as a `feedback_bar` function."""
-
-    def kernel_bar(x, y, kernel, feedback, y_bar):
-        del y, feedback
-        (kernel_bar,) = jax.linear_transpose(lambda kernel: op(x, kernel), kernel)(y_bar)
-        return kernel_bar
-
-    return kernel_bar
+def _has_cotangent(x) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
 def _promote(x, kernel):

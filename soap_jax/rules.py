@@ -31,6 +31,7 @@ from typing import Literal, get_args
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 Magnitude = Literal["unit", "preserve", "norm", "glorot", "redraw"]
@@ -50,9 +51,10 @@ class Rule:
     period: ArrayLike = 1
 
     def __post_init__(self):
-        if isinstance(self.period, jax.Array):
+        if isinstance(self.period, jax.Array | np.ndarray) and _is_integer(self.period):
             return  # transient, and perhaps traced: its value is not looked at
-        if not isinstance(self.period, numbers.Integral) or self.period < 1:
+        number = isinstance(self.period, numbers.Integral) and self.period is not True
+        if not number or int(self.period) < 1:  # type: ignore[arg-type]
             raise ValueError(
                 f"{type(self).__name__}: period is {self.period!r}; expected an integer of at "
                 "least 1, the number of parameter updates from one sync to the next."
@@ -196,6 +198,8 @@ def shard_like(x: jax.Array, kernel: jax.Array) -> jax.Array:
     if not isinstance(kernel, jax.Array):
         return x
     if not isinstance(kernel, jax.core.Tracer) and not isinstance(x, jax.core.Tracer):
+        if isinstance(x, jax.Array) and x.sharding == kernel.sharding:
+            return x  # device_put would commit it, even if the kernel is not
         return jax.device_put(x, kernel.sharding)
     sharding = jax.typeof(kernel).sharding
     if jax.sharding.AxisType.Explicit not in (sharding.mesh.axis_types or ()):
@@ -218,4 +222,9 @@ def _root_mean_square(x: jax.Array) -> jax.Array:
     x = jnp.abs(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
     largest = jnp.max(x)
     scaled = x / jnp.where(largest > 0, largest, 1)
-    return largest * jnp.sqrt(jnp.mean(jnp.square(scaled)))
+    mean = largest * jnp.sqrt(jnp.mean(jnp.square(scaled)))
+    return jnp.where(jnp.min(x) == largest, largest, mean)
+
+
+def _is_integer(period) -> bool:
+    return jnp.issubdtype(period.dtype, jnp.integer)

@@ -67,6 +67,8 @@ def sweep(
     """
     grids.check(seeds=seeds, learning_rates=learning_rates, periods=periods)
     devices = jax.local_devices() if devices is None else devices
+    if not devices:
+        raise ValueError("devices is empty; expected at least one.")
     on_cpu = devices[0].platform == "cpu"
     per_period = len(learning_rates) * len(seeds)
     if chunk_size is None:

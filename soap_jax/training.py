@@ -114,7 +114,7 @@ def make_train_step(
 
     Feedback is synced first, with the number of completed updates, so learning starts with synced
     feedback. Under `optax.MultiSteps` only real updates count, and feedback changes only right
-    after one.
+    after one. (If its `should_skip_update_fn` skips the first batch after one, they sync again.)
 
     Args:
         apply_fn: `(params, feedback, x) -> outputs`; feedback is `state.feedback.feedback`, or
@@ -151,10 +151,8 @@ def make_train_step(
         loss, gradient = jax.value_and_grad(loss_of)(state.params, weights, batch)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        if isinstance(opt_state, optax.MultiStepsState):
-            completed = opt_state.gradient_step
-        else:
-            completed = state.step + 1
+        accumulation = _accumulation(opt_state)
+        completed = state.step + 1 if accumulation is None else accumulation.gradient_step
         return TrainState(params, feedback, opt_state, completed), loss
 
     return step
@@ -170,7 +168,8 @@ def train_epoch(
 ) -> tuple[TrainState, jax.Array]:
     """Trains on every example once, in an order drawn from `key`, as one scan.
 
-    Data stay on the device as they are stored; a last, incomplete batch is left out.
+    Data stay on the device as they are stored, a copy on each (on an explicit mesh, replicated); a
+    last, incomplete batch is left out.
 
     Args:
         step: from `make_train_step`.
@@ -257,12 +256,17 @@ def evaluate(
     Returns:
         An `Evaluation`.
 
+    Raises:
+        ValueError: if the batch size is below 1.
+
     Example:
         >>> import jax.numpy as jnp
         >>> data = (jnp.eye(3), jnp.array([0, 1, 1]))
         >>> round(float(evaluate(lambda p, b, x: x, None, None, data).accuracy), 3)
         0.667
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
 
     def one(example):
         x, label = jax.tree.map(lambda leaf: leaf[None], example)
@@ -275,10 +279,21 @@ def evaluate(
 
 def _sync(params, feedback, state):
     """Syncs, but between two real updates of `optax.MultiSteps` leaves feedback as it is."""
-    if not isinstance(state.opt_state, optax.MultiStepsState):
+    accumulation = _accumulation(state.opt_state)
+    if accumulation is None:
         return sync_feedback(params, feedback, state.step)
     return lax.cond(
-        state.opt_state.mini_step == 0,
+        accumulation.mini_step == 0,
         lambda: sync_feedback(params, feedback, state.step),
         lambda: feedback,
     )
+
+
+def _accumulation(opt_state) -> optax.MultiStepsState | None:
+    """The state of `optax.MultiSteps` within an optimiser's state, if it has one."""
+
+    def is_one(node):
+        return isinstance(node, optax.MultiStepsState)
+
+    found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_one) if is_one(node)]
+    return found[0] if found else None

@@ -64,16 +64,16 @@ def tidy(
             train_loss = np.append(np.nan, smooth)[marks]
             rows = {**names, "step": marks, "train_loss": train_loss, **one.evaluations}
             evaluations.append(pd.DataFrame(rows))
-            measured = [one.test_loss, *one.evaluations.values()]
-            finite = np.isfinite(losses).all() and all(np.isfinite(m).all() for m in measured[:2])
+            final = one.evaluations["validation_loss"][-1]
+            finite = np.isfinite(losses).all() and np.isfinite([final, one.test_loss]).all()
             runs.append(
                 names
                 | {
                     "steps": int(marks[-1]),
-                    "diverged": not finite,
+                    "diverged": not bool(finite),
                     "steps_to_target": float(reached[0] + 1) if reached.size else np.nan,
                     "train_loss": smooth[-1],
-                    "validation_loss": one.evaluations["validation_loss"][-1],
+                    "validation_loss": final,
                     "validation_accuracy": one.evaluations["validation_accuracy"][-1],
                     "test_loss": one.test_loss,
                     "test_accuracy": one.test_accuracy,

@@ -1,0 +1,112 @@
+"""One's own Optax loop around a Linen model that learns by sign-synchronised feedback.
+
+Against a plain Flax loop three things are new: `FeedbackDense` in the model, a feedback state
+beside the parameters, and one call of `sync_feedback` before the gradient.
+
+The first layer is plain. Feedback carries the error to a layer's input, and the input of the
+first layer is the data, whose error nobody uses.
+
+The state is donated to the jitted step. Between two syncs feedback passes through the step
+unchanged, and an undonated array that passes through is copied at every step.
+
+    python examples/linen_loop.py
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from soap_jax import SignSync, data, init_feedback, metrics, sync_feedback
+from soap_jax.linen import FeedbackDense
+
+
+class Net(nn.Module):
+    """Two hidden layers: `(batch, 64) -> (batch, 10)`."""
+
+    @nn.compact
+    def __call__(self, x):
+        """Returns the logits."""
+        x = nn.tanh(nn.Dense(64, name="first")(x))
+        x = nn.tanh(FeedbackDense(64, name="second")(x))
+        return FeedbackDense(10, name="output")(x)
+
+
+model = Net()
+optimizer = optax.adam(1e-3)
+
+
+def loss_fn(params, feedback, x, labels):
+    """Cross-entropy. Its value does not depend on feedback; its gradient does."""
+    logits = model.apply({"params": params, "feedback": feedback}, x)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def train_step(state, x, labels):
+    """One update: sync feedback, take the pseudo-gradient, hand it to Optax."""
+    params, feedback, opt_state, step = state
+    # Before the gradient, so that the very first update already uses the signs of W.
+    feedback = sync_feedback(params, feedback, step)
+    loss, gradient = jax.value_and_grad(loss_fn)(params, feedback.feedback, x, labels)
+    # Optax sees the parameters alone; weight decay, say, never touches feedback.
+    updates, opt_state = optimizer.update(gradient, opt_state, params)
+    return (optax.apply_updates(params, updates), feedback, opt_state, step + 1), loss
+
+
+@jax.jit
+def measure(state, x, labels):
+    """Accuracy; and how far feedback and the pseudo-gradient are from the true ones, in degrees."""
+    params, feedback = state[0], state[1].feedback
+    logits = model.apply({"params": params, "feedback": feedback}, x)
+
+    def gradient(params, feedback):
+        return jax.grad(loss_fn)(params, feedback, x, labels)
+
+    weight_angle = metrics.weight_angle(params, feedback)
+    gradient_angle = metrics.gradient_angle(gradient, params, feedback)
+    return {
+        "accuracy": jnp.mean(jnp.argmax(logits, -1) == labels),
+        "weight_angle": [weight_angle[name]["kernel"] for name in ("second", "output")],
+        "gradient_angle": [gradient_angle[name]["kernel"] for name in ("first", "second")],
+    }
+
+
+def main(steps=500, report_every=100, batch_size=64):
+    """Trains on scikit-learn's digits and returns the measurements by step."""
+    digits = data.load("digits")
+    x, x_test = (
+        split.images.reshape(-1, 64).astype(np.float32) / digits.max_value
+        for split in (digits.train, digits.test)
+    )
+
+    # Kernels and feedback are drawn from streams of their own. With the same "params" key a plain
+    # Flax model of these names has the same kernels, so that runs with and without FA are paired.
+    keys = jax.random.split(jax.random.key(0), 3)
+    variables = model.init({"params": keys[0], "feedback": keys[1]}, x[:1])
+    # Every 10 updates B takes the signs of W and keeps its own norm. Raw signs, "unit", are several
+    # times as long as W. Adam cancels that, but SGD does not: see `sign_sync_sweep.py`.
+    rule = SignSync(period=10, magnitude="norm")
+    feedback = init_feedback(keys[2], variables["params"], rule, feedback=variables["feedback"])
+    params = variables["params"]
+    state = (params, feedback, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    print("                      angle of B to W   angle to true gradient")
+    print("step  test accuracy    second   output           first   second")
+    rng, history = np.random.default_rng(0), {}
+    for step in range(steps + 1):
+        if step % report_every == 0:
+            history[step] = row = jax.device_get(measure(state, x_test, digits.test.labels))
+            weight, gradient = row["weight_angle"], row["gradient_angle"]
+            print(f"{step:4d} {row['accuracy']:14.1%} {weight[0]:9.1f}° {weight[1]:7.1f}°"
+                  f" {gradient[0]:14.1f}° {gradient[1]:7.1f}°")  # fmt: skip
+        batch = rng.choice(len(x), batch_size, replace=False)
+        state, _ = train_step(state, x[batch], digits.train.labels[batch])
+    return history
+
+
+if __name__ == "__main__":
+    main()

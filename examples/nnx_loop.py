@@ -1,0 +1,111 @@
+"""One's own Optax loop around an NNX model that learns by sign-synchronised feedback.
+
+The twin of `linen_loop.py`. In NNX feedback lies in the model, as a variable of a type of its own:
+
+    nnx.state(model, nnx.Param)      what the optimiser trains
+    nnx.state(model, Feedback)       what `sync_feedback` changes and the optimiser never sees
+
+`sync_feedback` takes one `nnx.State` and returns the other, ready for `nnx.update`.
+
+The first layer is plain, since nobody uses the error of the data. Model, optimiser and feedback
+state are donated: feedback passes through the jitted step unchanged between two syncs, and an
+undonated array that passes through is copied at every step.
+
+    python examples/nnx_loop.py
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from soap_jax import SignSync, data, init_feedback, metrics, sync_feedback
+from soap_jax.nnx import Feedback, FeedbackLinear
+
+
+class Net(nnx.Module):
+    """Two hidden layers: `(batch, 64) -> (batch, 10)`."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(64, 64, rngs=rngs)
+        self.second = FeedbackLinear(64, 64, rngs=rngs)
+        self.output = FeedbackLinear(64, 10, rngs=rngs)
+
+    def __call__(self, x):
+        """Returns the logits."""
+        return self.output(nnx.tanh(self.second(nnx.tanh(self.first(x)))))
+
+
+def loss_fn(model, x, labels):
+    """Cross-entropy. Its value does not depend on feedback; its gradient does."""
+    return optax.softmax_cross_entropy_with_integer_labels(model(x), labels).mean()
+
+
+@functools.partial(nnx.jit, donate_argnums=(0, 1, 2))
+def train_step(model, optimizer, feedback, x, labels):
+    """One update: sync feedback, take the pseudo-gradient, hand it to Optax."""
+    # Before the gradient, so that the very first update already uses the signs of W. The
+    # optimiser counts its updates, which is the clock that the sync period refers to.
+    feedback = sync_feedback(nnx.state(model, nnx.Param), feedback, optimizer.step[...])
+    nnx.update(model, feedback.feedback)
+    loss, gradient = nnx.value_and_grad(loss_fn)(model, x, labels)  # by nnx.Param alone
+    optimizer.update(model, gradient)
+    return feedback, loss
+
+
+@nnx.jit
+def measure(model, x, labels):
+    """Accuracy; and how far feedback and the pseudo-gradient are from the true ones, in degrees."""
+    graph, params, feedback = nnx.split(model, nnx.Param, Feedback)
+
+    def gradient(params, feedback):
+        return jax.grad(lambda p: loss_fn(nnx.merge(graph, p, feedback), x, labels))(params)
+
+    weight_angle = metrics.weight_angle(params, feedback)
+    gradient_angle = metrics.gradient_angle(gradient, params, feedback)
+    return {
+        "accuracy": jnp.mean(jnp.argmax(model(x), -1) == labels),
+        "weight_angle": [weight_angle[name]["feedback"][...] for name in ("second", "output")],
+        "gradient_angle": [gradient_angle[name]["kernel"][...] for name in ("first", "second")],
+    }
+
+
+def main(steps=500, report_every=100, batch_size=64):
+    """Trains on scikit-learn's digits and returns the measurements by step."""
+    digits = data.load("digits")
+    x, x_test = (
+        split.images.reshape(-1, 64).astype(np.float32) / digits.max_value
+        for split in (digits.train, digits.test)
+    )
+
+    # With a stream of its own for feedback, or without, the kernels are those of plain nnx.Linear.
+    model = Net(nnx.Rngs(params=0, feedback=1))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+    # Every 10 updates B takes the signs of W and keeps its own norm. Raw signs, "unit", are several
+    # times as long as W. Adam cancels that, but SGD does not: see `sign_sync_sweep.py`.
+    feedback = init_feedback(
+        jax.random.key(0),
+        nnx.state(model, nnx.Param),
+        SignSync(period=10, magnitude="norm"),
+        feedback=nnx.state(model, Feedback),
+    )
+
+    print("                      angle of B to W   angle to true gradient")
+    print("step  test accuracy    second   output           first   second")
+    rng, history = np.random.default_rng(0), {}
+    for step in range(steps + 1):
+        if step % report_every == 0:
+            history[step] = row = jax.device_get(measure(model, x_test, digits.test.labels))
+            weight, gradient = row["weight_angle"], row["gradient_angle"]
+            print(f"{step:4d} {row['accuracy']:14.1%} {weight[0]:9.1f}° {weight[1]:7.1f}°"
+                  f" {gradient[0]:14.1f}° {gradient[1]:7.1f}°")  # fmt: skip
+        batch = rng.choice(len(x), batch_size, replace=False)
+        feedback, _ = train_step(model, optimizer, feedback, x[batch], digits.train.labels[batch])
+    return history
+
+
+if __name__ == "__main__":
+    main()

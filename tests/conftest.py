@@ -1,0 +1,36 @@
+"""Settings that every test shares, made before JAX starts its backends."""
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("fixed")
+
+
+def make_mesh(axis_type):
+    if jax.device_count() < 4:
+        pytest.skip("needs four devices: JAX was started elsewhere, or runs on an accelerator")
+    return jax.make_mesh((4,), ("data",), axis_types=(axis_type,))
+
+
+@pytest.fixture
+def auto_mesh():
+    """Four devices along an axis "data", whose shardings the compiler chooses."""
+    return make_mesh(jax.sharding.AxisType.Auto)
+
+
+@pytest.fixture
+def explicit_mesh():
+    """Four devices along an axis "data", whose shardings are part of the types."""
+    return make_mesh(jax.sharding.AxisType.Explicit)
+
+
+@pytest.fixture
+def mesh(explicit_mesh):
+    """`explicit_mesh`, as the current mesh."""
+    with jax.set_mesh(explicit_mesh):
+        yield explicit_mesh

@@ -1,0 +1,148 @@
+"""The examples run, small, and show what their text says; each stays short enough to be read."""
+
+import importlib.util
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+
+for module in ("matplotlib", "sklearn"):
+    pytest.importorskip(module, reason=f"the examples need {module}: the extra `study`")
+
+
+def load(name):
+    """Imports an example by its path; its main() does not run."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def assert_picture(path):
+    """A PNG of at least 600 x 400 pixels that shows something in several colours."""
+    from matplotlib import image
+
+    pixels = image.imread(path)[..., :3]
+    assert pixels.shape[0] >= 400 and pixels.shape[1] >= 600
+    assert len(np.unique(np.round(pixels * 15).reshape(-1, 3), axis=0)) > 10
+    assert 0.02 < np.mean(np.any(pixels < 0.9, axis=-1)) < 0.5  # neither blank nor a blot
+
+
+def test_all_examples_are_tested():
+    assert NAMES == ["bump_regression", "linen_loop", "nnx_loop", "sign_sync_sweep"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_examples_are_short_and_say_how_to_run_them(name):
+    text = (EXAMPLES / f"{name}.py").read_text()
+    assert len(text.splitlines()) < 120
+    assert f"python examples/{name}.py" in text
+    assert not re.search(r"\.value\b", text)  # on its way out of NNX
+
+
+def count_in_log(caplog, message, run):
+    """Runs, and counts the lines of JAX's log that hold the message."""
+    with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
+        out = run()
+    return out, sum(message in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize("name", ["linen_loop", "nnx_loop"])
+def test_loops_learn_measure_alignment_and_trace_once(name, capsys, caplog):
+    history, traced = count_in_log(
+        caplog,
+        "Finished tracing train_step",
+        lambda: load(name).main(steps=100, report_every=50),
+    )
+    assert traced == 1
+    assert list(history) == [0, 50, 100]
+    first, last = history[0], history[100]
+    assert first["accuracy"] < 0.3
+    assert last["accuracy"] > 0.8
+    # Random feedback before the first sync; Gaussian W has 37.1 degrees to its own signs.
+    np.testing.assert_allclose(first["weight_angle"], 90, atol=8)
+    assert all(20 < angle < 40 for angle in last["weight_angle"])
+    np.testing.assert_allclose(first["gradient_angle"], 90, atol=20)
+    assert all(0 < angle < 50 for angle in last["gradient_angle"])
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+@pytest.mark.parametrize("name", ["linen_loop", "nnx_loop"])
+def test_loops_compile_their_step_once(name, caplog):
+    message = "Finished XLA compilation of jit(train_step"
+    _, compiled = count_in_log(caplog, message, lambda: load(name).main(steps=2, report_every=9))
+    assert compiled == 1
+
+
+def test_loop_donates_its_state():
+    example = load("linen_loop")
+    states = []
+    train_step = example.train_step
+
+    def spy(state, *batch):
+        states.append(state)
+        return train_step(state, *batch)
+
+    example.train_step = spy
+    example.main(steps=12, report_every=1000)
+    kernels = [state[1].feedback["second"]["kernel"] for state in states]
+    assert len(kernels) == 13
+    assert all(kernel.is_deleted() for kernel in kernels)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(states[-1][0]))
+
+
+def test_bump_is_fitted_by_every_method(tmp_path, capsys):
+    path = tmp_path / "new" / "bump.png"
+    losses = load("bump_regression").main(out=path, steps=1000)
+    assert_picture(path)
+    for name, curve in losses.items():
+        assert curve.shape == (1000,), name
+        assert curve[0] == losses["backprop"][0], "methods of one seed start alike"
+        assert curve[-1] < 0.02 < 0.2 < curve[0], name
+    at_100 = {name: float(curve[100]) for name, curve in losses.items()}
+    assert at_100["sign, raw"] < at_100["backprop"] < at_100["sign, |B0|"]
+    assert at_100["backprop"] < at_100["FA"]
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(losses)
+
+
+def test_sweep_shows_the_gain_of_raw_signs_and_none_of_norm_matched_ones(tmp_path, capsys):
+    path = tmp_path / "new" / "sweep.png"
+    updates = load("sign_sync_sweep").main(out=path, rates=(0.1, 0.5), seeds=2, epochs=8)
+    assert_picture(path)
+    assert all(steps.shape == (2, 2) for steps in updates.values())
+    small = {name: steps[0] for name, steps in updates.items()}  # per seed: runs are paired
+    assert np.all(small["sign, raw"] < 0.5 * small["backprop"])
+    assert np.all(small["sign, norm"] > small["backprop"])
+    assert np.all(small["sign, |B0|"] > small["backprop"])
+    assert np.all(small["FA"] > small["sign, norm"])
+    large = {name: steps[1] for name, steps in updates.items()}
+    assert np.all(large["sign, raw"] > 2 * large["backprop"])  # the same amplification, harmful
+    factors = capsys.readouterr().out.splitlines()[-1].removeprefix("hidden rate x").split()
+    assert factors[0] == "1.0"
+    assert 8 < float(factors[2]) < 10.5  # 11.5 cos(37.1 degrees) = 9.2
+
+
+def test_updates_to_a_target_are_counted_by_hand():
+    updates_to = load("sign_sync_sweep").updates_to
+    losses = np.array([[4.0, 3.0, 1.0, 0.0], [4.0, 4.0, 4.0, 4.0]])
+    # Means of two: 3.5, 2, 0.5. The third pair is complete after four updates.
+    np.testing.assert_array_equal(updates_to(1.0, losses, window=2), [4, np.nan])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_examples_run_in_full_as_programs(name, tmp_path):
+    command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "nan" not in done.stdout.replace("(nan: more", "")
+    if "figure.png" in (EXAMPLES / f"{name}.py").read_text():
+        assert_picture(tmp_path / "results" / f"{name}.png")

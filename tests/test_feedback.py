@@ -1,0 +1,723 @@
+"""Feedback as a state: how it starts, when it changes, and what never changes."""
+
+import dataclasses
+import functools
+import re
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import soap_jax.linen
+import soap_jax.nnx
+from soap_jax import ops, rules
+from soap_jax.feedback import FeedbackState, init_feedback, sync_feedback
+
+KEY = jax.random.key(7)
+PARAMS = {
+    "a": {
+        "kernel": np.linspace(-1, 1, 24, dtype=np.float32).reshape(3, 8),
+        "bias": np.ones(8, np.float32),
+    },
+    "b": {"kernel": np.cos(np.arange(32, dtype=np.float32)).reshape(8, 4)},
+}
+SPECS = {"a": {"kernel": P(None, "data"), "bias": P(None)}, "b": {"kernel": P("data", None)}}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoisySign(rules.Rule):
+    """A user's rule: sign(W), each bit flipped with a probability."""
+
+    flip: float
+
+    def __call__(self, kernel, feedback, key):
+        flipped = jax.random.bernoulli(key, self.flip, kernel.shape)
+        return jnp.where(flipped, -jnp.sign(kernel), jnp.sign(kernel))
+
+
+def all_rules(period):
+    magnitudes = ("unit", "glorot", "preserve", "norm", "redraw")
+    sync = [rules.SignSync(period=period, magnitude=magnitude) for magnitude in magnitudes]
+    transport = [rules.Transport(period=period), rules.Transport(period=period, rate=0.25)]
+    return {str(rule): rule for rule in (rules.Fixed(), *sync, *transport)}
+
+
+EVERY_RULE = all_rules(3) | {
+    "NoisySign": NoisySign(period=3, flip=0.25),
+    "mapping": {"a/*": rules.SignSync(period=3, magnitude="norm"), "*": rules.Transport(period=3)},
+}
+every_rule = pytest.mark.parametrize("rule", EVERY_RULE.values(), ids=EVERY_RULE.keys())
+some_rules = pytest.mark.parametrize(
+    "rule", [EVERY_RULE["mapping"], *list(all_rules(3).values())[4:6]], ids=str
+)
+every_library_rule = pytest.mark.parametrize("rule", all_rules(3).values(), ids=str)
+
+sync = jax.jit(sync_feedback)
+
+
+def init(rule, key=KEY):
+    return init_feedback(key, PARAMS, rule)
+
+
+# Parameters at steps 0, 1, ...: about half of them change their signs at every step.
+STEPS = 11
+PARAMS_AT = jax.tree.map(
+    lambda leaf: np.stack([leaf * np.cos(t * (1 + leaf**2) * 3) for t in range(STEPS)]), PARAMS
+)
+
+
+def params_at(step):
+    return jax.tree.map(lambda leaf: leaf[step], PARAMS_AT)
+
+
+@jax.jit
+def run(state, steps):
+    """The last state and the feedback after every step."""
+
+    def body(state, inputs):
+        step, params = inputs
+        state = sync_feedback(params, state, step)
+        return state, state.feedback
+
+    return lax.scan(
+        body, state, (steps, jax.tree.map(lambda leaf: jnp.asarray(leaf)[steps], PARAMS_AT))
+    )
+
+
+def loop(state, steps):
+    """`run` as a Python loop; returns the last state."""
+    for step in steps:
+        state = sync(params_at(step), state, step)
+    return state
+
+
+def types(tree):
+    return jax.tree.map(jax.typeof, tree)
+
+
+def at(tree, index):
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def rule_of(rule, path):
+    return rule if isinstance(rule, rules.Rule) else rule["a/*" if path == "a" else "*"]
+
+
+def is_random(rule):
+    return isinstance(rule, NoisySign) or getattr(rule, "magnitude", None) == "redraw"
+
+
+# What a state is
+
+
+def test_a_state_holds_the_period_as_a_leaf_and_the_rule_as_static_data():
+    state = init(rules.SignSync(period=10, magnitude="norm"))
+    assert state.rule == rules.SignSync(magnitude="norm")
+    chex.assert_trees_all_equal(state.period, jnp.array(10, jnp.int32), strict=True)
+    structure = jax.tree.structure(state)
+    assert structure == jax.tree.structure(init(rules.SignSync(period=3, magnitude="norm")))
+    assert structure != jax.tree.structure(init(rules.SignSync(period=10, magnitude="unit")))
+    assert hash(structure) is not None
+
+
+def test_the_rule_survives_jit():
+    state = sync(PARAMS, init(EVERY_RULE["NoisySign"]), 0)
+    assert state.rule == NoisySign(flip=0.25)
+    assert hash(state.rule) == hash(NoisySign(flip=0.25))
+
+
+def test_feedback_has_its_kernels_shape_and_dtype_and_its_initialisers_values():
+    params = {"out": {"kernel": jnp.ones((60, 40), jnp.bfloat16)}, "w": jnp.ones((50, 70))}
+    state = init_feedback(KEY, params)
+    assert types(state.feedback) == types(params)
+    # 3,500 normal deviates: a relative standard error of 1.2 %.
+    assert np.std(state.feedback["w"]) == pytest.approx(np.sqrt(2 / 120), rel=0.05)
+    ones = init_feedback(KEY, params, initializer=jax.nn.initializers.constant(3.0)).feedback
+    chex.assert_trees_all_equal(ones, jax.tree.map(lambda leaf: 3 * leaf, params), strict=True)
+
+
+def test_feedback_is_independent_of_the_kernel_and_between_layers():
+    params = {name: {"kernel": jnp.zeros((50, 60))} for name in "ab"}
+    feedback = init_feedback(KEY, params).feedback
+    a, b = (np.asarray(feedback[name]["kernel"]).ravel() for name in "ab")
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.1  # five standard errors of 3,000 pairs
+
+
+@pytest.mark.parametrize("key", [jax.random.key(1), jax.random.PRNGKey(1)], ids=["typed", "raw"])
+def test_both_kinds_of_keys_work(key):
+    state = init(rules.SignSync(magnitude="redraw"), key)
+    synced = sync(PARAMS, state, 0)
+    assert types(synced) == types(state)
+    assert np.any(np.asarray(synced.feedback["b"]["kernel"] != state.feedback["b"]["kernel"]))
+
+
+@pytest.mark.parametrize("rule", [rules.SignSync(period=3), EVERY_RULE["mapping"]], ids=str)
+def test_init_under_jit_equals_eager(rule):
+    state = jax.jit(lambda key: init_feedback(key, PARAMS, rule))(KEY)
+    eager = init(rule)
+    assert types(state) == types(eager)
+    # Fused under jit, an initialiser may round the last bit differently.
+    chex.assert_trees_all_close(state.feedback, eager.feedback, rtol=1e-6)
+    chex.assert_trees_all_equal(
+        (state.period, jax.random.key_data(state.key)),
+        (eager.period, jax.random.key_data(eager.key)),
+    )
+
+
+# Pairing of runs
+
+
+def test_a_layers_draw_depends_on_the_key_and_its_path_alone():
+    everything = init(rules.Fixed()).feedback
+    one = init_feedback(KEY, PARAMS, rules.SignSync(period=5), where="b/*").feedback
+    assert one["a"] == {"kernel": None, "bias": None}
+    chex.assert_trees_all_equal(one["b"], everything["b"])
+    more = init_feedback(KEY, PARAMS | {"A": {"kernel": PARAMS["b"]["kernel"]}}).feedback
+    chex.assert_trees_all_equal(more["a"]["kernel"], everything["a"]["kernel"])
+    other = init(rules.Fixed(), jax.random.key(8)).feedback
+    assert not np.any(np.asarray(other["b"]["kernel"] == everything["b"]["kernel"]))
+
+
+def test_a_redraw_depends_on_the_key_the_step_and_its_path_alone():
+    rule = rules.SignSync(magnitude="redraw")
+    kernels = {name: {"kernel": np.ones((3, 5), np.float32)} for name in "ab"}
+    state = init_feedback(KEY, kernels, rule)
+
+    def drawn(state, step, name, kernels=kernels):
+        return np.asarray(sync(kernels, state, step).feedback[name]["kernel"])
+
+    draws = [drawn(state, 0, "a"), drawn(state, 1, "a"), drawn(state, 0, "b")]
+    draws.append(drawn(init_feedback(jax.random.key(8), kernels, rule), 0, "a"))
+    assert len({draw.tobytes() for draw in draws}) == len(draws)
+    chex.assert_trees_all_equal(drawn(state, 0, "a"), draws[0])
+    alone = init_feedback(KEY, kernels, rule, where="a/*")
+    chex.assert_trees_all_equal(drawn(alone, 0, "a"), draws[0])
+
+
+# When it changes
+
+
+@every_rule
+def test_feedback_syncs_where_the_period_divides_the_step_and_nowhere_else(rule):
+    state = init(rule)
+    _, history = run(state, np.arange(STEPS))
+    history = jax.tree.map(np.asarray, history)
+    before = jax.tree.map(np.asarray, state.feedback)
+    for step in range(STEPS):
+        now = at(history, step)
+        if step % 3:
+            chex.assert_trees_all_equal(now, before)
+        elif is_random(rule):
+            for name in "ab":
+                signs = np.sign(np.asarray(now[name]["kernel"]))
+                kernel = np.asarray(params_at(step)[name]["kernel"])
+                agreement = 1.0 if isinstance(rule, rules.SignSync) else 0.5
+                assert np.mean(signs == np.where(kernel < 0, -1, 1)) >= agreement
+                assert np.any(now[name]["kernel"] != before[name]["kernel"])
+        else:
+            for name in "ab":
+                kernel, feedback = (tree[name]["kernel"] for tree in (params_at(step), before))
+                expected = rule_of(rule, name)(kernel, feedback, KEY)
+                # Compiled alone and inside a scan, a rule may round differently.
+                chex.assert_trees_all_close(now[name]["kernel"], expected, rtol=1e-5, atol=1e-6)
+        before = now
+
+
+@pytest.mark.parametrize("period", [1, 2, 5])
+def test_step_0_and_every_multiple_of_the_period_are_synced(period):
+    _, history = run(init(rules.SignSync(period=period)), np.arange(STEPS))
+    for step in range(STEPS):
+        last = step - step % period
+        expected = jnp.sign(params_at(last)["b"]["kernel"])
+        chex.assert_trees_all_equal(history["b"]["kernel"][step], expected)
+
+
+def test_each_pattern_keeps_its_own_period_and_the_first_match_counts():
+    rule = {
+        "a/kernel": rules.SignSync(period=2),
+        "*/kernel": rules.Transport(period=3),
+    }
+    state = init(rule)
+    assert {pattern: int(period) for pattern, period in state.period.items()} == {
+        "a/kernel": 2,
+        "*/kernel": 3,
+    }
+    assert state.rule == (("a/kernel", rules.SignSync()), ("*/kernel", rules.Transport()))
+    _, history = run(state, np.arange(STEPS))
+    for step in range(STEPS):
+        signs = jnp.sign(params_at(step - step % 2)["a"]["kernel"])
+        chex.assert_trees_all_equal(history["a"]["kernel"][step], signs)
+        copied = params_at(step - step % 3)["b"]["kernel"]
+        chex.assert_trees_all_close(history["b"]["kernel"][step], copied, rtol=1e-6)
+
+
+def test_a_sweep_over_periods_equals_runs_with_each():
+    periods = jnp.array([1, 2, 5])
+    states = jax.vmap(lambda period: init(rules.SignSync(period=period)))(periods)
+    chex.assert_trees_all_equal(states.period, periods)
+    _, swept = lax.map(lambda state: run(state, np.arange(STEPS)), states)
+    for i, period in enumerate((1, 2, 5)):
+        _, alone = run(init(rules.SignSync(period=period)), np.arange(STEPS))
+        chex.assert_trees_all_equal(at(swept, i), alone)
+
+
+# What never changes
+
+
+@every_rule
+def test_structure_shapes_dtypes_and_weak_types_never_change(rule):
+    state = init(rule)
+    for step in (0, 1):
+        synced = sync(PARAMS, state, step)
+        assert jax.tree.structure(synced) == jax.tree.structure(state)
+        assert types(synced) == types(state)
+    chex.assert_trees_all_equal(synced.period, state.period)
+    chex.assert_trees_all_equal(*(jax.random.key_data(s.key) for s in (synced, state)))
+
+
+def test_types_never_change_in_double_precision():
+    with jax.enable_x64(True):
+        for rule in EVERY_RULE.values():
+            state = init(rule)
+            assert types(jax.eval_shape(sync, PARAMS, state, 3)) == types(state)
+            assert {leaf.dtype for leaf in jax.tree.leaves(state.period)} == {jnp.dtype("int32")}
+
+
+def test_neither_steps_nor_periods_retrace():
+    traces = []
+
+    @jax.jit
+    def counted(params, state, step):
+        traces.append(step)
+        return sync_feedback(params, state, step)
+
+    for period in (1, 2, 7):
+        state = init(rules.SignSync(period=period))
+        for step in range(3):
+            state = counted(PARAMS, state, step)
+    assert len(traces) == 1
+
+
+def test_three_thousand_syncs_leak_nothing():
+    """SOAP's graph grew by one node per sync: a step went from 4 ms to 67 ms."""
+    traces = []
+
+    @jax.jit
+    def step_fn(params, state, step):
+        traces.append(1)
+        state = sync_feedback(params, state, step)
+        return jax.tree.map(lambda leaf: 0.999 * leaf, params), state, step + 1
+
+    carry = (jax.tree.map(jnp.float32, PARAMS), init(rules.SignSync(period=2)), jnp.array(0))
+    for _ in range(3):
+        carry = step_fn(*carry)
+    live = len(jax.live_arrays())
+    for _ in range(3000):
+        carry = step_fn(*carry)
+    assert len(jax.live_arrays()) == live
+    assert len(traces) == 1
+    assert carry[2] == 3003
+
+
+@every_library_rule
+def test_adopted_feedback_keeps_its_dtype(rule):
+    for dtype in (jnp.bfloat16, jnp.int8):
+        feedback = jax.tree.map(lambda leaf, dtype=dtype: np.sign(leaf).astype(dtype), PARAMS)
+        feedback["a"]["bias"] = None
+        state = init_feedback(KEY, PARAMS, rule, feedback=feedback)
+        assert {leaf.dtype for leaf in jax.tree.leaves(state.feedback)} == {jnp.dtype(dtype)}
+        assert types(jax.eval_shape(sync, PARAMS, state, 0)) == types(state)
+
+
+def test_int8_feedback_holds_signs():
+    feedback = {"b": {"kernel": jnp.zeros((8, 4), jnp.int8)}}
+    state = init_feedback(KEY, PARAMS, rules.SignSync(), feedback=feedback)
+    synced = sync(PARAMS, state, 0).feedback["b"]["kernel"]
+    chex.assert_trees_all_equal(synced, np.sign(PARAMS["b"]["kernel"]).astype(np.int8), strict=True)
+
+
+# Transformations
+
+
+@every_rule
+def test_scan_equals_a_python_loop(rule):
+    state = init(rule)
+    scanned, _ = run(state, np.arange(STEPS))
+    looped = loop(state, range(STEPS))
+    chex.assert_trees_all_close(scanned.feedback, looped.feedback, rtol=1e-5, atol=1e-6)
+
+
+@some_rules
+def test_vmap_over_seeds_equals_each_alone(rule):
+    keys = jax.random.split(KEY, 3)
+    states = jax.vmap(lambda key: init_feedback(key, PARAMS, rule))(keys)
+    together = jax.jit(jax.vmap(sync_feedback, (None, 0, None)))(PARAMS, states, 3)
+    assert types(together) == types(states)
+    for i in range(3):
+        alone = sync(PARAMS, at(states, i), 3)
+        chex.assert_trees_all_close(at(together.feedback, i), alone.feedback, rtol=1e-6)
+
+
+def test_vmap_over_steps_equals_each_alone():
+    state = init(rules.SignSync(period=2, magnitude="redraw"))
+    together = jax.vmap(sync, (None, None, 0))(PARAMS, state, jnp.arange(4))
+    for step in range(4):
+        alone = sync(PARAMS, state, step)
+        chex.assert_trees_all_close(at(together.feedback, step), alone.feedback, rtol=1e-6)
+
+
+@some_rules
+def test_a_donated_state_is_reused(rule):
+    state = init(rule)
+    expected = sync(PARAMS, state, 0)
+    donated = jax.jit(sync_feedback, donate_argnums=1)(PARAMS, state, 0)
+    chex.assert_trees_all_equal(donated.feedback, expected.feedback)
+    assert state.feedback["a"]["kernel"].is_deleted()
+
+
+def test_no_gradient_flows_through_a_sync_to_params():
+    state = init(rules.Transport(rate=0.5))
+
+    def through_sync(params):
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(sync(params, state, 0).feedback))
+
+    assert through_sync(PARAMS) > 0
+    bars = jax.grad(through_sync)(jax.tree.map(jnp.float32, PARAMS))
+    chex.assert_trees_all_equal(bars, jax.tree.map(jnp.zeros_like, bars))
+
+
+def test_a_sync_inside_the_loss_equals_one_before_it():
+    x = np.ones((5, 3), np.float32)
+    state = init(rules.Transport(rate=0.5))
+
+    def loss(params, feedback):
+        h = jnp.tanh(ops.feedback_dense(x, params["a"]["kernel"], None))
+        return jnp.sum(ops.feedback_dense(h, params["b"]["kernel"], feedback["b"]["kernel"]) ** 2)
+
+    params = jax.tree.map(jnp.float32, PARAMS)
+    inside = jax.grad(lambda params: loss(params, sync_feedback(params, state, 0).feedback))(params)
+    before = jax.grad(loss)(params, sync(params, state, 0).feedback)
+    chex.assert_trees_all_close(inside, before, rtol=1e-5, atol=1e-6)
+    assert np.any(np.asarray(before["a"]["kernel"]))
+
+
+@every_rule
+def test_lowers_for_every_platform(rule):
+    traced = sync.trace(PARAMS, init(rule), 0)
+    for platform in ("cpu", "cuda", "tpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.case" in text) == (rule != rules.Fixed())
+
+
+# Checkpoints
+
+
+def is_key(leaf):
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def save(state):
+    """The state's leaves as plain arrays, as a checkpoint holds them."""
+    leaves = jax.tree.leaves(state)
+    return [np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf) for leaf in leaves]
+
+
+def load(saved, like):
+    leaves, structure = jax.tree.flatten(like)
+    pairs = zip(saved, leaves, strict=True)
+    return structure.unflatten(
+        jax.random.wrap_key_data(array) if is_key(leaf) else array for array, leaf in pairs
+    )
+
+
+@every_rule
+def test_a_resumed_run_repeats(rule):
+    whole = loop(init(rule), range(STEPS))
+    half = loop(init(rule), range(5))
+    resumed = loop(load(save(half), init(rule, jax.random.key(99))), range(5, STEPS))
+    chex.assert_trees_all_equal(resumed.feedback, whole.feedback)
+
+
+# Several devices
+
+
+def sharded_params(mesh):
+    return jax.tree.map(
+        lambda leaf, spec: jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec)),
+        PARAMS,
+        SPECS,
+    )
+
+
+def kernels_of(tree):
+    return [tree[name]["kernel"] for name in "ab"]
+
+
+def lie_alike(some, others):
+    return all(
+        one.sharding.is_equivalent_to(other.sharding, one.ndim)
+        for one, other in zip(kernels_of(some), kernels_of(others), strict=True)
+    )
+
+
+@every_library_rule
+def test_feedback_keeps_its_kernels_explicit_sharding(explicit_mesh, rule):
+    expected = sync(PARAMS, init(rule), 3).feedback
+    with jax.set_mesh(explicit_mesh):
+        params = sharded_params(explicit_mesh)
+        state = init_feedback(KEY, params, rule)
+        synced = sync(params, state, 3)
+        for feedback in (state.feedback, synced.feedback):
+            assert types(kernels_of(feedback)) == types(kernels_of(params))
+            assert lie_alike(feedback, params)
+        assert types(synced) == types(state)
+    # A norm is summed in parts, and draws may be rounded otherwise, on several devices.
+    chex.assert_trees_all_close(synced.feedback, expected, rtol=1e-6)
+
+
+def test_init_under_jit_gives_feedback_its_kernels_explicit_sharding(mesh):
+    params = sharded_params(mesh)
+    state = jax.jit(lambda params: init_feedback(KEY, params))(params)
+    assert types(kernels_of(state.feedback)) == types(kernels_of(params))
+    assert lie_alike(state.feedback, params)
+    expected = jax.device_get(init(rules.Fixed()).feedback)
+    chex.assert_trees_all_close(jax.device_get(state.feedback), expected, rtol=1e-6)
+
+
+@some_rules
+def test_feedback_keeps_its_kernels_automatic_sharding(auto_mesh, rule):
+    params = sharded_params(auto_mesh)
+    state = init_feedback(KEY, params, rule)
+    assert lie_alike(state.feedback, params)
+    assert lie_alike(sync(params, state, 3).feedback, params)
+
+
+@pytest.mark.parametrize("where", ["host", "another device", "replicated", "split otherwise"])
+def test_adopted_feedback_moves_to_where_its_kernel_lies(auto_mesh, where):
+    params = sharded_params(auto_mesh)
+    feedback = jax.tree.map(lambda leaf: -leaf, PARAMS)
+    feedback["a"]["bias"] = None
+    if where == "another device":
+        feedback = jax.device_put(feedback, jax.devices()[1])
+    elif where == "replicated":
+        feedback = jax.device_put(feedback, jax.sharding.NamedSharding(auto_mesh, P()))
+    elif where == "split otherwise":
+        feedback = {"b": {"kernel": feedback["b"]["kernel"]}, "a": feedback["a"]}
+        swapped = jax.sharding.NamedSharding(auto_mesh, P(None, "data"))
+        feedback["b"]["kernel"] = jax.device_put(feedback["b"]["kernel"], swapped)
+    state = init_feedback(KEY, params, rules.SignSync(), feedback=feedback)
+    assert lie_alike(state.feedback, params)
+    chex.assert_trees_all_equal(kernels_of(state.feedback), [-leaf for leaf in kernels_of(PARAMS)])
+
+
+def test_adopted_feedback_is_resharded_under_jit_on_an_explicit_mesh(mesh):
+    params = sharded_params(mesh)
+    feedback = jax.device_put({"b": {"kernel": -PARAMS["b"]["kernel"]}}, P(None, None))
+
+    @jax.jit
+    def adopt(params, feedback):
+        return init_feedback(KEY, params, rules.SignSync(), feedback=feedback)
+
+    adopted = adopt(params, feedback).feedback["b"]["kernel"]
+    assert jax.typeof(adopted) == jax.typeof(params["b"]["kernel"])
+
+
+@some_rules
+def test_shard_map_over_seeds_equals_each_alone(auto_mesh, rule):
+    states = jax.vmap(lambda key: init_feedback(key, PARAMS, rule))(jax.random.split(KEY, 4))
+    params = jax.tree.map(lambda leaf: np.stack([leaf * (-1) ** i for i in range(4)]), PARAMS)
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=auto_mesh, in_specs=P("data"), out_specs=P("data"))
+    def split(params, states):
+        return lax.map(lambda pair: sync_feedback(*pair, 3), (params, states))
+
+    together = split(params, states)
+    assert jax.tree.structure(together) == jax.tree.structure(states)
+    for i in range(4):
+        alone = sync(at(params, i), at(states, i), 3)
+        chex.assert_trees_all_close(at(together.feedback, i), alone.feedback, rtol=1e-6)
+
+
+@pytest.mark.parametrize("magnitude", ["unit", "preserve"])
+def test_shard_map_over_parts_of_kernels_equals_the_whole(auto_mesh, magnitude):
+    state = init(rules.SignSync(magnitude=magnitude))
+    feedback_specs = {"a": {"kernel": P(None, "data"), "bias": None}, "b": SPECS["b"]}
+    specs = FeedbackState(feedback_specs, P(), P(), state.rule)
+    split = jax.shard_map(
+        lambda params, state: sync_feedback(params, state, 0),
+        mesh=auto_mesh,
+        in_specs=(SPECS, specs),
+        out_specs=specs,
+    )
+    chex.assert_trees_all_equal(
+        jax.jit(split)(PARAMS, state).feedback, sync(PARAMS, state, 0).feedback
+    )
+
+
+# Flax
+
+
+def test_linens_feedback_is_adopted_as_it_is():
+    model = nn.Sequential([nn.Dense(3), nn.tanh, soap_jax.linen.FeedbackDense(2)])
+    x = np.ones((5, 4), np.float32)
+    variables = model.init(KEY, x)
+    state = init_feedback(
+        KEY, variables["params"], rules.SignSync(), feedback=variables["feedback"]
+    )
+    chex.assert_trees_all_equal(state.feedback, variables["feedback"])
+    synced = sync(variables["params"], state, 0).feedback
+    assert jax.tree.structure(synced) == jax.tree.structure(variables["feedback"])
+    chex.assert_trees_all_equal(
+        synced["layers_2"]["kernel"], jnp.sign(variables["params"]["layers_2"]["kernel"])
+    )
+    assert model.apply({"params": variables["params"], "feedback": synced}, x).shape == (5, 2)
+
+
+def test_boxed_leaves_keep_their_boxes():
+    boxed = nn.with_partitioning(nn.initializers.ones, ("in", "out"))
+    layer = soap_jax.linen.FeedbackDense(2, kernel_init=boxed, feedback_init=boxed)
+    variables = layer.init(KEY, np.ones((5, 4), np.float32))
+    for feedback in (variables["feedback"], None):
+        state = init_feedback(KEY, variables["params"], rules.SignSync(), feedback=feedback)
+        synced = sync(variables["params"], state, 0)
+        assert synced.feedback["kernel"].names == ("in", "out")
+        chex.assert_trees_all_equal(synced.feedback["kernel"].value, jnp.ones((4, 2)))
+
+
+def test_nnx_gets_a_state_back_that_is_ready_for_update():
+    model = nnx.Sequential(
+        nnx.Linear(4, 3, rngs=nnx.Rngs(0)), soap_jax.nnx.FeedbackLinear(3, 2, rngs=nnx.Rngs(1))
+    )
+    params, feedback = nnx.state(model, nnx.Param), nnx.state(model, soap_jax.nnx.Feedback)
+    state = init_feedback(KEY, params, rules.SignSync(), feedback=feedback)
+    synced = sync(params, state, 0)
+    assert isinstance(synced.feedback, nnx.State)
+    assert jax.tree.structure(synced.feedback) == jax.tree.structure(feedback)
+    nnx.update(model, synced.feedback)
+    layer = model.layers[1]
+    assert isinstance(layer.feedback, soap_jax.nnx.Feedback)
+    chex.assert_trees_all_equal(layer.feedback[...], jnp.sign(layer.kernel[...]))
+
+
+# Which leaves
+
+
+@pytest.mark.parametrize(
+    "where, expected",
+    [
+        (None, {"a/kernel", "b/kernel"}),
+        ("b/*", {"b/kernel"}),
+        (["a/kernel", "a/bias"], {"a/kernel", "a/bias"}),
+        (lambda path, leaf: leaf.shape[0] == 8, {"a/bias", "b/kernel"}),
+    ],
+)
+def test_where_says_which_leaves_get_feedback(where, expected):
+    initializer = jax.nn.initializers.normal()
+    feedback = init_feedback(KEY, PARAMS, where=where, initializer=initializer).feedback
+    assert feedback.keys() == PARAMS.keys()
+    found = {f"{a}/{b}" for a in feedback for b, leaf in feedback[a].items() if leaf is not None}
+    assert found == expected
+
+
+def test_adopted_feedback_may_leave_layers_out():
+    feedback = {"a": {"kernel": None}, "b": {"kernel": PARAMS["b"]["kernel"]}}
+    state = init_feedback(KEY, PARAMS, rules.SignSync(), feedback=feedback)
+    synced = sync(PARAMS, state, 0).feedback
+    assert synced["a"] == {"kernel": None}
+    chex.assert_trees_all_equal(synced["b"]["kernel"], np.sign(PARAMS["b"]["kernel"]))
+
+
+# Errors
+
+
+@pytest.mark.parametrize("rule", ["sign", {}, None, rules.SignSync, 3, {"*": "sign"}])
+def test_a_rule_of_another_type_raises(rule):
+    inner = "sign" if isinstance(rule, dict) and rule else rule
+    message = rf"rule is {re.escape(repr(inner))}; expected a rule such as soap_jax.SignSync"
+    with pytest.raises(ValueError, match=message):
+        init(rule)
+
+
+def test_a_rules_pattern_that_matches_nothing_raises():
+    rule = {"Dense_9/*": rules.SignSync(), "*": rules.Fixed()}
+    with pytest.raises(ValueError, match=r"pattern 'Dense_9/\*' matches no feedback.*\['b'\]"):
+        init(rule)
+
+
+def test_a_rules_pattern_that_matches_only_leaves_without_feedback_raises():
+    rule = {"a/*": rules.SignSync(), "b/*": rules.Fixed()}
+    with pytest.raises(ValueError, match=r"pattern 'a/\*' matches no feedback"):
+        init_feedback(KEY, PARAMS, rule, where="b/*")
+
+
+def test_feedback_without_a_rule_raises():
+    message = r"no rule for the feedback at \['b'\]\['kernel'\].*'a/\*'.*Add a last pattern"
+    with pytest.raises(ValueError, match=message):
+        init({"a/*": rules.SignSync()})
+
+
+def test_where_together_with_feedback_raises():
+    with pytest.raises(ValueError, match=r"both `where` and `feedback`.*put None"):
+        init_feedback(KEY, PARAMS, where="b/*", feedback={"b": {"kernel": np.ones((8, 4))}})
+
+
+def test_a_pattern_or_predicate_that_selects_nothing_raises():
+    with pytest.raises(ValueError, match=r"where='c/\*' matches no leaf"):
+        init_feedback(KEY, PARAMS, where="c/*")
+    with pytest.raises(ValueError, match="no leaf of params gets feedback"):
+        init_feedback(KEY, PARAMS, where=lambda path, leaf: False)
+
+
+def test_an_integer_kernel_raises():
+    params = {"out": {"kernel": np.ones((2, 3), np.int32)}}
+    message = r"kernel at \['out'\]\['kernel'\] has dtype int32"
+    with pytest.raises(ValueError, match=message):
+        init_feedback(KEY, params)
+    with pytest.raises(ValueError, match=message):
+        init_feedback(KEY, params, feedback={"out": {"kernel": np.ones((2, 3), np.float32)}})
+
+
+def test_adopted_feedback_that_does_not_fit_raises():
+    with pytest.raises(ValueError, match=r"feedback at \['c'\]\['kernel'\] has no kernel"):
+        init_feedback(KEY, PARAMS, feedback={"c": {"kernel": np.ones((8, 4))}})
+    with pytest.raises(
+        ValueError, match=r"\['b'\]\['kernel'\] has shape \(4, 8\); expected \(8, 4\)"
+    ):
+        init_feedback(KEY, PARAMS, feedback={"b": {"kernel": np.ones((4, 8))}})
+
+
+def test_params_that_the_state_was_not_made_for_raise():
+    state = init(rules.SignSync())
+    with pytest.raises(ValueError, match=r"feedback at \['b'\]\['kernel'\] has no kernel"):
+        sync({"a": PARAMS["a"]}, state, 0)
+
+
+def test_a_rule_that_returns_another_shape_raises():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Transposed(rules.Rule):
+        def __call__(self, kernel, feedback, key):
+            return feedback.T
+
+    message = r"Transposed\(period=1\) returned feedback of shape \(8, 3\) for \['a'\]\['kernel'\]"
+    with pytest.raises(ValueError, match=message + r"; expected \(3, 8\)"):
+        sync(PARAMS, init(Transposed()), 0)
+
+
+def test_a_rule_that_cannot_serve_a_kernel_says_so():
+    params = {"scale": np.ones(5, np.float32)}
+    state = init_feedback(
+        KEY,
+        params,
+        rules.SignSync(magnitude="glorot"),
+        where="scale",
+        initializer=jax.nn.initializers.ones,
+    )
+    with pytest.raises(ValueError, match=r"kernel of shape \(5,\) has no fan-in and fan-out"):
+        sync(params, state, 0)

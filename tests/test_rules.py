@@ -1,0 +1,420 @@
+"""Rules as functions of one kernel and its feedback: tables, angles, invariants."""
+
+import copy
+import dataclasses
+import functools
+import pickle
+import re
+
+import chex
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from jax import lax
+
+from soap_jax import rules
+
+KEY = jax.random.key(0)
+MAGNITUDES = ("unit", "glorot", "preserve", "norm", "redraw")
+every_magnitude = pytest.mark.parametrize("magnitude", MAGNITUDES)
+ALL_RULES = (
+    rules.Fixed(),
+    *(rules.SignSync(magnitude=magnitude) for magnitude in MAGNITUDES),
+    rules.Transport(),
+    rules.Transport(rate=0.25),
+)
+every_rule = pytest.mark.parametrize("rule", ALL_RULES, ids=str)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(rule, kernel, feedback, key=KEY):
+    return rule(kernel, feedback, key)
+
+
+def sign_sync(magnitude, kernel, feedback, key=KEY):
+    return apply(
+        rules.SignSync(magnitude=magnitude), jnp.asarray(kernel), jnp.asarray(feedback), key
+    )
+
+
+def angle(a, b):
+    a, b = np.asarray(a, np.float64).ravel(), np.asarray(b, np.float64).ravel()
+    return np.degrees(np.arccos(a @ b / np.linalg.norm(a) / np.linalg.norm(b)))
+
+
+@functools.cache
+def draw(family, seed, shape=(500, 600), scale=0.05):
+    rng = np.random.default_rng(seed)
+    drawn = rng.standard_normal(shape) if family == "Gaussian" else rng.uniform(-1, 1, shape)
+    return np.asarray(scale * drawn, np.float32)
+
+
+# Identities: angles. With 300,000 weights an angle's standard error is below 0.1 degrees.
+
+
+@pytest.mark.parametrize("magnitude", ["unit", "glorot", "norm"])
+@pytest.mark.parametrize(
+    "family, expected", [("Gaussian", np.degrees(np.arccos(np.sqrt(2 / np.pi)))), ("uniform", 30.0)]
+)
+def test_signs_are_at_their_familys_angle_to_the_kernel(family, expected, magnitude):
+    kernel, feedback = draw(family, 0), draw(family, 1)
+    assert angle(sign_sync(magnitude, kernel, feedback), kernel) == pytest.approx(expected, abs=0.5)
+
+
+@pytest.mark.parametrize("family, expected", [("Gaussian", 50.5), ("uniform", 41.4)])
+def test_preserved_magnitudes_are_at_their_familys_angle_to_the_kernel(family, expected):
+    kernel, feedback = draw(family, 0), draw(family, 1)
+    synced = sign_sync("preserve", kernel, feedback)
+    assert angle(synced, kernel) == pytest.approx(expected, abs=0.5)
+
+
+def test_redrawn_magnitudes_are_at_the_gaussian_angle_to_a_gaussian_kernel():
+    kernel, feedback = draw("Gaussian", 0), draw("Gaussian", 1)
+    assert angle(sign_sync("redraw", kernel, feedback), kernel) == pytest.approx(50.5, abs=0.5)
+
+
+@pytest.mark.parametrize("family", ["Gaussian", "uniform"])
+def test_fixed_feedback_is_at_a_right_angle_to_the_kernel(family):
+    kernel, feedback = draw(family, 0), draw(family, 1)
+    assert angle(apply(rules.Fixed(), kernel, feedback), kernel) == pytest.approx(90, abs=0.5)
+
+
+@pytest.mark.parametrize("family", ["Gaussian", "uniform"])
+def test_full_transport_is_at_no_angle_to_the_kernel(family):
+    kernel, feedback = draw(family, 0), draw(family, 1)
+    # arccos loses half of the digits at 1.
+    assert angle(apply(rules.Transport(), kernel, feedback), kernel) < 1e-5
+
+
+# Identities: invariants
+
+
+@functools.partial(jax.jit, static_argnames=("magnitude", "syncs"))
+def synced_many_times(feedback, *, magnitude, syncs):
+    """Feedback after syncs with kernels whose signs change all the time."""
+    rule = rules.SignSync(magnitude=magnitude)
+
+    def body(feedback, step):
+        kernel = jnp.cos(step * jnp.arange(1.0, feedback.size + 1)).reshape(feedback.shape)
+        synced = rule(kernel.astype(feedback.dtype), feedback, KEY)
+        return synced.astype(feedback.dtype), None  # as `sync_feedback` does
+
+    return lax.scan(body, feedback, jnp.arange(syncs, dtype=jnp.float32))[0]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_preserve_never_changes_a_magnitude(dtype):
+    feedback = jnp.asarray(draw("Gaussian", 1, (7, 5)), dtype)
+    synced = synced_many_times(feedback, magnitude="preserve", syncs=10_000)
+    chex.assert_trees_all_equal(jnp.abs(synced), jnp.abs(feedback), strict=True)
+    assert np.any(np.asarray(synced) != np.asarray(feedback))
+
+
+@pytest.mark.parametrize("dtype, rounding", [(jnp.float32, 2e-7), (jnp.bfloat16, 2**-8)])
+# XLA divides by multiplying with the inverse: 41 * (1 / 41) < 1 in float32.
+@pytest.mark.parametrize("shape", [(7, 5), (3, 3, 2, 11), (41, 3), (1, 1)])
+def test_norm_keeps_the_norm_and_never_drifts(shape, dtype, rounding):
+    feedback = jnp.asarray(draw("Gaussian", 1, shape, 1 / 3), dtype)
+    once = synced_many_times(feedback, magnitude="norm", syncs=1)
+    often = synced_many_times(feedback, magnitude="norm", syncs=10_000)
+    chex.assert_trees_all_equal(jnp.abs(often), jnp.abs(once), strict=True)
+    before, after = (np.linalg.norm(np.asarray(b, np.float64)) for b in (feedback, often))
+    assert after == pytest.approx(before, rel=rounding)
+
+
+floats = st.floats(-2, 2, width=32, allow_subnormal=False)
+
+
+@hypothesis.given(
+    magnitude=st.sampled_from(MAGNITUDES),
+    kernel=st.lists(floats, min_size=6, max_size=6),
+    feedback=st.lists(floats, min_size=6, max_size=6),
+)
+def test_signs_agree_wherever_the_kernel_is_not_zero(magnitude, kernel, feedback):
+    kernel, feedback = (np.array(values, np.float32).reshape(2, 3) for values in (kernel, feedback))
+    synced = np.asarray(sign_sync(magnitude, kernel, feedback))
+    has_magnitude = {"preserve": feedback != 0, "norm": np.any(feedback)}.get(magnitude, True)
+    decided = (kernel != 0) & has_magnitude
+    chex.assert_trees_all_equal(np.sign(synced)[decided], np.sign(kernel)[decided])
+    if magnitude == "preserve":
+        chex.assert_trees_all_equal(np.abs(synced), np.abs(feedback))
+
+
+@every_magnitude
+def test_syncing_twice_is_syncing_once(magnitude):
+    kernel, feedback = draw("Gaussian", 0, (7, 5)), draw("Gaussian", 1, (7, 5))
+    once = sign_sync(magnitude, kernel, feedback)
+    chex.assert_trees_all_equal(sign_sync(magnitude, kernel, once), once)
+
+
+@every_rule
+def test_vmap_equals_a_python_loop(rule):
+    kernels = np.stack([draw("Gaussian", seed, (3, 5)) for seed in (0, 1, 2)])
+    feedbacks = np.stack([draw("Gaussian", seed, (3, 5)) for seed in (3, 4, 5)])
+    keys = jax.random.split(KEY, 3)
+    together = jax.vmap(functools.partial(apply, rule))(kernels, feedbacks, keys)
+    for i in range(3):
+        alone = apply(rule, kernels[i], feedbacks[i], keys[i])
+        chex.assert_trees_all_close(together[i], alone, rtol=1e-6)
+
+
+@every_rule
+def test_jit_changes_nothing(rule):
+    kernel, feedback = (
+        jnp.asarray(draw("Gaussian", 0, (3, 5))),
+        jnp.asarray(draw("Gaussian", 1, (3, 5))),
+    )
+    chex.assert_trees_all_close(
+        rule(kernel, feedback, KEY), apply(rule, kernel, feedback), rtol=1e-6
+    )
+
+
+# Tables by hand
+
+KERNEL = [[0.5, -3.0, 2.0], [-0.25, 0.0, -0.0]]
+FEEDBACK = [[-3.0, 4.0, 0.0], [5.0, -6.0, 7.0]]
+
+
+@pytest.mark.parametrize(
+    "magnitude, expected",
+    [
+        ("unit", [[1, -1, 1], [-1, 0, 0]]),
+        ("glorot", np.sqrt(2 / 5) * np.array([[1, -1, 1], [-1, 0, 0]])),
+        ("preserve", [[3, -4, 0], [-5, 6, 7]]),
+        ("norm", np.sqrt(135 / 6) * np.array([[1, -1, 1], [-1, 1, 1]])),
+    ],
+)
+def test_a_sync_by_hand(magnitude, expected):
+    actual = sign_sync(magnitude, KERNEL, FEEDBACK)
+    chex.assert_trees_all_close(actual, np.asarray(expected, np.float32), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rate, expected",
+    [
+        (0, [[-3.0, 4.0, 0.0], [5.0, -6.0, 7.0]]),
+        (0.25, [[-2.125, 2.25, 0.5], [3.6875, -4.5, 5.25]]),
+        (1, KERNEL),
+    ],
+)
+def test_transport_by_hand(rate, expected):
+    actual = apply(rules.Transport(rate=rate), jnp.array(KERNEL), jnp.array(FEEDBACK))
+    chex.assert_trees_all_equal(actual, jnp.array(expected))
+
+
+def test_full_transport_copies_every_bit_of_the_kernel():
+    kernel, feedback = draw("Gaussian", 0), 1e6 * draw("Gaussian", 1)
+    chex.assert_trees_all_equal(apply(rules.Transport(), kernel, feedback), kernel)
+    negative_zero = apply(rules.Transport(), jnp.array([[-0.0]]), jnp.array([[1.0]]))
+    assert np.signbit(np.asarray(negative_zero)).all()
+
+
+def test_repeated_transport_decays_geometrically():
+    kernel, feedback = jnp.array(KERNEL), jnp.array(FEEDBACK)
+    for _ in range(3):
+        feedback = apply(rules.Transport(rate=0.25), kernel, feedback)
+    expected = jnp.array(KERNEL) + 0.75**3 * (jnp.array(FEEDBACK) - jnp.array(KERNEL))
+    chex.assert_trees_all_close(feedback, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "shape, expected",
+    [
+        ((3, 5), 1 / 2),
+        ((3, 3, 2, 6), 1 / 6),
+        ((2, 1, 1), 1 / np.sqrt(2)),
+        ((2, 3, 3, 1, 1), 1 / np.sqrt(18)),
+    ],
+)
+def test_glorot_counts_a_convolutions_window_in_its_fans(shape, expected):
+    """sqrt(2 / (window * (in + out))) for a kernel `(*window, in, out)`."""
+    synced = sign_sync("glorot", np.ones(shape, np.float32), np.zeros(shape, np.float32))
+    chex.assert_trees_all_close(synced, np.full(shape, expected, np.float32), rtol=1e-6)
+
+
+# Draws
+
+
+def test_redraws_mean_square_is_glorots():
+    kernel = draw("Gaussian", 0)
+    synced = np.asarray(sign_sync("redraw", kernel, kernel), np.float64)
+    # 300,000 squared normal deviates: a relative standard error of 0.26 %.
+    assert np.mean(synced**2) == pytest.approx(2 / (500 + 600), rel=0.01)
+
+
+def test_redraw_depends_on_the_key_and_the_kernels_signs_alone():
+    kernel, feedback = draw("Gaussian", 0, (7, 5)), draw("Gaussian", 1, (7, 5))
+    first = sign_sync("redraw", kernel, feedback, jax.random.key(1))
+    again = sign_sync("redraw", 3 * kernel, 2 * feedback, jax.random.key(1))
+    other = sign_sync("redraw", kernel, feedback, jax.random.key(2))
+    chex.assert_trees_all_equal(first, again)
+    assert not np.any(np.abs(first) == np.abs(other))
+
+
+# Zeros
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+@pytest.mark.parametrize("magnitude", ["unit", "glorot"])
+def test_the_sign_of_a_zero_weight_is_zero(magnitude, zero):
+    kernel, feedback = jnp.full((2, 3), zero), jnp.full((2, 3), -5.0)
+    chex.assert_trees_all_equal(sign_sync(magnitude, kernel, feedback), jnp.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+@pytest.mark.parametrize("magnitude", ["preserve", "norm", "redraw"])
+def test_a_zero_weight_counts_as_positive_where_magnitudes_are_kept(magnitude, zero):
+    feedback = -5.0 * np.ones((2, 3), np.float32)
+    synced = sign_sync(magnitude, np.full((2, 3), zero, np.float32), feedback)
+    assert np.all(np.asarray(synced) > 0)
+    if magnitude != "redraw":
+        chex.assert_trees_all_equal(synced, jnp.full((2, 3), 5.0))
+
+
+def test_magnitudes_survive_a_kernel_that_passes_through_zero():
+    feedback = draw("Gaussian", 1, (7, 5))
+    for kernel in (draw("Gaussian", 0, (7, 5)), np.zeros((7, 5), np.float32)):
+        feedback = sign_sync("preserve", kernel, feedback)
+    chex.assert_trees_all_equal(feedback, np.abs(draw("Gaussian", 1, (7, 5))))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@every_rule
+def test_zeros_everywhere_give_no_nan(rule, dtype):
+    kernel, zeros = jnp.asarray(draw("Gaussian", 0, (3, 5)), dtype), jnp.zeros((3, 5), dtype)
+    for pair in ((kernel, zeros), (zeros, kernel), (zeros, zeros)):
+        assert np.all(np.isfinite(np.asarray(apply(rule, *pair), np.float32)))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_norm_neither_underflows_nor_overflows(size):
+    feedback = np.float32(size) * np.array([[3, 4]], np.float32)
+    synced = sign_sync("norm", np.array([[1, -1]], np.float32), feedback)
+    expected = np.float32(size) * np.sqrt(np.float32(12.5)) * np.array([[1, -1]], np.float32)
+    chex.assert_trees_all_close(synced, expected, rtol=1e-6)
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@every_rule
+def test_rules_keep_shape_and_dtype(rule, dtype):
+    kernel = jax.ShapeDtypeStruct((3, 5), dtype)
+    synced = jax.eval_shape(functools.partial(apply, rule), kernel, kernel, KEY)
+    assert synced.shape == (3, 5)
+    if getattr(rule, "magnitude", None) == "norm":
+        assert synced.dtype == jnp.float32  # summed in float32; `sync_feedback` casts it back
+    else:
+        assert synced.dtype == dtype
+
+
+# Rules as values
+
+
+@every_rule
+def test_rules_are_values(rule):
+    same = dataclasses.replace(rule) if not isinstance(rule, rules.Fixed) else rules.Fixed()
+    assert rule == same == copy.deepcopy(rule) == pickle.loads(pickle.dumps(rule))
+    assert hash(rule) == hash(same)
+    assert sum(rule == other for other in ALL_RULES) == 1
+    assert eval(repr(rule), vars(rules)) == rule
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rule.period = 2
+
+
+def test_rules_print_as_they_are_written():
+    assert repr(rules.Fixed()) == "Fixed()"
+    assert repr(rules.SignSync(period=10, magnitude="norm")) == (
+        "SignSync(period=10, magnitude='norm')"
+    )
+    assert repr(rules.Transport(rate=0.5)) == "Transport(period=1, rate=0.5)"
+
+
+def test_periods_tell_rules_apart():
+    assert rules.SignSync(period=2) != rules.SignSync(period=3)
+    assert rules.SignSync(period=np.int64(3)) == rules.SignSync(period=3)
+
+
+def test_equal_rules_do_not_retrace():
+    traces = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(rule, kernel):
+        traces.append(rule)
+        return rule(kernel, kernel, KEY)
+
+    for _ in range(3):
+        run(rules.SignSync(magnitude="norm"), jnp.ones((2, 3)))
+    assert traces == [rules.SignSync(magnitude="norm")]
+
+
+def test_a_rule_with_an_array_period_is_accepted_and_not_hashable():
+    for period in (jnp.array(5), jnp.array([1, 10, 100]), jnp.array(-3)):
+        rule = rules.SignSync(period=period)
+        assert rule.period is period
+        with pytest.raises(TypeError, match="unhashable"):
+            hash(rule)
+
+
+def test_a_rule_takes_a_traced_period():
+    periods = jax.jit(lambda period: rules.SignSync(period=period).period + 1)(jnp.array(5))
+    assert periods == 6
+
+
+# Errors
+
+
+@pytest.mark.parametrize("period", [0, -3, 2.5, "x", None, float("nan"), 1.0])
+@pytest.mark.parametrize("rule", [rules.SignSync, rules.Transport])
+def test_a_period_that_is_no_positive_integer_raises(rule, period):
+    message = rf"{rule.__name__}: period is {period!r}; expected an integer of at least 1"
+    with pytest.raises(ValueError, match=message):
+        rule(period=period)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan"), float("inf"), "fast", None])
+def test_a_rate_outside_the_unit_interval_raises(rate):
+    message = rf"Transport: rate is {rate!r}; expected a number in \[0, 1\]"
+    with pytest.raises(ValueError, match=message):
+        rules.Transport(rate=rate)
+
+
+@pytest.mark.parametrize("magnitude", ["Unit", "", None, 1])
+def test_an_unknown_magnitude_raises(magnitude):
+    message = rf"magnitude is {magnitude!r}; expected one of 'unit', 'preserve', 'norm', 'glorot'"
+    with pytest.raises(ValueError, match=message):
+        rules.SignSync(magnitude=magnitude)
+
+
+@pytest.mark.parametrize("shape", [(3,), ()])
+@pytest.mark.parametrize("magnitude", ["glorot", "redraw"])
+def test_a_kernel_without_fans_raises_for_magnitudes_that_need_them(magnitude, shape):
+    message = rf"kernel of shape {re.escape(str(shape))} has no fan-in and fan-out"
+    with pytest.raises(ValueError, match=message):
+        sign_sync(magnitude, np.ones(shape, np.float32), np.ones(shape, np.float32))
+
+
+@pytest.mark.parametrize("magnitude", ["unit", "preserve", "norm"])
+def test_other_magnitudes_take_a_kernel_of_one_axis(magnitude):
+    synced = sign_sync(magnitude, np.array([2.0, -3.0]), np.array([-1.0, 1.0]))
+    chex.assert_trees_all_equal(synced, jnp.array([1.0, -1.0]))
+
+
+def test_periods_and_rates_go_by_name():
+    with pytest.raises(TypeError, match="positional"):
+        rules.SignSync(10)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'period'"):
+        rules.Fixed(period=10)
+
+
+def test_a_rule_without_a_formula_says_so():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Empty(rules.Rule):
+        pass
+
+    with pytest.raises(NotImplementedError, match="Empty must define __call__"):
+        Empty(period=2)(jnp.ones(2), jnp.ones(2), KEY)
