@@ -22,9 +22,9 @@ class File(NamedTuple):
     """One published file.
 
     Attributes:
-      name: its name, the same in every mirror.
-      size: its length in bytes.
-      sha256: its SHA-256, in hexadecimal.
+        name: its name, the same in every mirror.
+        size: its length in bytes.
+        sha256: its SHA-256, in hexadecimal.
     """
 
     name: str
@@ -36,9 +36,9 @@ class Archive(NamedTuple):
     """The published files of one data set.
 
     Attributes:
-      url: the folder they are published in, ending in a slash.
-      files: four IDX files (train images, train labels, test images, test labels), or one tar.gz.
-      image_shape: `(height, width, channels)`.
+        url: the folder they are published in, ending in a slash.
+        files: four IDX files (train images, train labels, test images, test labels), or one tar.gz.
+        image_shape: `(height, width, channels)`.
     """
 
     url: str
@@ -112,15 +112,15 @@ def read(name: str, paths: Sequence[os.PathLike[str]]) -> dict[str, Arrays]:
     """Reads and checks the files of a data set.
 
     Args:
-      name: a key of `ARCHIVES`.
-      paths: where each of its files lies, in the order of `Archive.files`.
+        name: a key of `ARCHIVES`.
+        paths: where each of its files lies, in the order of `Archive.files`.
 
     Returns:
-      `{"train": (images, labels), "test": (images, labels)}`: images uint8
-      `(n, height, width, channels)`, labels int32 `(n,)`, in the published order.
+        `{"train": (images, labels), "test": (images, labels)}`: images uint8
+        `(n, height, width, channels)`, labels int32 `(n,)`, in the published order.
 
     Raises:
-      ValueError: a file is damaged, is another file, or does not fit its sibling.
+        ValueError: a file is damaged, is another file, or does not fit its sibling.
     """
     local = [pathlib.Path(path) for path in paths]
     if name == "cifar10":
@@ -150,14 +150,14 @@ def read_idx(path: pathlib.Path, *, ndim: int) -> np.ndarray:
     dimension as a big-endian 32-bit number, then the values in row-major order.
 
     Args:
-      path: the `.gz` file.
-      ndim: the number of dimensions it must have.
+        path: the `.gz` file.
+        ndim: the number of dimensions it must have.
 
     Returns:
-      The values, uint8, of the shape that the file's header states.
+        The values, uint8, of the shape that the file's header states.
 
     Raises:
-      ValueError: the file is not gzip, not IDX, of another type or rank, or of the wrong length.
+        ValueError: the file is not gzip, not IDX, of another type or rank, or of the wrong length.
     """
     content = _gunzip(path)
     magic, expected = content[:4], bytes([0, 0, 8, ndim])

@@ -96,16 +96,16 @@ def load(name: str) -> tuple[dict[str, _archives.Arrays], str]:
     """Loads a data set, which is first downloaded and prepared unless it was before.
 
     Args:
-      name: a key of `soap_jax._archives.ARCHIVES`.
+        name: a key of `soap_jax._archives.ARCHIVES`.
 
     Returns:
-      `{"train": (images, labels), "test": (images, labels)}`, as `_archives.read` returns them,
-      and the source.
+        `{"train": (images, labels), "test": (images, labels)}`, as `_archives.read` returns them,
+        and the source.
 
     Raises:
-      ConnectionError: the data set is not prepared and its files cannot be downloaded.
-      OSError: the data set was prepared and has been damaged since.
-      ValueError: a downloaded file is not the published one.
+        ConnectionError: the data set is not prepared and its files cannot be downloaded.
+        OSError: the data set was prepared and has been damaged since.
+        ValueError: a downloaded file is not the published one.
     """
     builder = _builder(name)
     if not builder.data_path.exists():

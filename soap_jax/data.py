@@ -27,8 +27,8 @@ class Split(NamedTuple):
     """Labelled images.
 
     Attributes:
-      images: `(n, height, width, channels)`, uint8, as stored.
-      labels: `(n,)`, int32.
+        images: `(n, height, width, channels)`, uint8, as stored.
+        labels: `(n,)`, int32.
     """
 
     images: np.ndarray
@@ -39,12 +39,12 @@ class Dataset(NamedTuple):
     """A data set and where it came from.
 
     Attributes:
-      name: one of `NAMES`.
-      train: the examples to learn from.
-      test: the examples to judge by.
-      num_classes: labels are `0 .. num_classes - 1`.
-      max_value: the pixel value that means 1.0: 255, or 16 for digits.
-      source: which way the arrays came and which content they have, to be recorded with a result.
+        name: one of `NAMES`.
+        train: the examples to learn from.
+        test: the examples to judge by.
+        num_classes: labels are `0 .. num_classes - 1`.
+        max_value: the pixel value that means 1.0: 255, or 16 for digits.
+        source: which way the arrays came and which content they have, to be recorded with a result.
     """
 
     name: str
@@ -68,22 +68,22 @@ def load(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Datase
        call, which downloads them, and read from then on. TensorFlow is not needed.
 
     Args:
-      name: one of `NAMES`.
-      data_dir: directory with the published files. If given, it must have them; digits need none.
+        name: one of `NAMES`.
+        data_dir: directory with the published files. If given, it must have them; digits need none.
 
     Returns:
-      The data set; the arrays are the same whichever way they came.
+        The data set; the arrays are the same whichever way they came.
 
     Raises:
-      ValueError: the name is unknown, or a file is damaged or not the published one.
-      FileNotFoundError: the directory is not there, or lacks files.
-      ConnectionError: there is no directory, and no network either.
-      ModuleNotFoundError: the extra `study` is not installed.
+        ValueError: the name is unknown, or a file is damaged or not the published one.
+        FileNotFoundError: the directory is not there, or lacks files.
+        ConnectionError: there is no directory, and no network either.
+        ModuleNotFoundError: the extra `study` is not installed.
 
     Example:
-      >>> dataset = load("digits")
-      >>> dataset.train.images.shape, dataset.test.images.shape
-      ((1438, 8, 8, 1), (359, 8, 8, 1))
+        >>> dataset = load("digits")
+        >>> dataset.train.images.shape, dataset.test.images.shape
+        ((1438, 8, 8, 1), (359, 8, 8, 1))
     """
     if name not in NAMES:
         raise ValueError(f"Unknown data set {name!r}; expected one of {', '.join(NAMES)}.")
@@ -108,20 +108,20 @@ def split_validation(split: Split, num: int, *, seed: int = 0) -> tuple[Split, S
     """Sets a random part of a split aside for validation, the same part at every call.
 
     Args:
-      split: the examples to divide, `n` of them.
-      num: how many go to validation, `0 < num < n`.
-      seed: which examples they are.
+        split: the examples to divide, `n` of them.
+        num: how many go to validation, `0 < num < n`.
+        seed: which examples they are.
 
     Returns:
-      `(rest, validation)`, of `n - num` and `num` examples, each in the order they had.
+        `(rest, validation)`, of `n - num` and `num` examples, each in the order they had.
 
     Raises:
-      ValueError: `num` is out of range.
+        ValueError: `num` is out of range.
 
     Example:
-      >>> rest, validation = split_validation(load("digits").train, 200)
-      >>> len(rest.labels), len(validation.labels)
-      (1238, 200)
+        >>> rest, validation = split_validation(load("digits").train, 200)
+        >>> len(rest.labels), len(validation.labels)
+        (1238, 200)
     """
     n, num = len(split.labels), operator.index(num)
     if not 0 < num < n:

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import soap_jax
+from soap_jax import training
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -45,6 +46,25 @@ def test_a_rule_of_ones_own_is_that_small(loop):
     noise = state.feedback["layers_2"]["kernel"] - kernel
     assert 0.05 < float(noise.std()) < 0.2
     assert hash(names["NoisyTransport"](period=10, scale=0.1))
+
+
+def test_a_state_survives_its_checkpoint_and_another_rule_is_noticed(loop, tmp_path):
+    names = {**loop}
+    exec(BLOCKS[2], names)
+
+    preserve = soap_jax.SignSync(period=10, magnitude="preserve")
+
+    def make_state(rule=preserve):
+        feedback = soap_jax.init_feedback(jax.random.key(3), loop["params"], rule)
+        return training.init_train_state(loop["params"], optax.adam(0.1), feedback=feedback)
+
+    state = make_state()
+    names["save"](tmp_path, state)
+    restored = names["restore"](tmp_path, make_state)
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), restored, state)
+    assert jax.tree.all(same)
+    with pytest.raises(ValueError, match="the checkpoint's rule is not Fixed"):
+        names["restore"](tmp_path, lambda: make_state(soap_jax.Fixed()))
 
 
 def test_every_link_leads_somewhere():
