@@ -12,35 +12,30 @@ The same key and names give the same kernels as in a model of plain Flax layers,
 without feedback are paired. The first layer of a model needs no feedback (nobody uses its input's
 cotangent): use Flax's own there. In lifted transforms name the collection beside the parameters:
 `nn.scan(..., variable_axes={"params": 0, "feedback": 0}, split_rngs={"params": True, "feedback":
-True})`. The leaf `None` in place of feedback runs that layer by exact backpropagation.
+True})`. The leaf `None` in place of feedback runs that layer by exact backpropagation, and so does
+a missing leaf in a collection that is there.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
 from flax.core import meta
 
 from soap_jax import ops, trees
-from soap_jax.feedback import glorot_normal
 
 COLLECTION = "feedback"
 
-if TYPE_CHECKING:
-    _Base = nn.Module
-else:
-    _Base = object
 
-
-class _FeedbackLayer(_Base):
+class _FeedbackLayer(nn.Module, kw_only=True):
     """Mixin before one of Flax's layers: a bilinear op of input and kernel, and perhaps a bias."""
 
-    feedback_init: nn.initializers.Initializer
-    feedback_bar: ops.FeedbackBar
+    feedback_init: nn.initializers.Initializer | None = None
+    feedback_bar: ops.FeedbackBar = None
 
+    @nn.nowrap  # Flax's own `__call__` is; twice would record its intermediates twice
     def __call__(self, inputs: jax.Array, *args, **kwargs) -> jax.Array:
         """Applies Flax's layer; its input's cotangent goes through feedback."""
         if self.is_initializing():
@@ -49,24 +44,30 @@ class _FeedbackLayer(_Base):
             if not self.has_variable(COLLECTION, "kernel"):
                 if not self.is_mutable_collection(COLLECTION):
                     raise ValueError(self._no_collection())
-                twin = self._flax_layer(kernel_init=self.feedback_init)
+                twin = self._flax_layer(kernel_init=self.feedback_init or self.kernel_init)
                 drawn = twin.init(self.make_rng(COLLECTION), inputs, *args, **kwargs)
                 self.put_variable(COLLECTION, "kernel", drawn["params"]["kernel"])
             return y
         feedback = self._read_feedback()
         if feedback is None:
             return super().__call__(inputs, *args, **kwargs)
-        y = super().__call__(ops.detach(inputs), *args, **kwargs)
         kernel = meta.unbox(self.get_variable("params", "kernel"))
         trees.check_feedback(feedback, kernel, (*self.path, "kernel"))
         if getattr(self, "mask", None) is not None:
             feedback = feedback * self.mask  # out here, where a traced mask is an argument
         linear = self._flax_layer()
 
+        flax_call = super().__call__
+
         def op(x, kernel):
             return linear.apply({"params": {"kernel": kernel}}, x, *args, **kwargs)
 
-        return ops.through_feedback(op, y, inputs, kernel, feedback, feedback_bar=self.feedback_bar)
+        def forward(x):
+            return flax_call(x, *args, **kwargs)
+
+        return ops.through_feedback(
+            op, inputs, kernel, feedback, forward=forward, feedback_bar=self.feedback_bar
+        )
 
     def _flax_layer(self, **changes):
         """Flax's own layer with this one's fields, without a bias: bilinear in input and kernel."""
@@ -98,7 +99,8 @@ class FeedbackDense(_FeedbackLayer, nn.Dense):
     """Feedback-alignment `nn.Dense`: `(..., in) -> (..., features)`.
 
     Attributes:
-        feedback_init: initialiser of the feedback weights; every other attribute is Flax's.
+        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
+            start of one size; every attribute but these two is Flax's.
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
 
     Raises:
@@ -116,15 +118,13 @@ class FeedbackDense(_FeedbackLayer, nn.Dense):
         Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
     """
 
-    feedback_init: nn.initializers.Initializer = glorot_normal
-    feedback_bar: ops.FeedbackBar = None
-
 
 class FeedbackDenseGeneral(_FeedbackLayer, nn.DenseGeneral):
     """Feedback-alignment `nn.DenseGeneral`: a dense layer over any axes.
 
     Attributes:
-        feedback_init: initialiser of the feedback weights; every other attribute is Flax's.
+        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
+            start of one size; every attribute but these two is Flax's.
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
 
     Raises:
@@ -142,15 +142,13 @@ class FeedbackDenseGeneral(_FeedbackLayer, nn.DenseGeneral):
         Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
     """
 
-    feedback_init: nn.initializers.Initializer = glorot_normal
-    feedback_bar: ops.FeedbackBar = None
-
 
 class FeedbackEinsum(_FeedbackLayer, nn.Einsum):
     """Feedback-alignment `nn.Einsum`: an einsum of the input with the kernel.
 
     Attributes:
-        feedback_init: initialiser of the feedback weights; every other attribute is Flax's.
+        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
+            start of one size; every attribute but these two is Flax's.
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
 
     Raises:
@@ -168,15 +166,13 @@ class FeedbackEinsum(_FeedbackLayer, nn.Einsum):
         Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
     """
 
-    feedback_init: nn.initializers.Initializer = glorot_normal
-    feedback_bar: ops.FeedbackBar = None
-
 
 class FeedbackConv(_FeedbackLayer, nn.Conv):
     """Feedback-alignment `nn.Conv`: a convolution over `(batch, *spatial, features)`.
 
     Attributes:
-        feedback_init: initialiser of the feedback weights; every other attribute is Flax's.
+        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
+            start of one size; every attribute but these two is Flax's.
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
 
     Raises:
@@ -194,15 +190,13 @@ class FeedbackConv(_FeedbackLayer, nn.Conv):
         Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
     """
 
-    feedback_init: nn.initializers.Initializer = glorot_normal
-    feedback_bar: ops.FeedbackBar = None
-
 
 class FeedbackConvTranspose(_FeedbackLayer, nn.ConvTranspose):
     """Feedback-alignment `nn.ConvTranspose`: a transposed convolution.
 
     Attributes:
-        feedback_init: initialiser of the feedback weights; every other attribute is Flax's.
+        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
+            start of one size; every attribute but these two is Flax's.
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
 
     Raises:
@@ -219,6 +213,3 @@ class FeedbackConvTranspose(_FeedbackLayer, nn.ConvTranspose):
     References:
         Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
     """
-
-    feedback_init: nn.initializers.Initializer = glorot_normal
-    feedback_bar: ops.FeedbackBar = None

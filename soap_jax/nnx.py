@@ -25,7 +25,6 @@ import jax
 from flax import nnx
 
 from soap_jax import ops, trees
-from soap_jax.feedback import glorot_normal
 
 
 class Feedback(nnx.Variable):
@@ -52,14 +51,15 @@ class _FeedbackLayer(_Base):
     def __init__(
         self,
         *args,
-        feedback_init: nnx.Initializer = glorot_normal,
+        feedback_init: nnx.Initializer | None = None,
         feedback_bar: ops.FeedbackBar = None,
         rngs: nnx.Rngs,
         **kwargs,
     ):
         feedback_rngs = nnx.Rngs(params=_feedback_key(rngs))
         super().__init__(*args, rngs=rngs, **kwargs)
-        kwargs["kernel_init"] = feedback_init
+        if feedback_init is not None:
+            kwargs["kernel_init"] = feedback_init
         twin = _flax_layer(type(self))(*args, rngs=feedback_rngs, **kwargs)
         self.feedback: Feedback | None = Feedback(twin.kernel[...])
         self.feedback_bar = feedback_bar
@@ -69,12 +69,13 @@ class _FeedbackLayer(_Base):
         feedback = None if self.feedback is None else self.feedback.get_value()
         if feedback is None:
             return super().__call__(inputs, *args, **kwargs)
-        y = super().__call__(ops.detach(inputs), *args, **kwargs)
         kernel = self.kernel[...]
         trees.check_feedback(feedback, kernel, ("feedback",))
         flax_layer = _flax_layer(type(self))
         if getattr(self, "mask", None) is not None:
             feedback = feedback * self.mask  # out here, where a traced mask is an argument
+        flax_call = super().__call__
+        # `op` may close over no traced value: not over the layer, but over its structure.
         graph, state = nnx.split(self)
         shapes = jax.eval_shape(lambda: state)
 
@@ -84,7 +85,12 @@ class _FeedbackLayer(_Base):
             layer.mask = None
             return flax_layer.__call__(layer, x, *args, **kwargs)
 
-        return ops.through_feedback(op, y, inputs, kernel, feedback, feedback_bar=self.feedback_bar)
+        def forward(x):
+            return flax_call(x, *args, **kwargs)
+
+        return ops.through_feedback(
+            op, inputs, kernel, feedback, forward=forward, feedback_bar=self.feedback_bar
+        )
 
 
 def _flax_layer(cls: type) -> Any:
@@ -107,7 +113,8 @@ class FeedbackLinear(_FeedbackLayer, nnx.Linear):
     Takes the arguments of Flax's layer, and
 
     Args:
-        feedback_init: initialiser of the feedback weights.
+        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
+            start of one size.
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
         rngs: as in Flax; a stream `feedback`, if there is one, draws the feedback weights.
 
@@ -130,7 +137,8 @@ class FeedbackLinearGeneral(_FeedbackLayer, nnx.LinearGeneral):
     Takes the arguments of Flax's layer, and
 
     Args:
-        feedback_init: initialiser of the feedback weights.
+        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
+            start of one size.
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
         rngs: as in Flax; a stream `feedback`, if there is one, draws the feedback weights.
 
@@ -153,7 +161,8 @@ class FeedbackEinsum(_FeedbackLayer, nnx.Einsum):
     Takes the arguments of Flax's layer, and
 
     Args:
-        feedback_init: initialiser of the feedback weights.
+        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
+            start of one size.
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
         rngs: as in Flax; a stream `feedback`, if there is one, draws the feedback weights.
 
@@ -176,7 +185,8 @@ class FeedbackConv(_FeedbackLayer, nnx.Conv):
     Takes the arguments of Flax's layer, and
 
     Args:
-        feedback_init: initialiser of the feedback weights.
+        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
+            start of one size.
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
         rngs: as in Flax; a stream `feedback`, if there is one, draws the feedback weights.
 
@@ -199,7 +209,8 @@ class FeedbackConvTranspose(_FeedbackLayer, nnx.ConvTranspose):
     Takes the arguments of Flax's layer, and
 
     Args:
-        feedback_init: initialiser of the feedback weights.
+        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
+            start of one size.
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
         rngs: as in Flax; a stream `feedback`, if there is one, draws the feedback weights.
 

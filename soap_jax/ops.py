@@ -8,8 +8,8 @@ both at the kernel itself. Feedback alignment (FA) takes the input's at another 
     kernel_bar = the op's own cotangent for kernel at (x, kernel)
 
 One mechanism serves every op. The forward pass and `kernel_bar` are left to JAX: `op` is applied
-to `detach(x)`, from which no cotangent comes back. Then `through_feedback`, the identity on `y`,
-adds the missing way back to `x`, which is JAX's own transposition of `op` at `feedback`. So
+to a detached `x`, to which no cotangent comes back. Then an identity on `y` adds the missing way
+back to `x`, which is JAX's own transposition of `op` at `feedback`. So
 strides, groups, batch dimensions, einsum strings, `precision`, `vmap`, higher derivatives and
 shardings all come right without a hand-written contraction, nothing but `x` and `feedback` is kept
 for the backward pass, and both passes compile to the matrix products of plain backpropagation.
@@ -47,7 +47,7 @@ FeedbackOp = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 @jax.custom_jvp
-def detach(x: jax.Array) -> jax.Array:
+def _detach(x: jax.Array) -> jax.Array:
     """The identity, whose derivative is zero.
 
     Unlike `jax.lax.stop_gradient` it stops one differentiation, the innermost, so that the
@@ -55,15 +55,15 @@ def detach(x: jax.Array) -> jax.Array:
 
     Example:
         >>> import jax
-        >>> jax.grad(lambda x: x * detach(x))(3.0)
+        >>> jax.grad(lambda x: x * _detach(x))(3.0)
         Array(3., dtype=float32, weak_type=True)
-        >>> jax.grad(jax.grad(lambda x: x * detach(x)))(3.0)
+        >>> jax.grad(jax.grad(lambda x: x * _detach(x)))(3.0)
         Array(1., dtype=float32, weak_type=True)
     """
     return x
 
 
-@functools.partial(detach.defjvp, symbolic_zeros=True)
+@functools.partial(_detach.defjvp, symbolic_zeros=True)
 def _detach_jvp(primals, tangents):
     del tangents
     (x,) = primals
@@ -72,32 +72,41 @@ def _detach_jvp(primals, tangents):
 
 def through_feedback(
     op: BilinearOp,
-    y: jax.Array,
     x: jax.Array,
     kernel: jax.Array,
     feedback: jax.Array,
     *,
+    forward: Callable[[jax.Array], jax.Array] | None = None,
     feedback_bar: FeedbackBar = None,
 ) -> jax.Array:
-    """Returns `y` unchanged; on the way back sends its cotangent to `x` through `feedback`.
+    """Applies a bilinear op, and on the way back sends its cotangent to `x` through `feedback`.
 
-    This is the half of a feedback op that the backward pass needs. `y` is expected to be
-    `op(detach(x), kernel)`, plus anything that depends on neither (a bias).
+    `feedback_op` is the convenient form. This one is for layers, whose forward pass is `op` and
+    something more: give it as `forward`, and its derivatives by everything but `x` stay its own.
 
     Args:
         op: the bilinear op, a pure function that closes over no traced value.
-        y: the op's output.
-        x: the op's input; its cotangent becomes the op's own at `(y_bar, feedback)`.
-        kernel: the op's kernel; read only by a `feedback_bar` that asks for it.
+        x: the op's input; its cotangent is the op's own at `(y_bar, feedback)`.
+        kernel: the op's kernel.
         feedback: feedback weights, of the kernel's shape; cast to the kernel's dtype.
+        forward: `x -> y`, by default `op(x, kernel)`; may add what does not depend on `x` (a bias).
         feedback_bar: feedback's own cotangent; see `feedback_op`.
 
     Returns:
-        `y`.
+        `forward(x)`.
 
     Raises:
         ValueError: if feedback's shape is not the kernel's (the forward pass would never notice),
             or `feedback_bar` is neither None, "kernel" nor a function.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> x, kernel, feedback = jnp.ones(2), jnp.eye(2), jnp.full((2, 2), 5.0)
+        >>> def layer(x):
+        ...     forward = lambda x: x @ kernel + 1
+        ...     return through_feedback(jnp.dot, x, kernel, feedback, forward=forward)
+        >>> layer(x), jax.grad(lambda x: layer(x).sum())(x)
+        (Array([2., 2.], dtype=float32), Array([10., 10.], dtype=float32))
     """
     trees.check_feedback(feedback, kernel)
     if not (feedback_bar is None or feedback_bar == "kernel" or callable(feedback_bar)):
@@ -134,6 +143,7 @@ def through_feedback(
 
     f = jax.custom_vjp(f)
     f.defvjp(f_fwd, f_bwd)
+    y = op(_detach(x), kernel) if forward is None else forward(_detach(x))
     return f(y, x, kernel, feedback)
 
 
@@ -181,8 +191,7 @@ def feedback_op(op: BilinearOp, *, feedback_bar: FeedbackBar = None) -> Feedback
         x, kernel = _promote(x, kernel)
         if feedback is None:
             return op(x, kernel)
-        y = op(detach(x), kernel)
-        return through_feedback(op, y, x, kernel, feedback, feedback_bar=feedback_bar)
+        return through_feedback(op, x, kernel, feedback, feedback_bar=feedback_bar)
 
     return f
 
