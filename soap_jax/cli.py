@@ -86,6 +86,13 @@ def study(
         pathlib.Path | None,
         typer.Option(help="Directory with the published files; else TensorFlow Datasets is asked."),
     ] = None,
+    chunk_size: Annotated[
+        int | None,
+        typer.Option(
+            help="At most so many runs per device at once; bounds memory on accelerators.",
+            show_default="4 on CPU, else 64",
+        ),
+    ] = StudyConfig.chunk_size,
     out: Annotated[
         pathlib.Path | None,
         typer.Option(help="Where results go.", show_default="results/DATASET"),
@@ -108,6 +115,7 @@ def study(
             period=period,
             target_loss=target_loss,
             evaluations=evaluations,
+            chunk_size=chunk_size,
         )
         _run_study(config, data_dir, out or pathlib.Path("results") / dataset)
     except (ValueError, OSError, ImportError) as error:
@@ -133,17 +141,24 @@ def _run_study(config: StudyConfig, data_dir: pathlib.Path | None, out: pathlib.
     # One CPU device per core: a sweep puts a run on each. Must come before JAX is first used.
     jax.config.update("jax_num_cpu_devices", _num_cores())
 
+    from soap_jax import data
     from soap_jax.study import figures, results, summary
 
     console = Console(highlight=False)
     directory = results.ResultsDir(out, config)
     if directory.finished:
-        console.print(f"{out} already holds the results of this configuration; showing them.")
+        made_by = directory.facts["versions"]
+        console.print(
+            f"{out} already holds the results of this configuration (soap_jax "
+            f"{made_by['soap_jax']}, jax {made_by['jax']}); showing them. Delete it to run again."
+        )
         tables = directory.read()
     else:
-        tables, source = _train(config, data_dir, console)
-        seconds = time.perf_counter() - start
-        directory.write(tables, results.provenance(config, source, seconds))
+        dataset = data.load(config.dataset, data_dir=data_dir)
+        facts = results.provenance(config, dataset)
+        tables = _train(config, dataset, console)
+        facts["seconds"] = round(time.perf_counter() - start, 1)
+        directory.write(tables, facts)
     table = summary.summarise(tables["runs"])
     directory.write_table("summary", table)
     paths = figures.draw_all(config, tables, out / "figures")
@@ -161,17 +176,14 @@ def _num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _train(config, data_dir, console):
-    """Trains every method, showing progress; returns the tidy tables and the data's source."""
+def _train(config, dataset, console):
+    """Trains every method, showing progress; returns the tidy tables."""
     import jax
     import pandas as pd
     from rich import progress
 
-    from soap_jax import data
     from soap_jax.study import experiment, results
-    from soap_jax.study.methods import TITLES
 
-    dataset = data.load(config.dataset, data_dir=data_dir)
     num_train = len(experiment.split(dataset).train[1])
     marks = experiment.evaluation_steps(config, num_train)
     num_runs = len(config.learning_rates) * config.seeds
@@ -193,28 +205,27 @@ def _train(config, data_dir, console):
     with progress.Progress(*columns, console=console, transient=True) as bar:
         for method in config.methods:
             begin = time.perf_counter()
-            task = bar.add_task(f"{TITLES[method]}: compiling", total=None)
+            task = bar.add_task(f"{METHODS[method]}: compiling", total=None)
             compiled = 0.0
 
             def show(done, total, task=task, begin=begin, method=method):
                 nonlocal compiled
                 if done == 0:
                     compiled = time.perf_counter() - begin
-                    bar.reset(task, description=TITLES[method])
+                    bar.reset(task, description=METHODS[method])
                 bar.update(task, completed=done, total=total)
 
             record = experiment.train_method(config, method, dataset, on_progress=show)
             parts.append(results.tidy(config, method, record, marks))
             bar.remove_task(task)
             console.print(
-                f"  {TITLES[method]:<22} {num_runs} runs in "
+                f"  {METHODS[method]:<22} {num_runs} runs in "
                 f"{time.perf_counter() - begin - compiled:.1f} s, compiled in {compiled:.1f} s"
             )
-    tables = {
+    return {
         name: pd.concat([part[name] for part in parts], ignore_index=True)
         for name in results.TABLES
     }
-    return tables, dataset.source
 
 
 def _print_summary(console, config, table):
@@ -223,9 +234,8 @@ def _print_summary(console, config, table):
     from rich import box
     from rich.table import Table
 
-    from soap_jax.study.methods import TITLES
-
     shared = table["shared_rate"].iloc[0]
+    reference = METHODS["bp"] if "bp" in config.methods else "all methods"
 
     def accuracy(row):
         mean, high = 100 * row["test_accuracy"], 100 * row["test_accuracy_high"]
@@ -233,10 +243,16 @@ def _print_summary(console, config, table):
             return "-"
         return f"{mean:.1f}" if math.isnan(high) else f"{mean:.1f} ± {high - mean:.1f}"
 
+    def steps(row):
+        value = row["steps_to_target"]
+        return "-" if math.isnan(value) else "> " * bool(row["censored"]) + f"{value:.0f}"
+
     def ratio(row):
         value, low, high = (row["ratio_to_bp" + end] for end in ("", "_low", "_high"))
         if math.isnan(value):
             return "1" if row["method"] == "bp" and not math.isnan(shared) else "-"
+        if row["censored"]:
+            return f"> {value:.2f}"
         return f"{value:.2f}" if math.isnan(low) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
     screen = Table(
@@ -251,10 +267,10 @@ def _print_summary(console, config, table):
     screen.add_column("diverged", justify="right", no_wrap=True)
     for _, row in table.iterrows():
         screen.add_row(
-            TITLES[row["method"]],
+            METHODS[row["method"]],
             f"{row['best_rate']:g}" + "*" * bool(row["best_rate_at_edge"]),
             accuracy(row),
-            "-" if math.isnan(row["steps_to_target"]) else f"{row['steps_to_target']:.0f}",
+            steps(row),
             ratio(row),
             f"{row['diverged']} of {row['runs']}",
         )
@@ -262,12 +278,13 @@ def _print_summary(console, config, table):
     console.print(screen)
     if math.isnan(shared):
         console.print(
-            f"At no learning rate does every run reach loss {target}: no steps to compare."
+            f"At no learning rate does every run of {reference} reach loss {target}: no steps to "
+            "compare."
         )
     else:
         console.print(
-            f"Accuracy at each method's best rate, chosen on validation data. Steps at rate "
-            f"{shared:g}, the smallest at which every run gets there."
+            "Accuracy at each method's best rate, chosen on validation data. Steps at rate "
+            f"{shared:g}, the smallest at which every run of {reference} gets there."
         )
     if table["best_rate_at_edge"].any():
         console.print("* at the edge of the grid: the best rate may lie beyond it.")

@@ -59,6 +59,10 @@ def init_feedback(
 ) -> FeedbackState:
     """Makes feedback weights for a model's kernels, or adopts the model's own.
 
+    A model of `soap_jax.linen` or `soap_jax.nnx` layers has feedback of its own: adopt it with
+    `feedback=`. Without that, draws are for functions that hand `state.feedback` to `soap_jax.ops`;
+    plain Flax layers would ignore it.
+
     A layer's draw depends on `key` and its path alone, so that runs with different rules, or with
     feedback on different layers, are paired. Feedback has its kernel's shape, dtype and sharding.
     The first layer needs none: nobody uses its input's cotangent.
@@ -72,8 +76,9 @@ def init_feedback(
         where: which leaves of `params` get feedback: glob patterns over paths such as
             "Dense_1/kernel", or a predicate `(path, leaf) -> bool`. By default the leaves named
             kernel, w or weight that have two axes or more.
-        initializer: `(key, shape, dtype) -> array`. For kernels of several input or output axes
-            give one that knows them, or adopt the model's own feedback.
+        initializer: `(key, shape, dtype) -> array`; best the one of the kernels, so that feedback
+            starts as large as they are. For kernels of several input or output axes, and stacked
+            ones, give one that knows them, or adopt the model's own feedback.
         feedback: feedback weights to adopt instead, such as Linen's `variables["feedback"]` or
             `nnx.state(model, soap_jax.nnx.Feedback)`; excludes `where`. The state shares its
             buffers, so donating the state uses them up.
@@ -85,8 +90,8 @@ def init_feedback(
 
     Raises:
         ValueError: if `rule` is neither a rule nor a mapping of rules, if a pattern matches
-            nothing or a leaf has no rule, if nothing is selected, if a kernel is not floating
-            point, or if adopted feedback does not fit `params`.
+            nothing or a leaf has no rule, if a rule is not hashable, if nothing is selected, if a
+            kernel is not floating point, or if adopted feedback does not fit `params`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -115,6 +120,13 @@ def init_feedback(
         )
     feedback = trees.map_pairs(lambda path, w, b: rules.shard_like(b, w), params, feedback)
     static, period = _split_period(rule)
+    try:
+        hash(static)
+    except TypeError as error:
+        raise ValueError(
+            f"rule is {rule!r}, which is not hashable ({error}); expected fields that are numbers, "
+            "strings or tuples, since the rule is static under `jit`."
+        ) from error
     state = FeedbackState(feedback, period, rule_key, static)
     paths: list[trees.Path] = []
     trees.map_pairs(lambda path, w, b: paths.append(path), params, feedback)
@@ -219,13 +231,15 @@ def _rules_of(static, paths, *, complete=False):
         return [(None, static, paths)]
     out, rest = [], list(paths)
     for pattern, rule in static:
-        if complete and not any(trees.matches(pattern, path) for path in paths):
+        mine = [path for path in rest if trees.matches(pattern, path)]
+        if complete and not mine:
             raise ValueError(
-                f"the rule's pattern {pattern!r} matches no feedback. Feedback is at: "
-                f"{', '.join(map(trees.show, paths))}."
+                f"the rule's pattern {pattern!r} matches no feedback that an earlier pattern left. "
+                f"Feedback is at: {', '.join(map(trees.show, paths))}. The first pattern that "
+                "matches counts, so '*' comes last."
             )
-        out.append((pattern, rule, [path for path in rest if trees.matches(pattern, path)]))
-        rest = [path for path in rest if not trees.matches(pattern, path)]
+        out.append((pattern, rule, mine))
+        rest = [path for path in rest if path not in mine]
     if complete and rest:
         raise ValueError(
             f"no rule for the feedback at {', '.join(map(trees.show, rest))}: none of the "

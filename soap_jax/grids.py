@@ -20,13 +20,13 @@ def check(
         ValueError: learning_rates has -0.1 at index 1; expected positive, finite numbers.
     """
 
-    def each(name, values, holds, expected):
+    def each(name, values, holds, expected, same=lambda value: value):
         if len(values) == 0:
             raise ValueError(f"{name} is empty; expected at least one.")
         for i, value in enumerate(values):
             if isinstance(value, bool) or not holds(value):
                 raise ValueError(f"{name} has {value!r} at index {i}; expected {expected}.")
-        if len(set(map(_as_float32, values))) < len(values):
+        if len(set(map(same, values))) < len(values):
             raise ValueError(f"{name} has a value twice: {list(values)}.")
 
     def whole(value):
@@ -36,7 +36,7 @@ def check(
         return isinstance(value, numbers.Real) and 0 < _as_float32(value) < math.inf
 
     each("seeds", seeds, lambda s: whole(s) and 0 <= s < 2**31, "integers from 0 to 2³¹ - 1")
-    each("learning_rates", learning_rates, positive, "positive, finite numbers")
+    each("learning_rates", learning_rates, positive, "positive, finite numbers", _as_float32)
     each("periods", periods, lambda p: whole(p) and 1 <= p < 2**31, "integers of at least 1")
 
 

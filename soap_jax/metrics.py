@@ -17,6 +17,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from soap_jax import ops, trees
@@ -174,7 +175,7 @@ def effective_learning_rate(
 
     def rate(path, w, b):
         (w,), (b,) = _widen([w]), _widen([b])
-        return learning_rate * jnp.vdot(b, w) / jnp.vdot(w, w)
+        return learning_rate * jnp.sum(b * w) / jnp.sum(w * w)
 
     return trees.map_pairs(rate, params, feedback)
 
@@ -307,7 +308,7 @@ def descent_condition(
         Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
     """
     pseudo, true = _input_cotangents(y_bar, kernel, feedback, op, x)
-    products = jax.vmap(jnp.vdot)(pseudo, true)
+    products = (pseudo * true).reshape(len(pseudo), -1).sum(-1)
     return Descent(jnp.mean(products), jnp.mean(products > 0))
 
 
@@ -316,7 +317,8 @@ def _input_cotangents(y_bar, kernel, feedback, op, x):
     trees.check_feedback(feedback, kernel)
     y_bar, kernel, feedback = _widen([y_bar, kernel, feedback])
     if op is None:
-        return y_bar @ feedback.T, y_bar @ kernel.T
+        exact = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+        return exact(y_bar, feedback.T), exact(y_bar, kernel.T)
     if x is None:
         raise ValueError("`op` is given without `x`: pass the layer's input, for its shape.")
     x_type = jax.typeof(x.astype(y_bar.dtype))
@@ -344,7 +346,7 @@ def _unit(leaves):
 
 
 def _norm_in_range(leaves):
-    return jnp.sqrt(sum((jnp.vdot(x, x).real for x in leaves), start=jnp.float32(0)))
+    return jnp.sqrt(sum((jnp.sum(jnp.square(jnp.abs(x))) for x in leaves), start=jnp.float32(0)))
 
 
 def _scaled(leaves):

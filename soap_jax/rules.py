@@ -45,16 +45,13 @@ class Rule:
         period: feedback is synced every so many parameter updates, counted from 0.
 
     Raises:
-        ValueError: if the period is a number and not an integer of at least 1.
+        ValueError: if the period is not an integer of at least 1 (a traced one is not looked at).
     """
 
     period: ArrayLike = 1
 
     def __post_init__(self):
-        if isinstance(self.period, jax.Array | np.ndarray) and _is_integer(self.period):
-            return  # transient, and perhaps traced: its value is not looked at
-        number = isinstance(self.period, numbers.Integral) and self.period is not True
-        if not number or int(self.period) < 1:  # type: ignore[arg-type]
+        if not _is_period(self.period):
             raise ValueError(
                 f"{type(self).__name__}: period is {self.period!r}; expected an integer of at "
                 "least 1, the number of parameter updates from one sync to the next."
@@ -108,6 +105,10 @@ class SignSync(Rule):
         "redraw"    abs of a fresh normal draw of Glorot's deviation at every sync: brSF
 
     In the last three a zero weight counts as positive, so that no magnitude is ever lost.
+
+    A kernel is taken for one matrix or convolution, `(*window, in, out)`. Of kernels stacked by
+    `nn.scan`, "norm" would pool the layers, and "glorot" and "redraw" would count the layers as a
+    window: use "unit" or "preserve", or a rule of your own around `jax.vmap(SignSync(...))`.
 
     Attributes:
         period: as in `Rule`.
@@ -226,5 +227,8 @@ def _root_mean_square(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.min(x) == largest, largest, mean)
 
 
-def _is_integer(period) -> bool:
-    return jnp.issubdtype(period.dtype, jnp.integer)
+def _is_period(period) -> bool:
+    if isinstance(period, jax.Array | np.ndarray):  # only sweeps use them; the rule is transient
+        is_integer = jnp.issubdtype(period.dtype, jnp.integer)
+        return is_integer and (isinstance(period, jax.core.Tracer) or bool((period >= 1).all()))
+    return isinstance(period, numbers.Integral) and period is not True and int(period) >= 1

@@ -47,8 +47,8 @@ def sweep(
         learning_rates: positive numbers.
         periods: integers of at least 1.
         args: arrays that all runs share, such as the data; one copy per device.
-        chunk_size: runs per device in one call of the program: on accelerators the number that
-            trains at once, which memory bounds. By default 4 on CPU, elsewhere 64.
+        chunk_size: at most so many runs per device in one call of the program: on accelerators
+            the number that trains at once, which memory bounds. By default 4 on CPU, elsewhere 64.
         on_progress: called as `(runs done, runs in all)` after compilation and after each call.
         devices: by default all local devices.
 
@@ -75,7 +75,8 @@ def sweep(
         chunk_size = 4 if on_cpu else 64
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; expected at least 1.")
-    chunk = len(devices) * min(chunk_size, math.ceil(per_period / len(devices)))
+    calls = math.ceil(per_period / (len(devices) * chunk_size))
+    chunk = len(devices) * math.ceil(per_period / (len(devices) * calls))  # calls of equal size
 
     rates, seeds_ = np.meshgrid(
         np.asarray(learning_rates, np.float32), np.asarray(seeds, np.int32), indexing="ij"

@@ -9,12 +9,15 @@ An `apply_fn` is any `(params, feedback, x) -> outputs`, of whatever library; fo
     def apply_fn(params, feedback, x):
         return model.apply({"params": params, "feedback": feedback}, x)
 
-All of it is pure. Where you `jit` a step or an epoch yourself, donate the state
+All of it is pure. `train_epoch` and `evaluate` are compiled once for each `step` or `apply_fn`, so
+make these once, outside the loop. Where you `jit` a step yourself, donate the state
 (`jax.jit(step, donate_argnums=0)`): feedback that passes through undonated is copied every time.
+`sweep`, which runs many trainings as one program, is explained in `soap_jax.sweeps`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,6 +29,7 @@ import optax
 from jax import lax
 
 from soap_jax.feedback import FeedbackState, sync_feedback
+from soap_jax.sweeps import sweep as sweep
 
 ApplyFn = Callable[[chex.ArrayTree, chex.ArrayTree | None, jax.Array], jax.Array]
 """`(params, feedback, x) -> outputs`."""
@@ -62,7 +66,8 @@ class Evaluation(NamedTuple):
 
     Attributes:
         loss: scalar, the mean loss.
-        accuracy: scalar, the share of examples whose largest output is the target's.
+        accuracy: scalar, the share of examples whose largest output is the target's; NaN if any
+            output is not finite.
     """
 
     loss: jax.Array
@@ -158,6 +163,7 @@ def make_train_step(
     return step
 
 
+@functools.partial(jax.jit, static_argnames=("step", "batch_size"), donate_argnames=("state",))
 def train_epoch(
     step: TrainStep,
     state: TrainState,
@@ -173,7 +179,7 @@ def train_epoch(
 
     Args:
         step: from `make_train_step`.
-        state: the state before.
+        state: the state before; it is donated, so use the returned one from then on.
         data: `(x, targets)`.
         key: for the order.
         batch_size: examples per step.
@@ -227,6 +233,7 @@ def scan_batches(
         >>> scan_batches(first, 0, (jnp.arange(9), jnp.arange(9)), jnp.array([[5, 1], [7, 2]]))[1]
         Array([5, 7], dtype=int32)
     """
+    data = jax.tree.map(jnp.asarray, data)
 
     def body(state, indices):
         return step(state, jax.tree.map(lambda leaf: leaf[indices], data))
@@ -234,6 +241,7 @@ def scan_batches(
     return lax.scan(body, state, order)
 
 
+@functools.partial(jax.jit, static_argnames=("apply_fn", "loss_fn", "batch_size"))
 def evaluate(
     apply_fn: ApplyFn,
     params: chex.ArrayTree,
@@ -271,7 +279,8 @@ def evaluate(
     def one(example):
         x, label = jax.tree.map(lambda leaf: leaf[None], example)
         outputs = apply_fn(params, feedback, x)
-        return loss_fn(outputs, label), jnp.argmax(outputs, -1)[0] == label[0]
+        hit = jnp.argmax(outputs, -1)[0] == label[0]
+        return loss_fn(outputs, label), jnp.where(jnp.isfinite(outputs).all(), hit, jnp.nan)
 
     losses, hits = lax.map(one, data, batch_size=min(batch_size, data[0].shape[0]))
     return Evaluation(losses.mean(), hits.mean())
@@ -296,4 +305,9 @@ def _accumulation(opt_state) -> optax.MultiStepsState | None:
         return isinstance(node, optax.MultiStepsState)
 
     found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_one) if is_one(node)]
+    if len(found) > 1:
+        raise ValueError(
+            f"the optimiser's state has {len(found)} states of optax.MultiSteps; expected one at "
+            "most, since its updates are the clock that feedback is synced by."
+        )
     return found[0] if found else None

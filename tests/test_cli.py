@@ -52,6 +52,7 @@ def test_diverged_runs_are_counted_and_never_averaged(small_study):
     assert "nan" not in done.stdout
     summary = pd.read_csv(cwd / "results" / "digits" / "summary.csv")
     assert (summary["best_rate"] == 0.1).all() and summary["test_accuracy"].notna().all()
+    assert runs.loc[runs["diverged"], "test_accuracy"].isna().all()
 
 
 def test_the_same_study_again_shows_what_is_there(small_study):
@@ -104,7 +105,7 @@ def test_help_says_what_every_option_does_and_its_default(tmp_path):
     assert done.returncode == 0
     for option in ("--learning-rates", "--methods", "--period", "--out", "--data-dir"):
         assert option in done.stdout
-    assert done.stdout.count("default:") == 12
+    assert done.stdout.count("default:") == 13
 
 
 def test_version(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from flax.core import meta
 from jax.sharding import NamedSharding, PartitionSpec
 
-from soap_jax import init_feedback, linen, rules, sync_feedback
+from soap_jax import init_feedback, linen, metrics, rules, sync_feedback
 
 
 def noise(key, shape, dtype=jnp.float32):
@@ -863,7 +863,7 @@ def test_plain_vmap_over_models_equals_a_loop():
 @pytest.mark.parametrize("boxed_feedback", [False, True])
 def test_partitioned_kernels_keep_their_boxes(boxed_feedback):
     boxed = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
-    extra = {"feedback_init": boxed} if boxed_feedback else {}
+    extra = {} if boxed_feedback else {"feedback_init": nn.initializers.lecun_normal()}
     ours, flax = linen.FeedbackDense(5, kernel_init=boxed, **extra), nn.Dense(5, kernel_init=boxed)
     x, y_bar = draw(0, (4, 3)), draw(1, (4, 5))
     variables = ours.init(jax.random.key(0), x)
@@ -1080,3 +1080,12 @@ def test_explicitly_sharded_batch_gives_the_unsharded_run():
     assert differ(plain[2].feedback["Dense_1"]["kernel"], state.feedback["Dense_1"]["kernel"])
     for leaf in jax.tree.leaves((sharded[0], sharded[2].feedback)):
         assert leaf.sharding.is_equivalent_to(whole, leaf.ndim)
+
+
+@pytest.mark.parametrize("init", [nn.initializers.lecun_normal(), nn.initializers.he_uniform()])
+def test_feedback_starts_as_large_as_its_kernel(init):
+    """Otherwise the layers below would start with another learning rate than under backprop."""
+    layer = linen.FeedbackDense(90, kernel_init=init)
+    variables = layer.init(jax.random.key(0), jnp.ones((1, 70)))
+    ratio = metrics.norm_ratio(variables["params"], variables["feedback"])
+    np.testing.assert_allclose(ratio["kernel"], 1, rtol=0.05)  # 6300 draws

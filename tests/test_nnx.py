@@ -487,7 +487,11 @@ def test_feedback_init_draws_the_feedback_only():
 
 def test_feedback_is_drawn_as_linen_draws_it_over_the_flattened_axes():
     layer = soap_nnx.FeedbackLinearGeneral(
-        (3, 6), (20, 50), axis=(-2, -1), rngs=nnx.Rngs(0, feedback=1)
+        (3, 6),
+        (20, 50),
+        axis=(-2, -1),
+        feedback_init=nnx.initializers.glorot_normal(),
+        rngs=nnx.Rngs(0, feedback=1),
     )
     glorot = math.sqrt(2 / (3 * 6 + 20 * 50))
     np.testing.assert_allclose(layer.feedback[...].std(), glorot, rtol=0.05)  # 18,000 draws

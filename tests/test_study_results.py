@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from soap_jax import data
 from soap_jax.study import results
 from soap_jax.study.config import StudyConfig
 from soap_jax.study.experiment import Record
@@ -29,6 +30,10 @@ def record(train_loss):
     )
 
 
+def facts():
+    return results.provenance(CONFIG, data.load("digits"))
+
+
 def tables():
     falling, slow = [1.0, 0.2, 0.2, 0.2], [1.0, 0.9, 0.9, 0.9]
     broken = [1.0, np.nan, np.nan, np.nan]
@@ -44,17 +49,43 @@ def test_there_is_one_row_per_run_and_one_per_evaluation():
     assert not tidy["evaluations"].duplicated([*keys, "step"]).any()
 
 
-def test_the_training_loss_is_a_moving_average_corrected_for_its_start():
-    row = tables()["evaluations"].query("learning_rate == 0.1 and seed == 0 and step == 2")
-    expected = (0.1 * 0.2 + 0.1 * 0.9 * 1.0) / (0.1 + 0.1 * 0.9)
-    assert row["train_loss"].item() == pytest.approx(expected)
+def long_run(losses):
+    config = StudyConfig(learning_rates=(0.1,), seeds=1, evaluations=2, target_loss=0.5)
+    one = Record(
+        train_loss=np.asarray(losses, np.float32)[None, None],
+        evaluations={
+            "validation_accuracy": np.ones((1, 1, 3)),
+            "validation_loss": np.ones((1, 1, 3)),
+        },
+        test_loss=np.ones((1, 1)),
+        test_accuracy=np.ones((1, 1)),
+    )
+    return results.tidy(config, "fa", one, np.array([0, 50, 100]))
 
 
-def test_steps_to_target_is_the_number_of_batches_seen():
-    runs = tables()["runs"].set_index(["learning_rate", "seed"])["steps_to_target"]
-    # averages of the falling run: 1, 0.579, 0.439, ...
-    assert runs[0.1, 0] == 3
-    assert np.isnan(runs[0.1, 1])
+def test_the_training_loss_is_a_centred_moving_average_that_does_not_lag():
+    falling = np.linspace(1, 0, 100)
+    tidy = long_run(falling)
+    at_50 = tidy["evaluations"].query("step == 50")["train_loss"].item()
+    assert at_50 == pytest.approx(falling[49], abs=1e-6)
+    assert tidy["runs"]["steps_to_target"].item() == 51  # falling[50] is the first below 0.5
+
+
+def test_noise_of_single_batches_does_not_count_as_arrival():
+    losses = np.full(100, 0.9)
+    losses[20] = 0.1
+    assert np.isnan(long_run(losses)["runs"]["steps_to_target"].item())
+
+
+def test_a_run_that_broke_never_arrives_however_low_it_comes_back():
+    losses = np.full(100, 0.9)
+    losses[30], losses[31:] = np.inf, 0.1
+    runs = long_run(losses)["runs"]
+    assert runs["diverged"].item() and np.isnan(runs["steps_to_target"].item())
+
+
+def test_a_run_that_never_arrives_has_no_steps():
+    assert np.isnan(long_run(np.full(100, 0.6))["runs"]["steps_to_target"].item())
 
 
 def test_a_diverged_run_is_recorded_and_never_reaches_the_target():
@@ -74,25 +105,26 @@ def test_a_run_that_breaks_in_the_last_update_is_diverged_too():
 def test_results_are_read_as_they_were_written(tmp_path):
     directory = results.ResultsDir(tmp_path / "new" / "out", CONFIG)
     assert not directory.finished
-    facts = results.provenance(CONFIG, "somewhere", 1.23)
-    directory.write(tables(), facts)
+    directory.write(tables(), facts())
     again = results.ResultsDir(tmp_path / "new" / "out", CONFIG)
     assert again.finished
     for name, table in again.read().items():
         pd.testing.assert_frame_equal(table, tables()[name], check_dtype=False)
-    assert again.facts["data_source"] == "somewhere"
+    assert again.facts["data_source"] == data.load("digits").source
 
 
 def test_provenance_names_versions_device_and_data():
-    facts = results.provenance(CONFIG, "somewhere", 1.23)
-    assert {"soap_jax", "jax", "flax", "optax", "python"} <= set(facts["versions"])
-    assert facts["device"]["platform"] == "cpu"
-    assert facts["config"]["learning_rates"] == (0.1, 1.0)
-    assert json.dumps(facts)
+    known = facts()
+    assert {"soap_jax", "jax", "flax", "optax", "python"} <= set(known["versions"])
+    assert known["device"]["platform"] == "cpu" and known["device"]["processor"]
+    assert known["config"]["learning_rates"] == (0.1, 1.0)
+    assert known["rules"]["sign"] == "SignSync(period=1, magnitude='unit')"
+    assert known["examples"] == {"train": 1151, "validation": 287, "test": 359}
+    assert json.dumps(known)
 
 
 def test_another_configurations_results_are_refused(tmp_path):
-    results.ResultsDir(tmp_path, CONFIG).write(tables(), results.provenance(CONFIG, "", 0))
+    results.ResultsDir(tmp_path, CONFIG).write(tables(), facts())
     other = StudyConfig(learning_rates=(0.1, 1.0), seeds=3, evaluations=2, target_loss=0.5)
     with pytest.raises(ValueError, match=r"another configuration's results \(seeds: 2 there, 3"):
         results.ResultsDir(tmp_path, other)
@@ -111,9 +143,10 @@ def test_a_read_only_directory_is_refused(tmp_path):
         results.ResultsDir(tmp_path, CONFIG)
 
 
-def test_a_damaged_study_file_is_named(tmp_path):
-    (tmp_path / "study.json").write_text('{"config": ')
-    with pytest.raises(ValueError, match=r"study\.json is not readable as JSON"):
+@pytest.mark.parametrize("text", ['{"config": ', "[]", "{}"])
+def test_a_damaged_study_file_is_named(text, tmp_path):
+    (tmp_path / "study.json").write_text(text)
+    with pytest.raises(ValueError, match=r"study\.json is not the description of a study"):
         results.ResultsDir(tmp_path, CONFIG)
 
 

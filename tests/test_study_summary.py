@@ -12,6 +12,7 @@ def runs(rows):
     columns = ["method", "learning_rate", "seed", "steps_to_target", "validation_accuracy"]
     table = pd.DataFrame([row[:5] for row in rows], columns=columns)
     table["diverged"] = [row[5] if len(row) > 5 else False for row in rows]
+    table["steps"] = 100
     table["validation_loss"] = 1 - table["validation_accuracy"]
     table["test_accuracy"] = table["validation_accuracy"] - 0.01
     return table
@@ -73,9 +74,36 @@ def test_ties_go_to_the_lower_validation_loss():
     assert summary.best_rate(tied) == 1.0
 
 
-def test_the_shared_rate_is_the_smallest_at_which_every_run_arrives():
+def test_the_shared_rate_is_the_smallest_at_which_every_run_of_backprop_arrives():
     assert summary.shared_rate(RUNS) == 0.1
     assert np.isnan(summary.shared_rate(RUNS[RUNS["learning_rate"] == 0.01]))
+    slow = RUNS.copy()  # what another method does has no say
+    slow.loc[slow["method"] == "fa", "steps_to_target"] = NAN
+    assert summary.shared_rate(slow) == 0.1
+
+
+def test_without_backprop_every_method_has_a_say():
+    renamed = RUNS.replace({"method": {"bp": "sign"}})
+    assert summary.shared_rate(renamed[renamed["method"] == "sign"]) == 0.1
+    assert summary.shared_rate(renamed) == 0.1
+    renamed.loc[renamed["method"] == "fa", "steps_to_target"] = NAN
+    assert np.isnan(summary.shared_rate(renamed))
+
+
+def test_a_run_of_backprop_that_arrives_and_then_diverges_does_not_count():
+    broken = RUNS.copy()
+    broken.loc[(broken["method"] == "bp") & (broken["learning_rate"] == 0.1), "diverged"] = True
+    assert summary.shared_rate(broken) == 1.0
+
+
+def test_a_run_that_never_arrives_makes_the_ratio_a_bound_without_interval():
+    late = RUNS.copy()
+    fa = (late["method"] == "fa") & (late["learning_rate"] == 0.1) & (late["seed"] == 1)
+    late.loc[fa, "steps_to_target"] = NAN
+    row = summary.summarise(late).set_index("method").loc["fa"]
+    assert row["censored"] == 1
+    assert row["ratio_to_bp"] == pytest.approx((40 / 20 * 100 / 40) ** 0.5)
+    assert np.isnan(row["ratio_to_bp_low"])
 
 
 def test_summary_against_a_table_worked_out_by_hand():

@@ -7,7 +7,13 @@ import dataclasses
 from soap_jax import grids
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "kmnist", "cifar10")
-METHODS = ("bp", "fa", "sign", "sign_preserve")
+METHODS = {
+    "bp": "backprop",
+    "fa": "FA, fixed feedback",
+    "sign": "sign sync, raw",
+    "sign_preserve": "sign sync, |B0| kept",
+}
+"""The methods, and what tables and figures call them."""
 ACTIVATIONS = ("tanh", "relu", "sigmoid")
 
 
@@ -28,13 +34,14 @@ class StudyConfig:
         period: parameter updates from one sign synchronisation to the next.
         target_loss: the training loss that steps are counted to.
         evaluations: how often a run is evaluated, in equal distances.
+        chunk_size: at most so many runs per device at once; see `soap_jax.sweeps.sweep`.
 
     Raises:
         ValueError: for a value out of range.
     """
 
     dataset: str = "digits"
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = tuple(METHODS)
     learning_rates: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
     seeds: int = 10
     epochs: int = 20
@@ -44,6 +51,7 @@ class StudyConfig:
     period: int = 1
     target_loss: float = 0.5
     evaluations: int = 20
+    chunk_size: int | None = None
 
     def __post_init__(self):
         for name in ("methods", "learning_rates", "hidden"):
@@ -51,8 +59,8 @@ class StudyConfig:
         _check_names("dataset", (self.dataset,), DATASETS)
         _check_names("methods", self.methods, METHODS)
         _check_names("activation", (self.activation,), ACTIVATIONS)
-        for name in ("seeds", "epochs", "batch_size", "period", "evaluations"):
-            if getattr(self, name) < 1:
+        for name in ("seeds", "epochs", "batch_size", "period", "evaluations", "chunk_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")
         if not self.hidden or min(self.hidden) < 1:
             raise ValueError(

@@ -87,7 +87,7 @@ def train_method(
 
     Args:
         config: the study's configuration.
-        method: a name in `methods.TITLES`.
+        method: a name in `config.METHODS`.
         dataset: the data.
         on_progress: as in `soap_jax.sweeps.sweep`.
 
@@ -102,6 +102,7 @@ def train_method(
         learning_rates=config.learning_rates,
         periods=[config.period],
         args=(arrays,),
+        chunk_size=config.chunk_size,
         on_progress=on_progress,
     )
     return jax.tree.map(lambda leaf: leaf[0], record)
@@ -127,12 +128,12 @@ def make_run(config: StudyConfig, method: str, num_classes: int, max_value: int)
         images, labels = arrays.train
         params = model.init({"params": init_key}, images[:1].astype(jnp.float32))["params"]
         rule = methods.rule_of(method, period)
-        weights = None
+        feedback_state = None
         if rule is not None:
-            weights = feedback.init_feedback(feedback_key, params, rule, where=above_first)
+            feedback_state = feedback.init_feedback(feedback_key, params, rule, where=above_first)
         optimizer = optax.sgd(learning_rate)
         step = training.make_train_step(apply_fn, optimizer)
-        state = training.init_train_state(params, optimizer, feedback=weights)
+        state = training.init_train_state(params, optimizer, feedback=feedback_state)
 
         marks = evaluation_steps(config, len(labels))
         order = jax.vmap(lambda key: training.epoch_order(key, len(labels), config.batch_size))(
@@ -147,7 +148,7 @@ def make_run(config: StudyConfig, method: str, num_classes: int, max_value: int)
 
         before = _evaluate(apply_fn, state, arrays.validation)
         state, (losses, after) = lax.scan(segment, state, order)
-        test = training.evaluate(apply_fn, state.params, _tree(state), arrays.test)
+        test = training.evaluate(apply_fn, state.params, _feedback_of(state), arrays.test)
         return Record(
             train_loss=losses.reshape(-1),
             evaluations=jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), before, after),
@@ -163,7 +164,7 @@ def _evaluate(apply_fn, state, validation) -> dict[str, jax.Array]:
     if state.feedback is not None:  # as the next step will use it
         synced = feedback.sync_feedback(state.params, state.feedback, state.step)
         state = state._replace(feedback=synced)
-    loss, accuracy = training.evaluate(apply_fn, state.params, _tree(state), validation)
+    loss, accuracy = training.evaluate(apply_fn, state.params, _feedback_of(state), validation)
     row = {"validation_loss": loss, "validation_accuracy": accuracy}
     if state.feedback is None:
         return row
@@ -192,5 +193,5 @@ def _columns(name: str, tree: chex.ArrayTree) -> dict[str, jax.Array]:
     }
 
 
-def _tree(state):
+def _feedback_of(state):
     return None if state.feedback is None else state.feedback.feedback

@@ -14,8 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from soap_jax.study import results, summary
-from soap_jax.study.config import StudyConfig
-from soap_jax.study.methods import TITLES
+from soap_jax.study.config import METHODS, StudyConfig
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and a marker each.
 STYLES: dict[str, Any] = {
@@ -87,17 +86,16 @@ def loss_curves(ax: Axes, config: StudyConfig, tables: Tables) -> None:
 def steps_to_loss(ax: Axes, config: StudyConfig, runs: pd.DataFrame) -> None:
     """Steps to the target loss against the learning rate: geometric mean and t interval.
 
-    A rate at which some run of a method does not reach the target has no point.
+    A rate at which some run of a method does not reach the target has no point, and no line to it.
     """
     for method in config.methods:
         rows = []
         for rate, of_rate in runs[runs["method"] == method].groupby("learning_rate"):
-            if of_rate["steps_to_target"].notna().all():
-                interval = summary.mean_interval(np.log(of_rate["steps_to_target"]))
-                rows.append((rate, *np.exp(interval)))
-        if rows:
-            rates, mean, low, high = np.transpose(rows)
-            ax.plot(rates, mean, label=TITLES[method], **STYLES[method])
+            interval = summary.mean_interval(np.log(of_rate["steps_to_target"]))
+            rows.append((rate, *np.exp(interval)))  # NaN where some run has no steps
+        rates, mean, low, high = np.transpose(rows)
+        if np.isfinite(mean).any():
+            ax.plot(rates, mean, label=METHODS[method], **STYLES[method])
             ax.fill_between(rates, low, high, color=STYLES[method]["color"], alpha=0.15, lw=0)
     ax.set_xscale("log")
     ax.set_yscale("log")
@@ -127,13 +125,13 @@ def _by_method(config, evaluations, rates) -> Iterator[tuple[dict, pd.DataFrame]
     """The style and the rows of each method at its rate."""
     for method in config.methods:
         chosen = (evaluations["method"] == method) & (evaluations["learning_rate"] == rates[method])
-        yield {"label": TITLES[method], **STYLES[method]}, evaluations[chosen]
+        yield {"label": METHODS[method], **STYLES[method]}, evaluations[chosen]
 
 
 def _curve(ax, rows, column, *, label, color, marker):
-    """Mean over seeds against steps, and a band from the lowest to the highest seed."""
-    by_step = rows.dropna(subset=[column]).groupby("step")[column]
-    mean, low, high = by_step.mean(), by_step.min(), by_step.max()
+    """Mean over seeds against steps, and a band between the extreme seeds; ends where one broke."""
+    by_step = rows.pivot(index="step", columns="seed", values=column).dropna()
+    mean, low, high = by_step.mean(axis=1), by_step.min(axis=1), by_step.max(axis=1)
     ax.plot(mean.index, mean, label=label, color=color, marker=marker, markevery=0.2)
     ax.fill_between(mean.index, low, high, color=color, alpha=0.15, lw=0)
 

@@ -1,18 +1,11 @@
-"""The methods that a study compares: backpropagation, and rules for feedback."""
+"""The rules behind the methods that a study compares."""
 
 from __future__ import annotations
 
 from jax.typing import ArrayLike
 
 from soap_jax import rules
-
-TITLES = {
-    "bp": "backprop",
-    "fa": "FA, fixed feedback",
-    "sign": "sign sync, raw",
-    "sign_preserve": "sign sync, |B0| kept",
-}
-"""What tables and figures call a method."""
+from soap_jax.study import config
 
 
 def rule_of(method: str, period: ArrayLike) -> rules.Rule | None:
@@ -34,4 +27,4 @@ def rule_of(method: str, period: ArrayLike) -> rules.Rule | None:
             return rules.SignSync(period=period, magnitude="unit")
         case "sign_preserve":
             return rules.SignSync(period=period, magnitude="preserve")
-    raise ValueError(f"method is {method!r}; expected one of {', '.join(TITLES)}.")
+    raise ValueError(f"method is {method!r}; expected one of {', '.join(config.METHODS)}.")

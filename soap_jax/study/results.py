@@ -25,11 +25,14 @@ import jax
 import numpy as np
 import pandas as pd
 
+import soap_jax
+from soap_jax import data
+from soap_jax.study import methods
 from soap_jax.study.config import StudyConfig
-from soap_jax.study.experiment import Record
+from soap_jax.study.experiment import Record, split
 
-SMOOTHING = 0.1
-"""Weight of a new batch in the moving average of the training loss."""
+WINDOW = 11
+"""Batches in the moving average of the training loss, centred so that it does not lag."""
 
 TABLES = ("evaluations", "runs")
 
@@ -39,10 +42,10 @@ def tidy(
 ) -> dict[str, pd.DataFrame]:
     """Turns the record of one method into rows.
 
-    The training loss is an exponential moving average over batches, whose weight for the newest
-    is `SMOOTHING`; `steps_to_target` is the number of batches seen when it first falls to the
-    target, and empty where it never does. A run is `diverged` if any loss was not finite; such a
-    run keeps its row and its NaNs.
+    The training loss is a moving average over `WINDOW` batches, centred on each (fewer at the
+    ends); `steps_to_target` is the number of batches seen when it first falls to the target, and
+    empty where it never does. A run is `diverged` if any loss was not finite: it keeps its row, and
+    from there on it is NaN.
 
     Args:
         config: the study's configuration.
@@ -58,14 +61,16 @@ def tidy(
         for seed in range(config.seeds):
             one = jax.tree.map(lambda leaf, i=i, seed=seed: leaf[i, seed], record)
             losses = pd.Series(one.train_loss, dtype="float64")
-            smooth = losses.ewm(alpha=SMOOTHING).mean().where(np.isfinite(losses)).to_numpy()
+            unbroken = np.logical_and.accumulate(np.isfinite(losses))
+            average = losses.where(unbroken).rolling(WINDOW, center=True, min_periods=1).mean()
+            smooth = average.where(unbroken).to_numpy()
             reached = np.flatnonzero(smooth <= config.target_loss)
             names = {"method": method, "learning_rate": rate, "seed": seed, "period": config.period}
             train_loss = np.append(np.nan, smooth)[marks]
             rows = {**names, "step": marks, "train_loss": train_loss, **one.evaluations}
             evaluations.append(pd.DataFrame(rows))
             final = one.evaluations["validation_loss"][-1]
-            finite = np.isfinite(losses).all() and np.isfinite([final, one.test_loss]).all()
+            finite = unbroken.all() and np.isfinite([final, one.test_loss]).all()
             runs.append(
                 names
                 | {
@@ -82,23 +87,36 @@ def tidy(
     return {"evaluations": pd.concat(evaluations, ignore_index=True), "runs": pd.DataFrame(runs)}
 
 
-def provenance(config: StudyConfig, source: str, seconds: float) -> dict[str, Any]:
+def provenance(config: StudyConfig, dataset: data.Dataset) -> dict[str, Any]:
     """What a result must say of itself to be repeated."""
-    packages = ("soap_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     devices = jax.local_devices()
+    train, validation, test = (len(part.labels) for part in split(dataset))
     return {
         "config": dataclasses.asdict(config),
-        "data_source": source,
-        "versions": {name: importlib.metadata.version(name) for name in packages}
-        | {"python": platform.python_version()},
+        "rules": {m: repr(methods.rule_of(m, config.period)) for m in config.methods},
+        "optimizer": "sgd",
+        "loss_window": WINDOW,
+        "data_source": dataset.source,
+        "examples": {"train": train, "validation": validation, "test": test},
+        "versions": {"soap_jax": soap_jax.__version__, "python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
         "device": {
             "kind": devices[0].device_kind,
             "platform": devices[0].platform,
             "count": len(devices),
             "machine": platform.machine(),
+            "processor": _processor(),
         },
-        "seconds": round(seconds, 1),
     }
+
+
+def _processor() -> str:
+    """The model of the CPU, as far as the system tells."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 class ResultsDir:
@@ -157,11 +175,12 @@ class ResultsDir:
         if not file.exists():
             return None
         try:
-            return json.loads(file.read_text())
-        except ValueError as error:
+            facts = json.loads(file.read_text())
+            return {"config": facts["config"], **facts}
+        except (ValueError, LookupError, TypeError) as error:
             raise ValueError(
-                f"{file} is not readable as JSON ({error}). Name another directory with --out, or "
-                "delete this one."
+                f"{file} is not the description of a study ({error}). Name another directory with "
+                "--out, or delete this one."
             ) from error
 
     def _check_same(self, config):

@@ -59,12 +59,15 @@ def best_rate(runs: pd.DataFrame) -> float:
 
 
 def shared_rate(runs: pd.DataFrame) -> float:
-    """The smallest learning rate at which every run of every method reaches the target loss.
+    """The smallest learning rate at which every run of backprop reaches the target loss.
 
-    NaN if there is none. At so small a rate the steps measure the speed of learning rather than
-    its stability, and no run is censored.
+    NaN if there is none. At so small a rate the steps measure the speed of learning rather than its
+    stability. Without backprop among the methods it is the smallest for all of them.
     """
-    reached = runs.groupby("learning_rate")["steps_to_target"].apply(lambda s: s.notna().all())
+    if (runs["method"] == "bp").any():
+        runs = runs[runs["method"] == "bp"]
+    arrived = runs["steps_to_target"].notna() & ~runs["diverged"]
+    reached = arrived.groupby(runs["learning_rate"]).all()
     return float(min(reached[reached].index, default=np.nan))
 
 
@@ -78,12 +81,16 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
         A table with the columns `method`, `best_rate`, `best_rate_at_edge` (the best may lie
         beyond the grid), `test_accuracy` at it with `_low` and `_high`, `shared_rate`,
         `steps_to_target` there (geometric mean), `ratio_to_bp` of those steps with `_low` and
-        `_high`, `diverged` and `runs`.
+        `_high`, `censored` (how many of the runs there never reach the target: they count as if
+        they did at their last step, and both numbers are lower bounds, without interval),
+        `diverged` and `runs`.
     """
     rates = sorted(runs["learning_rate"].unique())
     shared = shared_rate(runs)
     at_shared = runs[runs["learning_rate"] == shared]
-    steps = at_shared.pivot(index="seed", columns="method", values="steps_to_target")
+    at_shared = at_shared.assign(known=at_shared["steps_to_target"].fillna(at_shared["steps"]))
+    steps = at_shared.pivot(index="seed", columns="method", values="known")
+    censored = at_shared["steps_to_target"].isna().groupby(at_shared["method"]).sum()
     rows = []
     for method in runs["method"].unique():
         of_method = runs[runs["method"] == method]
@@ -98,13 +105,16 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
             "shared_rate": shared,
             "steps_to_target": np.nan,
             **_named("ratio_to_bp", (np.nan,) * 3),
+            "censored": int(censored.get(method, 0)),
             "diverged": int(of_method["diverged"].sum()),
             "runs": len(of_method),
         }
         if method in steps:
             row["steps_to_target"] = float(np.exp(np.log(steps[method]).mean()))
             if "bp" in steps and method != "bp":
-                row |= _named("ratio_to_bp", ratio_interval(steps[method], steps["bp"]))
+                ratio, low, high = ratio_interval(steps[method], steps["bp"])
+                interval = (ratio, np.nan, np.nan) if row["censored"] else (ratio, low, high)
+                row |= _named("ratio_to_bp", interval)
         rows.append(row)
     return pd.DataFrame(rows)
 
