@@ -721,3 +721,23 @@ def test_a_rule_that_cannot_serve_a_kernel_says_so():
     )
     with pytest.raises(ValueError, match=r"kernel of shape \(5,\) has no fan-in and fan-out"):
         sync(params, state, 0)
+
+
+def test_a_pattern_that_an_earlier_one_shadows_is_refused():
+    params = {"a": {"kernel": jnp.ones((3, 2))}, "b": {"kernel": jnp.ones((2, 3))}}
+    with pytest.raises(
+        ValueError, match=r"'a/\*' matches no feedback that an earlier pattern left"
+    ):
+        init_feedback(jax.random.key(0), params, {"*": rules.Fixed(), "a/*": rules.SignSync()})
+
+
+def test_a_rule_that_cannot_be_hashed_is_refused_at_once():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Listed(rules.Rule):
+        rates: list
+
+        def __call__(self, kernel, feedback, key):
+            return feedback
+
+    with pytest.raises(ValueError, match="not hashable"):
+        init_feedback(jax.random.key(0), {"kernel": jnp.ones((3, 2))}, Listed(rates=[1.0]))

@@ -776,6 +776,31 @@ def test_explicit_sharding_changes_no_gradient(mesh, layout, feedback_bar):
     )
 
 
+BATCHED = {
+    "einsum": einsum("bti,iho->btho", (4, 5, 3), (3, 2, 7)),
+    "conv": conv((4, 5, 6, 2), (3, 2, 2, 3), strides=(2, 1)),
+    "conv, grouped": conv((4, 5, 4), (3, 2, 6), groups=2),
+    "conv transpose": conv_transpose((4, 5, 3), (3, 3, 4), strides=(2,)),
+}
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_every_op_takes_an_explicitly_sharded_batch(mesh, name):
+    case = BATCHED[name]
+    args = draw(case)
+
+    def gradient(*args):
+        return jax.grad(lambda *args: jnp.sum(jnp.tanh(case.f(*args)) ** 2), (0, 1, 2))(*args)
+
+    alone = jax.jit(gradient)(*args)
+    split = jax.device_put(args, (P("data"), P(), P()))
+    together = jax.jit(gradient)(*split)
+    assert jax.tree.map(jax.typeof, together) == jax.tree.map(jax.typeof, split)
+    chex.assert_trees_all_close(
+        jax.device_get(together), jax.device_get(alone), rtol=1e-5, atol=1e-5
+    )
+
+
 def test_per_example_under_vmap_works_over_an_explicitly_sharded_batch(mesh):
     x, kernel, feedback = draw(Case(None, None, (8, 4), (4, 12)))
 

@@ -5,7 +5,6 @@ import pathlib
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -20,28 +19,23 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 @pytest.fixture(scope="module")
 def loop():
-    names = {"optimizer": optax.sgd(0.1)}
+    rng = np.random.default_rng(0)
+    batch = rng.standard_normal((32, 784), np.float32), rng.integers(0, 10, 32)
+    names = {"batches": [batch] * 20}
     exec(BLOCKS[0], names)
     return names
 
 
 def test_the_training_loop_learns(loop):
-    rng = np.random.default_rng(0)
-    x, labels = rng.standard_normal((32, 784), np.float32), rng.integers(0, 10, 32)
-    step = jax.jit(loop["train_step"], donate_argnums=(0, 1, 2, 3))
-    state = (loop["params"], loop["feedback"], loop["optimizer"].init(loop["params"]), 0)
-    state = jax.tree.map(jnp.array, state)
-    before = loop["loss_fn"](state[0], state[1].feedback, x, labels)
-    for _ in range(20):
-        state = step(*state, x, labels)
-    assert loop["loss_fn"](state[0], state[1].feedback, x, labels) < before / 2
-    assert state[3] == 20
+    params, feedback = loop["params"], loop["state"].feedback
+    assert loop["loss_fn"](params, feedback, *loop["batches"][0]) < 0.5  # from 2.3
+    assert loop["step"] == 19
 
 
 def test_a_rule_of_ones_own_is_that_small(loop):
     names = {**loop, "dataclasses": dataclasses, "soap_jax": soap_jax, "key": jax.random.key(2)}
     exec(BLOCKS[1], names)
-    state = soap_jax.sync_feedback(loop["params"], names["feedback"], 10)
+    state = soap_jax.sync_feedback(loop["params"], names["state"], 10)
     kernel = loop["params"]["layers_2"]["kernel"]
     noise = state.feedback["layers_2"]["kernel"] - kernel
     assert 0.05 < float(noise.std()) < 0.2

@@ -418,3 +418,9 @@ def test_a_rule_without_a_formula_says_so():
 
     with pytest.raises(NotImplementedError, match="Empty must define __call__"):
         Empty(period=2)(jnp.ones(2), jnp.ones(2), KEY)
+
+
+@pytest.mark.parametrize("period", [jnp.array(0), np.array([3, 0]), jnp.array(2.5), True])
+def test_a_concrete_period_is_validated_whatever_holds_it(period):
+    with pytest.raises(ValueError, match="SignSync: period is"):
+        rules.SignSync(period=period)

@@ -608,3 +608,36 @@ def test_runs_under_vmap_are_each_run_alone():
     for i in range(3):
         one = jax.tree.map(lambda leaf: leaf[i], together)  # noqa: B023
         assert_close(one, alone(scales[i], keys[i]), atol=1e-5)
+
+
+def test_epochs_and_evaluations_outside_jit_compile_once_and_take_numpy_data():
+    traces = []
+
+    def counted(params, feedback, x):
+        traces.append(x)
+        return apply_fn(params, feedback, x)
+
+    optimizer = optax.sgd(0.1)
+    step = training.make_train_step(counted, optimizer)
+    state = make_state(optimizer, SignSync(period=2))
+    data = jax.device_get(make_data(20))
+    for i in range(3):
+        state, _ = training.train_epoch(step, state, data, jax.random.key(i), batch_size=6)
+        training.evaluate(counted, state.params, state.feedback.feedback, data)
+        if i == 0:
+            first = len(traces)
+    assert len(traces) == first
+    assert int(state.step) == 9
+
+
+def test_the_accuracy_of_a_model_that_broke_is_nan():
+    data = (jnp.full((3, 2), jnp.nan), jnp.array([0, 0, 1]))
+    got = training.evaluate(lambda params, feedback, x: x, None, None, data)
+    assert jnp.isnan(got.accuracy) and jnp.isnan(got.loss)
+
+
+def test_two_clocks_are_refused():
+    parts = {"a": optax.MultiSteps(optax.sgd(0.1), 2), "b": optax.MultiSteps(optax.sgd(0.1), 3)}
+    optimizer = optax.chain(*(part.gradient_transformation() for part in parts.values()))
+    with pytest.raises(ValueError, match=r"2 states of optax\.MultiSteps"):
+        jit_step(optimizer)(make_state(optimizer, SignSync()), make_data(6))
