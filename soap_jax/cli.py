@@ -144,7 +144,7 @@ def _run_study(config: StudyConfig, data_dir: pathlib.Path | None, out: pathlib.
     from soap_jax import data
     from soap_jax.study import figures, results, summary
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     directory = results.ResultsDir(out, config)
     if directory.finished:
         made_by = directory.facts["versions"]
@@ -164,8 +164,8 @@ def _run_study(config: StudyConfig, data_dir: pathlib.Path | None, out: pathlib.
     paths = figures.draw_all(config, tables, out / "figures")
     _print_summary(console, config, table)
     console.print(
-        f"\nResults in [bold]{out}[/bold] (study.json, evaluations.csv, runs.csv, summary.csv) and "
-        f"figures, first [bold]{paths[0]}[/bold]. {time.perf_counter() - start:.0f} s in all."
+        f"\nResults in {out} (study.json, evaluations.csv, runs.csv, summary.csv) and figures, "
+        f"first {paths[0]}. {time.perf_counter() - start:.0f} s in all."
     )
 
 
@@ -237,6 +237,10 @@ def _print_summary(console, config, table):
     shared = table["shared_rate"].iloc[0]
     reference = METHODS["bp"] if "bp" in config.methods else "all methods"
 
+    def rate(row):
+        value = row["best_rate"]
+        return "-" if math.isnan(value) else f"{value:g}" + "*" * bool(row["best_rate_at_edge"])
+
     def accuracy(row):
         mean, high = 100 * row["test_accuracy"], 100 * row["test_accuracy_high"]
         if math.isnan(mean):
@@ -268,7 +272,7 @@ def _print_summary(console, config, table):
     for _, row in table.iterrows():
         screen.add_row(
             METHODS[row["method"]],
-            f"{row['best_rate']:g}" + "*" * bool(row["best_rate_at_edge"]),
+            rate(row),
             accuracy(row),
             steps(row),
             ratio(row),
@@ -292,7 +296,4 @@ def _print_summary(console, config, table):
 
 def main():
     """Entry point of the `soap-jax` command."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    app()

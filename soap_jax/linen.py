@@ -56,7 +56,6 @@ class _FeedbackLayer(nn.Module, kw_only=True):
         if getattr(self, "mask", None) is not None:
             feedback = feedback * self.mask  # out here, where a traced mask is an argument
         linear = self._flax_layer()
-
         flax_call = super().__call__
 
         def op(x, kernel):
