@@ -152,7 +152,8 @@ def sync_feedback(params: chex.ArrayTree, state: FeedbackState, step: ArrayLike)
         The state, its feedback synced or bit-identical.
 
     Raises:
-        ValueError: if the feedback does not fit `params`, or a rule returns another shape.
+        ValueError: if `state` is not a `FeedbackState`, if its feedback does not fit `params`, or
+            if a rule returns another shape.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -167,6 +168,11 @@ def sync_feedback(params: chex.ArrayTree, state: FeedbackState, step: ArrayLike)
         Liao, Leibo, Poggio. How important is weight symmetry in backpropagation? AAAI, 2016.
         https://arxiv.org/abs/1510.05067
     """
+    if not isinstance(state, FeedbackState):
+        raise ValueError(
+            f"state is a {type(state).__name__}; expected the FeedbackState that init_feedback "
+            "returned, as in sync_feedback(params, state, step)."
+        )
     kernels: dict[trees.Path, jax.Array] = {}
     feedback: dict[trees.Path, jax.Array] = {}
 
@@ -232,7 +238,7 @@ def _rules_of(static, paths, *, complete=False):
     out, rest = [], list(paths)
     for pattern, rule in static:
         mine = [path for path in rest if trees.matches(pattern, path)]
-        if complete and not mine:
+        if complete and not mine and pattern != "*":  # which may have nothing left to catch
             raise ValueError(
                 f"the rule's pattern {pattern!r} matches no feedback that an earlier pattern left. "
                 f"Feedback is at: {', '.join(map(trees.show, paths))}. The first pattern that "

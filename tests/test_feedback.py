@@ -741,3 +741,18 @@ def test_a_rule_that_cannot_be_hashed_is_refused_at_once():
 
     with pytest.raises(ValueError, match="not hashable"):
         init_feedback(jax.random.key(0), {"kernel": jnp.ones((3, 2))}, Listed(rates=[1.0]))
+
+
+def test_a_last_star_may_have_nothing_left_to_catch():
+    params = {"a": {"kernel": jnp.ones((3, 2))}}
+    rule = {"a/*": rules.SignSync(), "*": rules.Fixed()}
+    state = init_feedback(jax.random.key(0), params, rule)
+    assert (sync_feedback(params, state, 0).feedback["a"]["kernel"] == 1).all()
+
+
+def test_syncing_what_is_not_a_state_is_refused():
+    params = {"kernel": jnp.ones((3, 2))}
+    state = init_feedback(jax.random.key(0), params)
+    for wrong in ((state, params), (params, state.feedback)):
+        with pytest.raises(ValueError, match="expected the FeedbackState that init_feedback"):
+            sync_feedback(*wrong, 0)

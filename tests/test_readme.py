@@ -1,6 +1,5 @@
 """What the README shows works as it stands there."""
 
-import dataclasses
 import pathlib
 import re
 
@@ -33,7 +32,8 @@ def test_the_training_loop_learns(loop):
 
 
 def test_a_rule_of_ones_own_is_that_small(loop):
-    names = {**loop, "dataclasses": dataclasses, "soap_jax": soap_jax, "key": jax.random.key(2)}
+    names = {**loop, "key": jax.random.key(2)}
+    names["variables"] = loop["model"].init(jax.random.key(0), np.ones((1, 784), np.float32))
     exec(BLOCKS[1], names)
     state = soap_jax.sync_feedback(loop["params"], names["state"], 10)
     kernel = loop["params"]["layers_2"]["kernel"]

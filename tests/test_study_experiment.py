@@ -117,7 +117,7 @@ def test_validation_is_held_out_of_training(digits):
 
 
 def test_more_evaluations_than_steps_are_refused():
-    with pytest.raises(ValueError, match="2 steps, fewer than the 20 evaluations"):
+    with pytest.raises(ValueError, match="2 steps, fewer than 20 evaluations"):
         experiment.evaluation_steps(StudyConfig(epochs=1, batch_size=64), 128)
 
 

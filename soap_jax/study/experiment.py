@@ -71,7 +71,8 @@ def evaluation_steps(config: StudyConfig, num_train: int) -> np.ndarray:
     if steps < config.evaluations:
         raise ValueError(
             f"{config.epochs} epochs of {num_train} examples in batches of {config.batch_size} "
-            f"are {steps} steps, fewer than the {config.evaluations} evaluations asked for."
+            f"are {steps} steps, fewer than {config.evaluations} evaluations. Ask for at most "
+            f"{steps} evaluations, or for more epochs."
         )
     return np.arange(config.evaluations + 1) * (steps // config.evaluations)
 

@@ -100,8 +100,8 @@ def steps_to_loss(ax: Axes, config: StudyConfig, runs: pd.DataFrame) -> None:
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlabel("learning rate")
-    ax.set_ylabel(f"steps to loss {config.target_loss:g}")
-    ax.set_title("Speed at every learning rate")
+    ax.set_ylabel("parameter updates (fewer is better)")
+    ax.set_title(f"Steps to loss {config.target_loss:g} at every learning rate")
     _plain_numbers(ax.xaxis)
     _plain_numbers(ax.yaxis)
 
