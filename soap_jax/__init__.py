@@ -15,19 +15,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = (
-    "data",
-    "linen",
-    "metrics",
-    "models",
-    "nnx",
-    "ops",
-    "rules",
-    "sweeps",
-    "training",
-    "trees",
-)
-_NAMES = {
+_NAMES = {  # and the modules they come from; the other public names are modules
     "FeedbackState": "feedback",
     "init_feedback": "feedback",
     "sync_feedback": "feedback",
@@ -58,10 +46,10 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name in _MODULES:
-        return importlib.import_module(f"soap_jax.{name}")
     if name in _NAMES:
         return getattr(importlib.import_module(f"soap_jax.{_NAMES[name]}"), name)
+    if name in __all__:
+        return importlib.import_module(f"soap_jax.{name}")
     raise AttributeError(f"module 'soap_jax' has no attribute {name!r}")
 
 

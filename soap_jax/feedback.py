@@ -127,11 +127,8 @@ def init_feedback(
             f"rule is {rule!r}, which is not hashable ({error}); expected fields that are numbers, "
             "strings or tuples, since the rule is static under `jit`."
         ) from error
-    state = FeedbackState(feedback, period, rule_key, static)
-    paths: list[trees.Path] = []
-    trees.map_pairs(lambda path, w, b: paths.append(path), params, feedback)
-    _rules_of(static, paths, complete=True)
-    return state
+    _rules_of(static, list(trees.pairs(params, feedback)), complete=True)
+    return FeedbackState(feedback, period, rule_key, static)
 
 
 def sync_feedback(params: chex.ArrayTree, state: FeedbackState, step: ArrayLike) -> FeedbackState:
@@ -173,26 +170,15 @@ def sync_feedback(params: chex.ArrayTree, state: FeedbackState, step: ArrayLike)
             f"state is a {type(state).__name__}; expected the FeedbackState that init_feedback "
             "returned, as in sync_feedback(params, state, step)."
         )
-    kernels: dict[trees.Path, jax.Array] = {}
-    feedback: dict[trees.Path, jax.Array] = {}
-
-    def collect(path, kernel, leaf):
-        kernels[path], feedback[path] = kernel, leaf
-
-    trees.map_pairs(collect, params, state.feedback)
-    for pattern, rule, paths in _rules_of(state.rule, list(feedback)):
+    pairs = trees.pairs(params, state.feedback)
+    new: dict[trees.Path, jax.Array] = {}
+    for pattern, rule, paths in _rules_of(state.rule, list(pairs)):
         if type(rule) is rules.Fixed or not paths:
             continue
+        kernels, feedback = ({path: pairs[path][i] for path in paths} for i in (0, 1))
         period = state.period if pattern is None else state.period[pattern]
-        feedback |= _sync(
-            rule,
-            {path: kernels[path] for path in paths},
-            {path: feedback[path] for path in paths},
-            period,
-            state.key,
-            step,
-        )
-    synced = trees.map_pairs(lambda path, w, b: feedback[path], params, state.feedback)
+        new |= _sync(rule, kernels, feedback, period, state.key, step)
+    synced = trees.map_pairs(lambda path, w, b: new.get(path, b), params, state.feedback)
     return dataclasses.replace(state, feedback=synced)
 
 

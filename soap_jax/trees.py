@@ -75,6 +75,21 @@ def map_pairs(
     return jax.tree_util.tree_map_with_path(one, feedback, is_leaf=lambda leaf: leaf is None)
 
 
+def pairs(
+    params: chex.ArrayTree, feedback: chex.ArrayTree
+) -> dict[Path, tuple[jax.Array, jax.Array]]:
+    """The pairs that `map_pairs` maps over, `(kernel, feedback)` by path.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> list(pairs({"kernel": jnp.eye(2)}, {"kernel": jnp.zeros((2, 2))}))
+        [('kernel',)]
+    """
+    found: dict[Path, tuple[jax.Array, jax.Array]] = {}
+    map_pairs(lambda path, *pair: found.setdefault(path, pair), params, feedback)
+    return found
+
+
 def at_kernels(params: chex.ArrayTree, feedback: chex.ArrayTree) -> chex.ArrayTree:
     """The feedback tree that makes the same model's gradients exact: `feedback := kernel`.
 
