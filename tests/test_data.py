@@ -52,8 +52,12 @@ def idx_bytes(array, type_code=8):
     return header + array.tobytes()
 
 
+def gz(content):
+    return gzip.compress(content, mtime=0)  # the same bytes at any time
+
+
 def idx_gz(array):
-    return gzip.compress(idx_bytes(array), mtime=0)
+    return gz(idx_bytes(array))
 
 
 def small_arrays(seed=0, num=(7, 3)):
@@ -294,19 +298,20 @@ IMAGES, LABELS = small_arrays()[:2]
         (0, idx_bytes(IMAGES), "train-images.* is not a gzip file.*0000; expected 1f8b"),
         (1, b"", "train-labels.* is not a gzip file.*none; expected 1f8b"),
         (0, idx_gz(IMAGES)[:-300], "train-images.* is truncated: its compressed data ends"),
-        (0, gzip.compress(idx_bytes(IMAGES)[:-1]), "holds 5487 bytes of data; expected 5488"),
-        (0, gzip.compress(idx_bytes(IMAGES) + b"x"), "holds 5489 bytes of data; expected 5488"),
-        (0, gzip.compress(idx_bytes(IMAGES)[:9]), "ends after 9 bytes, inside its 16-byte header"),
-        (0, gzip.compress(b""), "starts with the bytes ; expected 00000803"),
+        (0, gz(idx_bytes(IMAGES)[:-1]), "holds 5487 bytes of data; expected 5488"),
+        (0, gz(idx_bytes(IMAGES) + b"x"), "holds 5489 bytes of data; expected 5488"),
+        (0, gz(idx_bytes(IMAGES)[:9]), "ends after 9 bytes, inside its 16-byte header"),
+        (0, gz(b""), "starts with the bytes ; expected 00000803"),
         (0, idx_gz(LABELS), "starts with the bytes 00000801; expected 00000803.*swapped"),
         (1, idx_gz(IMAGES), "starts with the bytes 00000803; expected 00000801.*swapped"),
-        (0, gzip.compress(idx_bytes(IMAGES, type_code=13)), "bytes 00000d03; expected 00000803"),
+        (0, gz(idx_bytes(IMAGES, type_code=13)), "bytes 00000d03; expected 00000803"),
         (0, idx_gz(IMAGES)[:40] + b"damage" + idx_gz(IMAGES)[46:], "train-images.* is damaged"),
         (1, idx_gz(LABELS[:-1]), "7 images but train-labels.* 6 labels"),
         (3, idx_gz(LABELS), "t10k-images.* 3 images but t10k-labels.* 7 labels"),
         (1, idx_gz(LABELS + 10), "a label 1[0-9]; expected 0 to 9"),
         (0, idx_gz(IMAGES[:, 1:]), r"shape \(27, 28, 1\); expected \(28, 28, 1\)"),
     ],
+    ids=lambda value: f"{len(value)} bytes" if isinstance(value, bytes) else None,
 )
 def test_bad_idx_file_says_what_is_wrong(publish, which, content, message):
     folder = publish("mnist", *corrupted(which, content))
