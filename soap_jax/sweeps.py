@@ -2,23 +2,31 @@
 
 A run is any pure function `(seed, learning_rate, period, *args) -> results`. `sweep` compiles it
 once and spreads the runs over all devices. On accelerators a device does a chunk of runs at once
-(`vmap`); on CPU it does them one after the other (`lax.map`), which is faster there and
-bit-identical to a run alone, whatever the number of devices. Give JAX one CPU device per core
+(`vmap`); on CPU it does them one after the other, which is faster there and gives each run the same
+bits whatever runs beside it, in chunks of whatever size, on however many devices from two on. (XLA
+compiles for one device in another way, which may round otherwise.) Give JAX one CPU device per core
 before its first use:
 
     jax.config.update("jax_num_cpu_devices", os.cpu_count())
+
+Where `jax.distributed` is initialised, every process makes the same call, the runs are spread over
+the devices of all of them, and each gets all the results.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from soap_jax import grids
@@ -26,6 +34,26 @@ from soap_jax import grids
 Run = Callable[..., chex.ArrayTree]
 """`(seed, learning_rate, period, *args) -> results`: int32, float32, int32 scalars and what
 `sweep` was given as `args`, to a tree of arrays."""
+
+
+class Point(NamedTuple):
+    """One run of a sweep."""
+
+    seed: int
+    learning_rate: float
+    period: int
+
+
+class Part(NamedTuple):
+    """What one call of the program gave.
+
+    Attributes:
+        indices: which points, in order.
+        results: their results as NumPy arrays with a leading axis `(len(indices),)`.
+    """
+
+    indices: list[int]
+    results: chex.ArrayTree
 
 
 def sweep(
@@ -36,27 +64,32 @@ def sweep(
     periods: Sequence[int] = (1,),
     args: tuple[chex.ArrayTree, ...] = (),
     chunk_size: int | None = None,
+    memory_limit: float | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> chex.ArrayTree:
     """Runs every combination of period, learning rate and seed.
 
     Args:
-        run: `(seed, learning_rate, period, *args) -> results`, traced once.
+        run: `(seed, learning_rate, period, *args) -> results`, traced once (more often to
+            keep to a memory limit).
         seeds: integers.
         learning_rates: positive numbers.
         periods: integers of at least 1.
         args: arrays that all runs share, such as the data; one copy per device.
         chunk_size: at most so many runs per device in one call of the program: on accelerators
             the number that trains at once, which memory bounds. By default 4 on CPU, elsewhere 64.
+        memory_limit: at most so many bytes per device for the program: its arguments, results and
+            temporaries, as the compiler counts them. It makes chunks smaller where needed.
         on_progress: called as `(runs done, runs in all)` after compilation and after each call.
-        devices: by default all local devices.
+        devices: by default all devices.
 
     Returns:
         The results as NumPy arrays with leading axes `(periods, learning_rates, seeds)`.
 
     Raises:
-        ValueError: if a grid is empty or has a value out of range.
+        ValueError: if a grid is empty or has a value out of range, or the memory limit is too low
+            for one run.
 
     Example:
         >>> import jax.numpy as jnp
@@ -65,69 +98,224 @@ def sweep(
         >>> sweep(run, seeds=[1, 2], learning_rates=[0.5], periods=[2, 4])["value"].tolist()
         [[[2.0, 3.0]], [[3.0, 4.0]]]
     """
+    points = grid(seeds=seeds, learning_rates=learning_rates, periods=periods)
+    parts = iterate(
+        run,
+        points,
+        args=args,
+        chunk_size=chunk_size,
+        memory_limit=memory_limit,
+        on_progress=on_progress,
+        devices=devices,
+    )
+    results = [part.results for part in parts]
+    shape = (len(periods), len(learning_rates), len(seeds))
+
+    def join(*leaves):
+        return np.concatenate(leaves).reshape(*shape, *leaves[0].shape[1:])
+
+    return jax.tree.map(join, *results)
+
+
+def grid(
+    *, seeds: Sequence[int], learning_rates: Sequence[float], periods: Sequence[int] = (1,)
+) -> list[Point]:
+    """Every combination, seeds varying fastest, then rates, then periods.
+
+    Raises:
+        ValueError: if one is empty or has a value out of range.
+    """
     grids.check(seeds=seeds, learning_rates=learning_rates, periods=periods)
-    devices = jax.local_devices() if devices is None else devices
+    return [
+        Point(seed, rate, period) for period in periods for rate in learning_rates for seed in seeds
+    ]
+
+
+def iterate(
+    run: Run,
+    points: Sequence[Point],
+    *,
+    args: tuple[chex.ArrayTree, ...] = (),
+    done: Collection[int] = (),
+    chunk_size: int | None = None,
+    memory_limit: float | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Iterator[Part]:
+    """Runs the points in order and yields what each call of the program gave, as soon as it has.
+
+    Which points go into one call depends on the points, the chunk size and the number of devices,
+    not on what is done: a sweep that goes on later gives what an unbroken one gives, bit for bit.
+
+    Args:
+        run: as in `sweep`.
+        points: from `grid`; those of one period lie together.
+        args: as in `sweep`.
+        done: indices of points not to run again; a call that has none else is left out.
+        chunk_size: as in `sweep`.
+        memory_limit: as in `sweep`.
+        on_progress: as in `sweep`; what is done counts.
+        devices: as in `sweep`.
+
+    Yields:
+        Parts without the points that were done.
+
+    Raises:
+        ValueError: as in `sweep`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> points = grid(seeds=[1, 2, 3], learning_rates=[0.5])
+        >>> run = lambda seed, rate, period: seed * rate
+        >>> for part in iterate(run, points, done=[1], chunk_size=1, devices=jax.devices()[:1]):
+        ...     part.indices, part.results.tolist()
+        ([0], [0.5])
+        ([2], [1.5])
+    """
+    devices = jax.devices() if devices is None else devices
     if not devices:
         raise ValueError("devices is empty; expected at least one.")
     on_cpu = devices[0].platform == "cpu"
-    per_period = len(learning_rates) * len(seeds)
     if chunk_size is None:
         chunk_size = 4 if on_cpu else 64
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; expected at least 1.")
-    calls = math.ceil(per_period / (len(devices) * chunk_size))
-    chunk = len(devices) * math.ceil(per_period / (len(devices) * calls))  # calls of equal size
-
-    rates, seeds_ = np.meshgrid(
-        np.asarray(learning_rates, np.float32), np.asarray(seeds, np.int32), indexing="ij"
-    )
-    filled = np.resize(np.arange(per_period), math.ceil(per_period / chunk) * chunk)
-    chunks = filled.reshape(-1, chunk)  # the last is filled up with runs done before
+    done = set(done)
+    if done.issuperset(range(len(points))):
+        return
     mesh = Mesh(np.asarray(devices), ("runs",))
-    args = jax.device_put(args, NamedSharding(mesh, PartitionSpec()))
-    program = _compile(run, mesh, chunk, args, one_by_one=on_cpu)
-    total = per_period * len(periods)
+    num = len(devices)
+    shard = NamedSharding(mesh, PartitionSpec("runs"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    args = jax.device_put(args, everywhere)
+    if jax.process_count() > 1:  # on CPU processes must first meet within 30 s: so not after a call
+        _to_host(jax.device_put(np.zeros(num), shard))
+
+    @functools.cache
+    def compile_for(per_device):
+        return _compile(run, mesh, room_for(per_device) * num, args, one_by_one=on_cpu)
+
+    def room_for(per_device):
+        return max(per_device, 2) if on_cpu else per_device  # a loop of one, XLA would unroll
+
+    calls, per_device = _calls(points, num, chunk_size)
+    if memory_limit is not None:
+        calls, per_device = _calls(points, num, _fit(compile_for, memory_limit, per_device))
+    program, room = compile_for(per_device), room_for(per_device)
+    finished = len(done)
     if on_progress:
-        on_progress(0, total)
-    results = []
-    for i, period in enumerate(periods):
-        parts = []
-        for j, indices in enumerate(chunks):
-            out = program(seeds_.flat[indices], rates.flat[indices], np.int32(period), *args)
-            parts.append(jax.device_get(out))
-            if on_progress:
-                on_progress(i * per_period + min((j + 1) * chunk, per_period), total)
-        results.append(jax.tree.map(lambda *leaves: np.concatenate(leaves)[:per_period], *parts))
+        on_progress(finished, len(points))
+    for indices in calls:
+        if done.issuperset(indices):
+            continue
+        # Each device gets every num-th run; where there is none, an accelerator does one twice.
+        slots = [k % num * room + k // num for k in range(len(indices))]
+        filled = np.full(room * num, indices[0])
+        filled[slots] = indices
+        seeds = np.array([points[i].seed for i in filled], np.int32)
+        rates = np.array([points[i].learning_rate for i in filled], np.float32)
+        counts = np.bincount(np.arange(len(indices)) % num, minlength=num).astype(np.int32)
+        period = np.int32(points[indices[0]].period)
+        seeds, rates, counts = jax.device_put((seeds, rates, counts), shard)
+        results = _to_host(program(seeds, rates, counts, jax.device_put(period, everywhere), *args))
+        keep = [k for k, i in enumerate(indices) if i not in done]
+        finished += len(keep)
+        if on_progress:
+            on_progress(finished, len(points))
+        kept = operator.itemgetter([slots[k] for k in keep])
+        yield Part([indices[k] for k in keep], jax.tree.map(kept, results))
 
-    def stack(*leaves):
-        shape = (len(periods), len(learning_rates), len(seeds))
-        return np.stack(leaves).reshape(*shape, *leaves[0].shape[1:])
 
-    return jax.tree.map(stack, *results)
+def _calls(points, num_devices, chunk_size) -> tuple[list[list[int]], int]:
+    """The points of each call, as equal as can be, of one period each; its runs per device."""
+    by_period: dict[int, list[int]] = {}
+    for i, point in enumerate(points):
+        by_period.setdefault(point.period, []).append(i)
+    most = max(len(indices) for indices in by_period.values())
+    num_calls = math.ceil(most / (num_devices * chunk_size))
+    per_device = math.ceil(most / (num_devices * num_calls))
+    chunk = num_devices * per_device
+    return [
+        indices[start : start + chunk]
+        for indices in by_period.values()
+        for start in range(0, len(indices), chunk)
+    ], per_device
+
+
+def _fit(compile_for, memory_limit, most) -> int:
+    """The largest number of runs per device, up to `most`, that keeps to the limit."""
+
+    def needed(per_device):
+        memory = compile_for(per_device).memory_analysis()  # of one device
+        return (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes
+            - memory.alias_size_in_bytes
+        )
+
+    fits, too_many = (1, needed(1)), (most, needed(most))
+    if fits[1] > memory_limit:
+        raise ValueError(
+            f"memory_limit is {memory_limit:.3g} bytes per device, but one run needs {fits[1]:.3g}."
+        )
+    if too_many[1] <= memory_limit:
+        return most
+    while too_many[0] - fits[0] > 1:
+        # It grows about linearly, so the first guess is near.
+        share = (memory_limit - fits[1]) / (too_many[1] - fits[1])
+        guess = int(fits[0] + share * (too_many[0] - fits[0]))
+        guess = min(max(guess, fits[0] + 1), too_many[0] - 1)
+        if needed(guess) <= memory_limit:
+            fits = guess, needed(guess)
+        else:
+            too_many = guess, needed(guess)
+    return fits[0]
+
+
+def _to_host(results):
+    """All results as NumPy arrays, in every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(results)
+    return multihost_utils.process_allgather(results, tiled=True)
 
 
 def _compile(run, mesh, chunk, args, *, one_by_one):
     """The program that does one chunk of runs, its axis spread over the devices."""
 
-    def share(seeds, rates, period, *args):
-        def one(each):
-            return run(*each, period, *args)
+    def share(seeds, rates, counts, period, *args):
+        if not one_by_one:
+            return jax.vmap(lambda seed, rate: run(seed, rate, period, *args))(seeds, rates)
 
-        if one_by_one:
-            return lax.map(one, (seeds, rates))
-        return jax.vmap(one)((seeds, rates))
+        # XLA does not know the length of the loop: so its body, and its rounding, are always alike.
+        alone = jax.jit(run)  # traced once for both uses
+        like = jax.eval_shape(alone, seeds[0], rates[0], period, *args)
+        empty = jax.tree.map(lambda leaf: jnp.zeros((len(seeds), *leaf.shape), leaf.dtype), like)
 
-    runs = PartitionSpec("runs")
+        def add(i, results):
+            own = alone(seeds[i], rates[i], period, *args)
+            return jax.tree.map(
+                lambda all_, leaf: lax.dynamic_update_index_in_dim(all_, leaf, i, 0), results, own
+            )
+
+        return lax.fori_loop(0, counts[0], add, empty)
+
+    runs, everywhere = PartitionSpec("runs"), PartitionSpec()
     program = jax.shard_map(
         share,
         mesh=mesh,
-        in_specs=(runs, runs, PartitionSpec(), *(PartitionSpec() for _ in args)),
+        in_specs=(runs, runs, runs, everywhere, *(everywhere for _ in args)),
         out_specs=runs,
         check_vma=False,  # runs never talk to one another
     )
+
+    def scalars(dtype, shape, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
     types = (
-        jax.ShapeDtypeStruct((chunk,), jnp.int32),
-        jax.ShapeDtypeStruct((chunk,), jnp.float32),
-        jax.ShapeDtypeStruct((), jnp.int32),
+        scalars(jnp.int32, (chunk,), runs),
+        scalars(jnp.float32, (chunk,), runs),
+        scalars(jnp.int32, (mesh.size,), runs),
+        scalars(jnp.int32, (), everywhere),
     )
     return jax.jit(program).lower(*types, *args).compile()
