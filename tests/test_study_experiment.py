@@ -1,5 +1,8 @@
 """One method over the grid: paired, reproducible, and what the library itself would do."""
 
+import dataclasses
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,13 +10,21 @@ import optax
 import pytest
 
 import soap_jax
-from soap_jax import data, models, training
-from soap_jax.study import experiment
+from soap_jax import data, metrics, models, training
+from soap_jax.study import config, experiment, methods
 from soap_jax.study.config import StudyConfig
 
 CONFIG = StudyConfig(
-    learning_rates=(0.1, 0.5), seeds=2, epochs=2, hidden=(7,), evaluations=3, batch_size=50
+    learning_rates=(0.1, 0.5),
+    seeds=2,
+    epochs=2,
+    hidden=(7,),
+    evaluations=3,
+    batch_size=50,
+    periods=(1,),
+    inputs="unit",
 )
+UNIT = experiment.Scaling(0.0, 16.0)
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +32,19 @@ def digits():
     return data.load("digits")
 
 
+def train(config, method, dataset):
+    """The record with leading axes `(periods, learning_rates, seeds)`."""
+    parts = [record for _, record in experiment.train_method(config, method, dataset)]
+    shape = (len(config.periods_of(method)), len(config.learning_rates), config.seeds)
+    return jax.tree.map(lambda *x: np.concatenate(x).reshape(*shape, *x[0].shape[1:]), *parts)
+
+
 @pytest.fixture(scope="module")
 def records(digits):
+    """At the smallest period: leading axes `(learning_rates, seeds)`."""
     return {
-        method: experiment.train_method(CONFIG, method, digits)
-        for method in ("bp", "fa", "sign", "sign_preserve")
+        method: jax.tree.map(lambda leaf: leaf[0], train(CONFIG, method, digits))
+        for method in config.DEFAULT_METHODS
     }
 
 
@@ -33,7 +52,7 @@ def test_methods_start_alike_and_then_differ(records):
     first = {method: record.train_loss[..., 0] for method, record in records.items()}
     assert all((losses == first["bp"]).all() for losses in first.values())  # init and order
     last = [record.train_loss[0, 0, -1] for record in records.values()]
-    assert len(set(map(float, last))) == len(records)
+    assert len(set(map(float, last))) == len(records) == 8
 
 
 def test_initial_feedback_is_the_same_for_every_rule_that_keeps_it(records):
@@ -50,7 +69,7 @@ def test_seeds_and_rates_differ(records):
 
 
 def test_a_run_alone_is_bit_identical_to_its_place_in_the_study(digits, records):
-    run = experiment.make_run(CONFIG, "sign", digits.num_classes, digits.max_value)
+    run = experiment.make_run(CONFIG, "sign", 10, experiment.scaling_of(CONFIG, digits))
     args = (jnp.int32(1), jnp.float32(0.5), jnp.int32(1), experiment.split(digits))
     alone = jax.jit(run)(*args)
     np.testing.assert_array_equal(alone.train_loss, records["sign"].train_loss[1, 1])
@@ -95,17 +114,138 @@ def test_a_run_is_what_a_loop_by_hand_does(digits, records):
 
 
 def test_evaluations_hold_angles_where_there_is_feedback(records):
-    assert set(records["bp"].evaluations) == {"validation_loss", "validation_accuracy"}
-    angles = records["sign"].evaluations["gradient_angle/Dense_0"]
-    assert angles.shape == (2, 2, CONFIG.evaluations + 1)
-    assert ((angles > 5) & (angles < 80)).all()
-    np.testing.assert_allclose(records["fa"].evaluations["gradient_angle/Dense_1"], 0, atol=0.1)
+    plain = {"validation_loss", "validation_accuracy", "effective_learning_rate/Dense_0"}
+    assert set(records["bp"].evaluations) == plain
+    names = ("gradient_angle/Dense_0", "error_angle/Dense_0", "weight_angle/Dense_1")
+    assert set(records["sign"].evaluations) == plain | {*names, "norm_ratio/Dense_1"}
+    for name in names:
+        angles = records["sign"].evaluations[name]
+        assert angles.shape == (2, 2, CONFIG.evaluations + 1)
+        assert ((angles > 5) & (angles < 80)).all()
+
+
+def test_the_error_angle_is_that_of_metrics(digits):
+    """At the start, from the network's own output: the mean of `metrics.cotangent_angle`."""
+    arrays = experiment.split(digits)
+    of_method = experiment.setup(CONFIG, "fa", 10, UNIT)
+    state, _ = of_method.init(0, 0.1, 0, arrays.train.images)
+    row = of_method.measure(state, 0.1, jax.tree.map(jnp.asarray, arrays.validation))
+    images, labels = (leaf[: experiment.PROBE_SIZE] for leaf in arrays.validation)
+    logits = of_method.apply_fn(state.params, state.feedback.feedback, images)
+    error = jax.nn.softmax(logits) - jax.nn.one_hot(labels, 10)
+    kernels = (state.params["Dense_1"]["kernel"], state.feedback.feedback["Dense_1"]["kernel"])
+    at_output = metrics.cotangent_angle(error, *kernels).mean()
+    # the derivative of tanh, which differs from unit to unit, comes between
+    np.testing.assert_allclose(row["error_angle/Dense_0"], at_output, atol=2)
+
+
+def test_effective_learning_rates_are_what_each_method_makes_of_the_rate(records):
+    column = "effective_learning_rate/Dense_0"
+    rates = np.array(CONFIG.learning_rates)[:, None, None]
+    factor = {method: record.evaluations[column] / rates for method, record in records.items()}
+    assert (abs(factor["bp"] - 1) < 1e-6).all() and (factor["frozen"] == 0).all()
+    scaled, live = factor["bp_scaled"], factor["bp_scaled_live"]
+    np.testing.assert_allclose(scaled, scaled[..., :1].repeat(scaled.shape[-1], -1), rtol=1e-5)
+    np.testing.assert_allclose(live[..., 0], scaled[..., 0], rtol=1e-5)
+    sign = records["sign"].evaluations
+    expected = sign["norm_ratio/Dense_1"] * np.cos(np.radians(sign["weight_angle/Dense_1"]))
+    np.testing.assert_allclose(factor["sign"], expected, rtol=1e-4)
+    np.testing.assert_allclose(scaled[..., 0], sign["norm_ratio/Dense_1"][..., 0], rtol=1e-5)
+
+
+def test_frozen_trains_the_output_layer_alone(digits):
+    arrays = jax.tree.map(jnp.asarray, experiment.split(digits))
+    of_method = experiment.setup(CONFIG, "frozen", 10, UNIT)
+    state, _ = of_method.init(0, 0.1, 0, arrays.train.images)
+    after, _ = of_method.step(state, 0.1, jax.tree.map(lambda leaf: leaf[:9], arrays.train))
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), state.params, after.params)
+    assert same == {
+        "Dense_0": {"kernel": True, "bias": True},
+        "Dense_1": {"kernel": False, "bias": False},
+    }
+
+
+@pytest.mark.parametrize("method", ["bp_scaled", "bp_scaled_live"])
+def test_scaled_backprop_multiplies_hidden_gradients_by_the_signs_amplification(digits, method):
+    deep = StudyConfig(hidden=(7, 6), learning_rates=(0.1,), seeds=1)
+    arrays = jax.tree.map(jnp.asarray, experiment.split(digits))
+    batch = jax.tree.map(lambda leaf: leaf[:9], arrays.train)
+    moved = {}
+    for name in ("bp", method):
+        of_method = experiment.setup(deep, name, 10, UNIT)
+        state, _ = of_method.init(0, 0.1, 0, arrays.train.images)
+        after, _ = of_method.step(state, 0.1, batch)
+        moved[name] = jax.tree.map(jnp.subtract, after.params, state.params)
+    ratio = {
+        layer: np.sqrt(kernel.size) / np.linalg.norm(kernel)
+        for layer, kernel in ((k, np.asarray(v["kernel"])) for k, v in state.params.items())
+    }
+    factors = {"Dense_0": ratio["Dense_1"] * ratio["Dense_2"], "Dense_1": ratio["Dense_2"]}
+    for layer in state.params:
+        factor = factors.get(layer, 1.0)
+        expected = jax.tree.map(lambda g, f=factor: f * g, moved["bp"][layer])
+        # differences of parameters keep about four digits of an update
+        chex.assert_trees_all_close(moved[method][layer], expected, rtol=2e-3, atol=1e-6)
+
+
+def test_periods_are_runs_of_their_own_for_methods_that_sync(digits):
+    several = dataclasses.replace(CONFIG, periods=(1, 5), learning_rates=(0.5,))
+    assert [p.period for p in experiment.points_of(several, "sign")] == [1, 1, 5, 5]
+    assert [p.period for p in experiment.points_of(several, "bp")] == [0, 0]
+    losses = train(several, "sign", digits).train_loss
+    assert (losses[0, 0, 0, :2] == losses[1, 0, 0, :2]).all()  # both synced at step 0
+    assert losses[0, 0, 0, -1] != losses[1, 0, 0, -1]
+
+
+def test_runs_that_are_done_are_not_done_again(digits):
+    points = experiment.points_of(CONFIG, "fa")
+    parts = experiment.train_method(CONFIG, "fa", digits, done=points[1:])
+    assert [point for part, _ in parts for point in part] == points[:1]
+
+
+def test_the_original_init_differs_for_methods_without_feedback_only(digits):
+    images = experiment.split(digits).train.images
+    kernels = {}
+    for init in config.INITS:
+        for method in ("bp", "fa"):
+            changed = dataclasses.replace(CONFIG, init=init)
+            of_method = experiment.setup(changed, method, 10, UNIT)
+            kernels[init, method] = of_method.init(0, 0.1, 0, images)[0].params["Dense_0"]
+    matched = kernels["matched", "bp"]
+    chex.assert_trees_all_equal(matched, kernels["matched", "fa"], kernels["soap", "fa"])
+    torch = kernels["soap", "bp"]
+    assert float(abs(torch["kernel"]).max()) <= 1 / 8  # 64 inputs
+    np.testing.assert_allclose(torch["kernel"].std(), 1 / 8 / np.sqrt(3), rtol=0.1)
+    assert 0 < float(abs(torch["bias"]).max()) <= 1 / 8
+    assert not matched["bias"].any()
+
+
+@pytest.mark.parametrize("optimizer", config.OPTIMIZERS)
+def test_optimisers_are_those_of_optax(digits, optimizer):
+    by_name = {"sgd": optax.sgd(0.1), "momentum": optax.sgd(0.1, 0.9), "adam": optax.adam(0.1)}
+    params = {"Dense_0": {"kernel": jnp.ones((2, 2))}}
+    ours, theirs = methods.optimizer_of("bp", 0.1, optimizer=optimizer), by_name[optimizer]
+    updates = []
+    for chosen in (ours, theirs):
+        state = chosen.init(params)
+        for scale in (1.0, -3.0):
+            gradient = jax.tree.map(lambda leaf, s=scale: s * leaf, params)
+            update, state = chosen.update(gradient, state, params)
+        updates.append(update)
+    chex.assert_trees_all_equal(*updates)
 
 
 def test_feedback_is_looked_at_as_the_next_step_uses_it(records):
     """Signs of the present weights: concordant at once, so the angle is far below FA's."""
     at_start = records["sign"].evaluations["weight_angle/Dense_1"][..., 0]
     assert (at_start < 45).all()
+
+
+def test_standard_inputs_have_mean_0_and_variance_1_over_the_training_examples(digits):
+    mean, std = experiment.scaling_of(StudyConfig(), digits)
+    inputs = (experiment.split(digits).train.images - mean) / std
+    np.testing.assert_allclose([inputs.mean(), inputs.std()], [0, 1], atol=1e-9)
+    assert experiment.scaling_of(CONFIG, digits) == UNIT
 
 
 def test_validation_is_held_out_of_training(digits):
@@ -122,13 +262,17 @@ def test_more_evaluations_than_steps_are_refused():
 
 
 def test_deeper_networks_have_feedback_in_every_layer_but_the_first(digits):
-    config = StudyConfig(
+    deep = StudyConfig(
         learning_rates=(0.1,), seeds=1, epochs=1, hidden=(5, 6), evaluations=1, methods=("fa",)
     )
-    record = experiment.train_method(config, "fa", digits)
-    assert {name for name in record.evaluations if name.startswith("weight_angle")} == {
+    record = train(deep, "fa", digits)
+    assert {name for name in record.evaluations if "angle" in name} == {
         "weight_angle/Dense_1",
         "weight_angle/Dense_2",
+        "error_angle/Dense_0",
+        "error_angle/Dense_1",
+        "gradient_angle/Dense_0",
+        "gradient_angle/Dense_1",
     }
 
 

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from soap_jax.study import summary
+from soap_jax.study.config import StudyConfig
 
 
 def runs(rows):
@@ -13,6 +14,7 @@ def runs(rows):
     table = pd.DataFrame([row[:5] for row in rows], columns=columns)
     table["diverged"] = [row[5] if len(row) > 5 else False for row in rows]
     table["steps"] = 100
+    table["period"] = (table["method"] == "sign").astype(int)
     table["validation_loss"] = 1 - table["validation_accuracy"]
     table["test_accuracy"] = table["validation_accuracy"] - 0.01
     return table
@@ -114,6 +116,30 @@ def test_summary_against_a_table_worked_out_by_hand():
     assert np.isnan(table.loc["bp", "ratio_to_bp"])
     assert table["diverged"].tolist() == [0, 1]
     assert not table["best_rate_at_edge"].any()
+    assert table["fewest_steps"].tolist() == pytest.approx([5, 3200**0.5])
+    assert table["fastest_rate"].tolist() == [1.0, 0.1]
+
+
+def test_periods_have_rows_of_their_own_and_base_keeps_the_smallest():
+    signs = RUNS[RUNS["method"] == "fa"].replace({"method": {"fa": "sign"}})
+    table = pd.concat([RUNS, signs.assign(period=5), signs.assign(period=50)])
+    rows = summary.summarise(table)
+    assert list(zip(rows["method"], rows["period"], strict=True)) == [
+        ("bp", 0),
+        ("fa", 0),
+        ("sign", 5),
+        ("sign", 50),
+    ]
+    assert rows["ratio_to_bp"].tolist()[1:] == pytest.approx([2, 2, 2])
+    kept = summary.base(StudyConfig(periods=(50, 5)), rows)
+    assert kept["period"].tolist() == [0, 0, 5]
+
+
+def test_a_run_that_arrives_and_then_diverges_counts_as_never_arrived():
+    broken = RUNS.copy()
+    fa = (broken["method"] == "fa") & (broken["learning_rate"] == 0.1) & (broken["seed"] == 1)
+    broken.loc[fa, "diverged"] = True
+    assert summary.summarise(broken).set_index("method").loc["fa", "censored"] == 1
 
 
 def test_a_best_rate_at_the_edge_of_the_grid_is_marked():

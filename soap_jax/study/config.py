@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 
 from soap_jax import grids
 
@@ -12,9 +13,22 @@ METHODS = {
     "fa": "FA, fixed feedback",
     "sign": "sign sync, raw",
     "sign_preserve": "sign sync, |B0| kept",
+    "sign_norm": "sign sync, norm kept",
+    "bp_scaled": "backprop, scaled",
+    "bp_scaled_live": "backprop, scaled live",
+    "frozen": "hidden layers frozen",
+    "sign_glorot": "sign sync, Glorot",
+    "sign_redraw": "sign sync, redrawn",
+    "transport": "weight transport",
 }
-"""The methods, and what tables and figures call them."""
+"""The methods, and what tables and figures call them; see `soap_jax.study.methods`."""
+DEFAULT_METHODS = tuple(METHODS)[:8]
+PERIODIC = frozenset(name for name in METHODS if name.startswith(("sign", "transport")))
+"""The methods whose feedback is synced every so many updates: they run once per period."""
 ACTIVATIONS = ("tanh", "relu", "sigmoid")
+OPTIMIZERS = ("sgd", "momentum", "adam")
+INITS = ("matched", "soap")
+INPUTS = ("standard", "unit")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,35 +45,50 @@ class StudyConfig:
         batch_size: examples per step.
         hidden: widths of the hidden layers.
         activation: activation of the hidden layers.
-        period: parameter updates from one sign synchronisation to the next.
+        optimizer: "sgd", "momentum" (SGD with momentum 0.9) or "adam".
+        init: "matched" draws every method's kernels alike (Glorot normal); "soap" is that of the
+            original package: as "matched" for methods with feedback, PyTorch's default (uniform
+            within 1 / √fan_in) for the others, which then start slower.
+        inputs: "standard" shifts and scales pixels to mean 0 and variance 1 over the training
+            examples; "unit" scales them to between 0 and 1.
+        periods: parameter updates from one synchronisation to the next; the methods in `PERIODIC`
+            run once with each. Tables and figures show the smallest.
         target_loss: the training loss that steps are counted to.
         evaluations: how often a run is evaluated, in equal distances.
         chunk_size: at most so many runs per device at once; see `soap_jax.sweeps.sweep`.
+        memory_limit: at most so many GiB per device; makes chunks smaller where needed.
 
     Raises:
         ValueError: for a value out of range.
     """
 
     dataset: str = "digits"
-    methods: tuple[str, ...] = tuple(METHODS)
-    learning_rates: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    learning_rates: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
     seeds: int = 10
     epochs: int = 20
     batch_size: int = 64
     hidden: tuple[int, ...] = (256,)
     activation: str = "tanh"
-    period: int = 1
+    optimizer: str = "sgd"
+    init: str = "matched"
+    inputs: str = "standard"
+    periods: tuple[int, ...] = (1, 10, 100)
     target_loss: float = 0.5
     evaluations: int = 20
     chunk_size: int | None = None
+    memory_limit: float | None = None
 
     def __post_init__(self):
-        for name in ("methods", "learning_rates", "hidden"):
+        for name in ("methods", "learning_rates", "hidden", "periods"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_names("dataset", (self.dataset,), DATASETS)
         _check_names("methods", self.methods, METHODS)
         _check_names("activation", (self.activation,), ACTIVATIONS)
-        for name in ("seeds", "epochs", "batch_size", "period", "evaluations", "chunk_size"):
+        _check_names("optimizer", (self.optimizer,), OPTIMIZERS)
+        _check_names("init", (self.init,), INITS)
+        _check_names("inputs", (self.inputs,), INPUTS)
+        for name in ("seeds", "epochs", "batch_size", "evaluations", "chunk_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")
         if not self.hidden or min(self.hidden) < 1:
@@ -68,17 +97,33 @@ class StudyConfig:
                 "without one there is nothing for feedback to do."
             )
         grids.check(
-            seeds=range(self.seeds), learning_rates=self.learning_rates, periods=[self.period]
+            seeds=range(self.seeds), learning_rates=self.learning_rates, periods=self.periods
         )
-        if not 0 < self.target_loss < float("inf"):
-            raise ValueError(f"target_loss is {self.target_loss}; expected a positive number.")
-        object.__setattr__(self, "learning_rates", tuple(sorted(self.learning_rates)))
+        for name in ("target_loss", "memory_limit"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value}; expected a positive number.")
+        for name in ("learning_rates", "periods"):
+            object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
+
+    def periods_of(self, method: str) -> tuple[int, ...]:
+        """The sync periods that a method runs with; `(0,)` for one that never syncs.
+
+        Example:
+            >>> StudyConfig().periods_of("sign"), StudyConfig().periods_of("bp")
+            ((1, 10, 100), (0,))
+        """
+        return self.periods if method in PERIODIC else (0,)
 
 
 def _check_names(field, values, known):
-    unknown = [value for value in values if value not in known]
-    if unknown or not values or len(set(values)) < len(values):
+    if not values or len(set(values)) < len(values):
         raise ValueError(
             f"{field} is {', '.join(map(repr, values)) or 'empty'}; expected "
             f"{'one of' if len(values) == 1 else 'different ones of'} {', '.join(known)}."
         )
+    for value in values:
+        if value not in known:
+            near = difflib.get_close_matches(value, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{field}: {value!r} is unknown; expected {', '.join(known)}.{hint}")

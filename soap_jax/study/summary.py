@@ -1,4 +1,4 @@
-"""What the tidy results say: one row per method, with 95 % intervals over seeds.
+"""What the tidy results say: one row per method and period, with 95 % intervals over seeds.
 
 The learning rate of a method is chosen on validation data; accuracy is then read on test data.
 Steps to the target loss are compared at one rate that all methods share, pairing the seeds.
@@ -11,7 +11,19 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from soap_jax.study.config import StudyConfig
+
 CONFIDENCE = 0.95
+
+
+def base(config: StudyConfig, table: pd.DataFrame) -> pd.DataFrame:
+    """The rows at each method's base period: the smallest, or 0 where feedback is never synced.
+
+    Args:
+        config: the study's configuration.
+        table: any with a column "period".
+    """
+    return table[table["period"].isin([0, min(config.periods)])]
 
 
 def mean_interval(values: ArrayLike) -> tuple[float, float, float]:
@@ -72,51 +84,66 @@ def shared_rate(runs: pd.DataFrame) -> float:
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per method.
+    """One row per method and period.
 
     Args:
         runs: the tidy table "runs".
 
     Returns:
-        A table with the columns `method`, `best_rate`, `best_rate_at_edge` (the best may lie
-        beyond the grid), `test_accuracy` at it with `_low` and `_high`, `shared_rate`,
+        A table with the columns `method`, `period`, `best_rate`, `best_rate_at_edge` (the best may
+        lie beyond the grid), `test_accuracy` at it with `_low` and `_high`, `shared_rate`,
         `steps_to_target` there (geometric mean), `ratio_to_bp` of those steps with `_low` and
-        `_high`, `censored` (how many of the runs there never reach the target: they count as if
-        they did at their last step, and both numbers are lower bounds, without interval),
-        `diverged` and `runs`.
+        `_high`, `censored` (how many of the runs there diverge or never reach the target: they
+        count as if they did at their last step, and both numbers are lower bounds, without
+        interval), `fewest_steps` (the smallest geometric mean at any rate where every run gets
+        there) at `fastest_rate`, `diverged` and `runs`.
     """
     rates = sorted(runs["learning_rate"].unique())
     shared = shared_rate(runs)
-    at_shared = runs[runs["learning_rate"] == shared]
-    at_shared = at_shared.assign(known=at_shared["steps_to_target"].fillna(at_shared["steps"]))
-    steps = at_shared.pivot(index="seed", columns="method", values="known")
-    censored = at_shared["steps_to_target"].isna().groupby(at_shared["method"]).sum()
+    arrived = runs["steps_to_target"].where(~runs["diverged"])
+    runs = runs.assign(arrived=arrived, known=arrived.fillna(runs["steps"]))
+    at_shared = runs[runs["learning_rate"] == shared].set_index("seed").sort_index()
+    reference = at_shared.loc[at_shared["method"] == "bp", "known"]
     rows = []
-    for method in runs["method"].unique():
-        of_method = runs[runs["method"] == method]
+    for (method, period), of_method in runs.groupby(["method", "period"], sort=False):
         best = best_rate(of_method)
         accuracy = of_method.loc[of_method["learning_rate"] == best, "test_accuracy"]
-        interval = mean_interval(accuracy) if accuracy.size else (np.nan,) * 3
         row = {
             "method": method,
+            "period": period,
             "best_rate": best,
             "best_rate_at_edge": len(rates) > 1 and best in (rates[0], rates[-1]),
-            **_named("test_accuracy", interval),
+            **_named("test_accuracy", mean_interval(accuracy) if accuracy.size else _NOTHING),
             "shared_rate": shared,
             "steps_to_target": np.nan,
-            **_named("ratio_to_bp", (np.nan,) * 3),
-            "censored": int(censored.get(method, 0)),
+            **_named("ratio_to_bp", _NOTHING),
+            "censored": 0,
+            **_fastest(of_method),
             "diverged": int(of_method["diverged"].sum()),
             "runs": len(of_method),
         }
-        if method in steps:
-            row["steps_to_target"] = float(np.exp(np.log(steps[method]).mean()))
-            if "bp" in steps and method != "bp":
-                ratio, low, high = ratio_interval(steps[method], steps["bp"])
+        here = at_shared[(at_shared["method"] == method) & (at_shared["period"] == period)]
+        if len(here):
+            row["censored"] = int(here["arrived"].isna().sum())
+            row["steps_to_target"] = float(stats.gmean(here["known"]))
+            if len(reference) and method != "bp":
+                ratio, low, high = ratio_interval(here["known"], reference)
                 interval = (ratio, np.nan, np.nan) if row["censored"] else (ratio, low, high)
                 row |= _named("ratio_to_bp", interval)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+_NOTHING = (np.nan, np.nan, np.nan)
+
+
+def _fastest(runs):
+    """The rate with the fewest steps among those where every run arrives."""
+    by_rate = runs.groupby("learning_rate")
+    means = by_rate["known"].apply(stats.gmean)[by_rate["arrived"].count() == by_rate.size()]
+    if means.empty:
+        return {"fewest_steps": np.nan, "fastest_rate": np.nan}
+    return {"fewest_steps": float(means.min()), "fastest_rate": float(means.idxmin())}
 
 
 def _named(name, interval):

@@ -1,0 +1,82 @@
+"""Files that are whole or absent, and directories that one process writes to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+import filelock
+
+_UNFINISHED = ".unfinished"
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds a directory for this process alone; it is made if it is not there.
+
+    What a killed process left half written is removed.
+
+    Raises:
+        ValueError: if another process holds it, or it cannot be written.
+    """
+    path = pathlib.Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+        lock = filelock.FileLock(path / ".lock", timeout=0)
+        lock.acquire()
+    except filelock.Timeout:
+        raise ValueError(
+            f"another process is writing to {path}. Wait for it, or name another directory with "
+            "--out."
+        ) from None
+    except OSError as error:
+        raise ValueError(
+            f"cannot write results to {path}: {error.strerror}. Name another directory with --out."
+        ) from error
+    try:
+        for depth in ("", "*/"):  # no deeper, whatever else lies under `path`
+            for leftover in path.glob(f"{depth}.*{_UNFINISHED}"):
+                leftover.unlink()
+        yield
+    finally:
+        lock.release()
+
+
+def write_atomically(path: pathlib.Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Calls `write(file)` on a file beside `path`, then renames it to `path`.
+
+    Raises:
+        OSError: if it cannot be written; then `path` is as it was.
+    """
+    try:
+        _write_and_rename(path, write)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise OSError(error.errno, f"cannot write {path}: {why}") from error
+
+
+def _write_and_rename(path, write):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED, delete=False
+    ) as file:
+        try:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text file atomically."""
+    write_atomically(path, lambda file: file.write(text.encode()))
