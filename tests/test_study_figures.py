@@ -1,69 +1,74 @@
-"""Figures are drawn from the tidy tables, whatever is missing in them."""
+"""Figures for papers are drawn, whatever is missing in them."""
 
 import matplotlib.image
 import numpy as np
 import pytest
+from made_up import BAD_CASES, UNKNOWN, break_everything, make_findings, make_mediation, make_study
+from matplotlib import figure
 
-from soap_jax import data
-from soap_jax.study import experiment, figures, results
-from soap_jax.study.config import StudyConfig
-
-
-@pytest.fixture(scope="module")
-def config():
-    return StudyConfig(
-        learning_rates=(0.1, 0.5),
-        seeds=2,
-        epochs=2,
-        hidden=(7,),
-        evaluations=4,
-        methods=("bp", "sign"),
-        target_loss=2.0,
-    )
+from soap_jax.study import charts, diagram, figures, views
 
 
 @pytest.fixture(scope="module")
-def tables(config):
-    digits = data.load("digits")
-    marks = experiment.evaluation_steps(config, 1151)
-    parts = [
-        results.tidy(config, method, experiment.train_method(config, method, digits), marks)
-        for method in config.methods
+def study():
+    return make_study(seeds=3, learning_rates=(0.02, 0.05, 0.1, 0.2, 2.0))
+
+
+@pytest.fixture(scope="module")
+def drawn(study, tmp_path_factory):
+    """The paths of every figure."""
+    directory = tmp_path_factory.mktemp("figures")
+    return figures.draw_all(*study, make_findings(), make_mediation(), directory)
+
+
+def test_every_figure_is_a_png_and_a_pdf_with_something_on_it(drawn):
+    assert [path.stem for path in drawn] == [
+        "overview",
+        "loss_curves",
+        "steps_to_loss",
+        "angles",
+        "effective_learning_rate",
+        "claims",
+        "accuracy",
+        "mediation",
     ]
-    return {name: _concat([part[name] for part in parts]) for name in results.TABLES}
-
-
-def _concat(parts):
-    import pandas as pd
-
-    return pd.concat(parts, ignore_index=True)
-
-
-def test_every_figure_is_a_png_and_a_pdf_with_something_on_it(config, tables, tmp_path):
-    paths = figures.draw_all(config, tables, tmp_path)
-    assert [path.name for path in paths] == [
-        "overview.png",
-        "loss_curves.png",
-        "steps_to_loss.png",
-        "angles.png",
-    ]
-    for path in paths:
+    for path in drawn:
         pixels = matplotlib.image.imread(path)
         assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 50
         assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_figures_do_not_change_from_one_drawing_to_the_next(config, tables, tmp_path):
-    for name in ("a", "b"):
-        figures.draw_all(config, tables, tmp_path / name)
-    for path in (tmp_path / "a").iterdir():
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+def test_figures_do_not_change_from_one_drawing_to_the_next(study, drawn, tmp_path):
+    figures.draw_all(*study, make_findings(), make_mediation(), tmp_path)
+    for path in drawn[0].parent.iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
 
 
-def test_runs_that_never_reach_the_target_or_diverge_leave_the_rest_drawn(config, tables, tmp_path):
-    broken = {name: table.copy() for name, table in tables.items()}
-    sign = broken["runs"]["method"] == "sign"
-    broken["runs"].loc[sign, "diverged"] = True
-    broken["runs"]["steps_to_target"] = np.nan
-    paths = figures.draw_all(config, broken, tmp_path)
-    assert all(path.exists() for path in paths)
+def draw(shown):
+    """Draws figures for nobody to see."""
+    for chart in shown.values():
+        canvas = figure.Figure(layout="constrained")
+        figures.draw(canvas.subplots(), chart)
+        canvas.draw_without_rendering()
+
+
+@pytest.mark.parametrize("changes", BAD_CASES.values(), ids=BAD_CASES)
+def test_small_studies_are_drawn(changes):
+    draw(views.describe(*make_study(**{"seeds": 2, **changes}), []))
+
+
+def test_a_study_of_which_nothing_is_left_is_drawn_in_words(study):
+    made, tables = study
+    shown = views.describe(made, break_everything(tables), [])
+    assert all(chart.empty for chart in shown.values())
+    draw(shown)
+    canvas = figure.Figure()
+    figures.draw_diagram(canvas.subplots(), diagram.describe(made, tables, UNKNOWN))
+    canvas.draw_without_rendering()
+
+
+def test_a_label_with_dollars_is_no_formula():
+    words = {"name": "n", "title": "T", "x_label": "x", "caption": "c", "nothing": "none"}
+    row = charts.Row("from $1 to $\\nope{2", "s", 1, 0.5, 2)
+    styles = {"s": ("style", charts.STYLES["bp"])}
+    draw({"n": charts.Intervals(rows=[row], styles=styles, **words)})

@@ -1,159 +1,214 @@
-"""The figures of a study, each from the tidy tables alone."""
+"""The figures of a study as PNG and PDF, for papers, drawn with matplotlib."""
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
-from matplotlib import ticker
+from matplotlib import patches, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from soap_jax.study import results, summary
+from soap_jax.study import charts, claims, diagram, files, mediation, views
 from soap_jax.study.config import METHODS, StudyConfig
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart, and a marker each.
-STYLES: dict[str, Any] = {
-    "bp": {"color": "#000000", "marker": "o"},
-    "fa": {"color": "#D55E00", "marker": "s"},
-    "sign": {"color": "#0072B2", "marker": "^"},
-    "sign_preserve": {"color": "#009E73", "marker": "D"},
-}
 PAPER: Any = {
     "axes.spines.right": False,
     "axes.spines.top": False,
+    "axes.axisbelow": True,
     "axes.grid": True,
     "grid.color": "#e6e6e6",
     "font.size": 9,
     "axes.titlesize": 10,
     "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4.5,
     "pdf.fonttype": 42,
     "savefig.dpi": 200,
 }
+PANELS = ("loss_curves", "steps_to_loss", "angles")
+"""What is side by side in the first figure."""
+INK = "#1c2126"
 
-Tables = dict[str, pd.DataFrame]
 
-
-def draw_all(config: StudyConfig, tables: Tables, directory: pathlib.Path) -> list[pathlib.Path]:
+def draw_all(
+    config: StudyConfig,
+    tables: views.Tables,
+    findings: Sequence[claims.Finding],
+    effects: mediation.Mediation,
+    directory: pathlib.Path,
+) -> list[pathlib.Path]:
     """Draws every figure as PNG and PDF.
 
     Args:
         config: the study's configuration.
-        tables: the tidy tables "evaluations" and "runs".
+        tables: the tidy tables "runs" and "evaluations".
+        findings: the claims' verdicts.
+        effects: the mediation.
         directory: where to; made if it is not there.
 
     Returns:
-        The paths of the PNG files; the first shows all panels side by side.
+        The paths of the PNG files; the first shows three panels side by side.
     """
-    panels: dict[str, Callable[[Axes], None]] = {
-        "loss_curves": lambda ax: loss_curves(ax, config, tables),
-        "steps_to_loss": lambda ax: steps_to_loss(ax, config, tables["runs"]),
-        "angles": lambda ax: angles(ax, config, tables),
-    }
+    shown = views.describe(config, tables, findings)
+    causes = diagram.describe(config, tables, effects)
     with mpl.rc_context(PAPER):
-        overview = Figure(figsize=(11, 3.6), layout="constrained")
-        for ax, draw in zip(overview.subplots(1, len(panels)), panels.values(), strict=True):
-            draw(ax)
-        _legend(overview, columns=len(config.methods))
+        overview = Figure(figsize=(11, 3.8), layout="constrained")
+        for ax, name in zip(overview.subplots(1, len(PANELS)), PANELS, strict=True):
+            draw(ax, shown[name])
+        _legend(overview, columns=4)
         paths = [_save(overview, directory / "overview")]
-        for name, draw in panels.items():
-            figure = Figure(figsize=(4.4, 3.9), layout="constrained")
-            draw(figure.subplots())
-            _legend(figure, columns=2)
+        for name, chart in shown.items():
+            size, columns = (4.4, 4.2), 2
+            if isinstance(chart, charts.Intervals):
+                size, columns = (6, 1.6 + 0.42 * max(len(chart.rows), 3)), 3
+            figure = Figure(figsize=size, layout="constrained")
+            draw(figure.subplots(), chart)
+            _legend(figure, columns=columns)
             paths.append(_save(figure, directory / name))
+        figure = Figure(figsize=(4.4, 4.9), layout="constrained")
+        draw_diagram(figure.subplots(), causes)
+        paths.append(_save(figure, directory / causes.name))
     return paths
 
 
-def loss_curves(ax: Axes, config: StudyConfig, tables: Tables) -> None:
-    """Training loss against steps at the rate that all methods share, with the seeds' range."""
-    rate = _rate_for_curves(tables["runs"])
-    for style, rows in _by_method(config, tables["evaluations"], {m: rate for m in config.methods}):
-        _curve(ax, rows, "train_loss", **style)
-    ax.axhline(config.target_loss, color="#999999", linewidth=0.8, linestyle=":")
-    ax.set_yscale("log")
-    ax.set_xlabel("parameter updates")
-    ax.set_ylabel("training loss (moving average)")
-    ax.set_title(f"Loss at learning rate {rate:g}")
-    _plain_numbers(ax.yaxis)
+def draw(ax: Axes, chart: charts.Chart) -> None:
+    """Draws a figure on axes; words, where there is nothing to see."""
+    ax.set_title(chart.title)
+    if chart.empty:
+        _write_instead(ax, chart.empty)
+    elif isinstance(chart, charts.Curves):
+        _draw_curves(ax, chart)
+    else:
+        _draw_intervals(ax, chart)
 
 
-def steps_to_loss(ax: Axes, config: StudyConfig, runs: pd.DataFrame) -> None:
-    """Steps to the target loss against the learning rate: geometric mean and t interval.
-
-    A rate at which some run of a method does not reach the target has no point, and no line to it.
-    """
-    for method in config.methods:
-        rows = []
-        for rate, of_rate in runs[runs["method"] == method].groupby("learning_rate"):
-            interval = summary.mean_interval(np.log(of_rate["steps_to_target"]))
-            rows.append((rate, *np.exp(interval)))  # NaN where some run has no steps
-        rates, mean, low, high = np.transpose(rows)
-        if np.isfinite(mean).any():
-            ax.plot(rates, mean, label=METHODS[method], **STYLES[method])
-            ax.fill_between(rates, low, high, color=STYLES[method]["color"], alpha=0.15, lw=0)
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xlabel("learning rate")
-    ax.set_ylabel("parameter updates (fewer is better)")
-    ax.set_title(f"Steps to loss {config.target_loss:g} at every learning rate")
-    _plain_numbers(ax.xaxis)
-    _plain_numbers(ax.yaxis)
+def draw_diagram(ax: Axes, causes: diagram.Diagram) -> None:
+    """Draws the causal diagram on axes; words, where it has no numbers."""
+    ax.set_title(causes.title)
+    if causes.empty:
+        _write_instead(ax, causes.empty)
+        return
+    for box in causes.boxes:
+        corner = (box.x - box.width / 2, box.y - box.height / 2)
+        look: Any = {"boxstyle": "round,pad=0,rounding_size=8", "fc": "#f4f6f8", "ec": INK}
+        ax.add_patch(patches.FancyBboxPatch(corner, box.width, box.height, **look))
+        _write_lines(ax, box.x, box.y - diagram.LINE * (len(box.lines) - 1) / 2, box.lines)
+    for arrow in causes.arrows:
+        (x, y), (x_base, y_base) = arrow.start, arrow.head[2]
+        ax.plot([x, x_base], [y, y_base], color=INK, lw=arrow.width, solid_capstyle="butt")
+        ax.add_patch(patches.Polygon(np.array(arrow.head), color=INK, lw=0))
+        _write_lines(ax, *arrow.label, arrow.lines)
+    width, height = causes.size
+    ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
+    ax.set_axis_off()
 
 
-def angles(ax: Axes, config: StudyConfig, tables: Tables) -> None:
-    """Angle of the pseudo-gradient to the true one below the output, at each method's best rate."""
-    column = "gradient_angle/Dense_0"
-    best = {method: summary.best_rate(rows) for method, rows in tables["runs"].groupby("method")}
-    for style, rows in _by_method(config, tables["evaluations"], best):
-        if column in rows and rows[column].notna().any():
-            _curve(ax, rows, column, **style)
-    ax.axhline(90, color="#999999", linewidth=0.8, linestyle=":")
-    ax.set_ylim(0, 100)
-    ax.set_yticks(range(0, 91, 15))
-    ax.set_xlabel("parameter updates")
-    ax.set_ylabel("angle to the true gradient (degrees)")
-    ax.set_title("First layer, each method at its best rate")
+def _draw_curves(ax, chart: charts.Curves):
+    if chart.x_log:
+        ax.set_xscale("log")
+    if chart.y_log:
+        ax.set_yscale("log")
+    missing = chart.missing
+    for i, (method, points) in enumerate(chart.lines.items()):
+        color, marker, line = charts.STYLES[method]
+        x, mean, low, high = np.array([point[:4] for point in points]).T
+        if chart.y_log:
+            mean, low, high = (np.where(end > 0, end, np.nan) for end in (mean, low, high))
+        begin = int(np.argmax(np.isfinite(mean)))  # or spaced markers have no place to start from
+        x, mean, low, high = x[begin:], mean[begin:], low[begin:], high[begin:]
+        every = (0.03 * i, 0.2) if len(x) > 10 else None
+        style = {"label": METHODS[method], "color": color, "marker": marker, "ls": line}
+        ax.plot(x, mean, markevery=every if np.isfinite(mean).any() else None, **style)
+        ax.fill_between(x, low, high, color=color, alpha=0.14, lw=0)
+        if method in missing:
+            lost = [(point.x, height) for point, height in missing[method]]
+            ax.plot(*zip(*lost, strict=True), ls="", marker=marker, mfc="none", color=color)
+    if missing:
+        top = max(height for lost in missing.values() for _, height in lost)
+        left = min(point.x for points in chart.lines.values() for point in points)
+        _compare(ax.axhline, chart.budget)
+        ax.text(left, 1.2 * top, "not reached:", fontsize=7, color="#555555")
+        ax.set_ylim(top=1.7 * top)
+    if chart.line is not None:
+        _compare(ax.axhline, chart.line)
+    if chart.y_range is not None:
+        ax.set_ylim(*chart.y_range)
+    if chart.y_log:
+        _plain_numbers(ax.yaxis, chart.y_ticks)
+    elif chart.y_range is not None:
+        ax.yaxis.set_major_locator(ticker.MultipleLocator(15))  # degrees
+    if chart.x_ticks:
+        _plain_numbers(ax.xaxis, chart.x_ticks)
+    ax.set_xlabel(chart.x_label)
+    ax.set_ylabel(chart.y_label)
 
 
-def _by_method(config, evaluations, rates) -> Iterator[tuple[dict, pd.DataFrame]]:
-    """The style and the rows of each method at its rate."""
-    for method in config.methods:
-        chosen = (evaluations["method"] == method) & (evaluations["learning_rate"] == rates[method])
-        yield {"label": METHODS[method], **STYLES[method]}, evaluations[chosen]
+def _draw_intervals(ax, chart: charts.Intervals):
+    if chart.x_log:
+        ax.set_xscale("log")
+    left, right = chart.extent
+    seen = set()
+    for y, row in enumerate(chart.rows):
+        name, (color, marker, _) = chart.styles[row.style]
+        if row.within is not None:
+            low, high = np.clip(row.within, left, right)
+            ax.barh(y, high - low, left=low, height=0.3, color="#dddddd", zorder=0.6)
+        ax.plot(np.clip([row.low, row.high], left, right), [y, y], color=color, zorder=2)
+        label = None if row.style in seen or name == row.label else name
+        ax.plot(row.mean, y, marker=marker, color=color, ls="", label=label, zorder=3)
+        seen.add(row.style)
+        at = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points"}
+        ax.annotate(_as_it_is(row.label), (0, y), (0, 7), fontsize=8, **at)
+    if chart.line is not None:
+        _compare(ax.axvline, chart.line)
+    ax.set(xlim=(left, right), ylim=(len(chart.rows) - 0.6, -0.9), yticks=[])
+    ax.spines["left"].set_visible(False)
+    ax.set_xlabel(chart.x_label)
+    if chart.x_log:
+        _plain_numbers(ax.xaxis, charts.one_two_five(np.array([left, right])))
 
 
-def _curve(ax, rows, column, *, label, color, marker):
-    """Mean over seeds against steps, and a band between the extreme seeds; ends where one broke."""
-    by_step = rows.pivot(index="step", columns="seed", values=column).dropna()
-    mean, low, high = by_step.mean(axis=1), by_step.min(axis=1), by_step.max(axis=1)
-    ax.plot(mean.index, mean, label=label, color=color, marker=marker, markevery=0.2)
-    ax.fill_between(mean.index, low, high, color=color, alpha=0.15, lw=0)
+def _compare(draw_line, value):
+    draw_line(value, color="#999999", linewidth=0.8, linestyle=":")
 
 
-def _plain_numbers(axis):
-    """Labels a logarithmic axis 1, 2, 5, 10, ... instead of with powers."""
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+def _plain_numbers(axis, ticks):
+    """Labels an axis at `ticks` alone, without powers of ten."""
+    axis.set_major_locator(ticker.FixedLocator(ticks))
     axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
     axis.set_minor_locator(ticker.NullLocator())
 
 
+def _write_lines(ax, x, y, lines):
+    for i, line in enumerate(lines):
+        words, weight = line.strip("*"), "bold" if line.startswith("*") else "normal"
+        at = {"ha": "center", "va": "center"}
+        ax.text(x, y + diagram.LINE * i, words, weight=weight, fontsize=8.5, **at)
+
+
+def _write_instead(ax, words):
+    ax.set_axis_off()
+    shown = textwrap.fill(_as_it_is(words), 42)
+    ax.text(0.5, 0.5, shown, ha="center", va="center", transform=ax.transAxes)
+
+
+def _as_it_is(words):
+    """Words that are no formula to matplotlib."""
+    return words.replace("$", r"\$")
+
+
 def _legend(figure, *, columns):
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-
-
-def _rate_for_curves(runs):
-    """The shared rate, or where there is none the one at which most runs reach the target."""
-    shared = summary.shared_rate(runs)
-    if np.isfinite(shared):
-        return shared
-    return float(runs.groupby("learning_rate")["steps_to_target"].count().idxmax())
+    found: dict[str, Any] = {}
+    for ax in figure.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if found:
+        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns)
 
 
 def _save(figure, stem):
@@ -163,5 +218,5 @@ def _save(figure, stem):
         def write(file, suffix=suffix, metadata=metadata):
             figure.savefig(file, format=suffix[1:], metadata=metadata)
 
-        results.write_atomically(stem.with_suffix(suffix), write)
+        files.write_atomically(stem.with_suffix(suffix), write)
     return stem.with_suffix(".png")
