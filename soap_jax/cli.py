@@ -1,12 +1,16 @@
-"""The command line: `soap-jax study`. The only place that prints.
+"""The command line: `soap-jax study`, `soap-jax report`. The only place that prints.
 
 Heavy imports wait until a command runs, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import math
 import os
 import pathlib
+import sys
 import time
 from typing import Annotated
 
@@ -15,7 +19,8 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit("The command line needs: pip install 'soap_jax[study]'") from error
 
-from soap_jax.study.config import ACTIVATIONS, DATASETS, METHODS, StudyConfig
+from soap_jax.study.config import ACTIVATIONS, DATASETS, METHODS, OPTIMIZERS, StudyConfig
+from soap_jax.study.single_config import TrainConfig
 
 app = typer.Typer(
     help="Feedback alignment for JAX and Flax.",
@@ -73,9 +78,30 @@ def study(
     activation: Annotated[
         str, typer.Option(help=f"Activation: {', '.join(ACTIVATIONS)}.")
     ] = StudyConfig.activation,
+    optimizer: Annotated[
+        str, typer.Option(help=f"Optimiser: {', '.join(OPTIMIZERS)}. Claims are about sgd.")
+    ] = StudyConfig.optimizer,
+    init: Annotated[
+        str,
+        typer.Option(
+            help="Initial weights: matched (alike for all methods) or soap (the original package's,"
+            " where methods without feedback start as PyTorch does)."
+        ),
+    ] = StudyConfig.init,
+    inputs: Annotated[
+        str,
+        typer.Option(
+            help="Pixels: standard (mean 0 and variance 1 over the training examples) or unit (0 to"
+            " 1)."
+        ),
+    ] = StudyConfig.inputs,
     period: Annotated[
-        int, typer.Option(help="Parameter updates from one sign synchronisation to the next.")
-    ] = StudyConfig.period,
+        str,
+        typer.Option(
+            help="Parameter updates from one synchronisation to the next; methods that sync run "
+            "with each."
+        ),
+    ] = _comma_separated(StudyConfig.periods),
     target_loss: Annotated[
         float, typer.Option(help="Training loss to which steps are counted.")
     ] = StudyConfig.target_loss,
@@ -93,6 +119,17 @@ def study(
             show_default="4 on CPU, else 64",
         ),
     ] = StudyConfig.chunk_size,
+    memory_limit: Annotated[
+        float | None,
+        typer.Option(help="At most so many GiB per device; makes chunks smaller where needed."),
+    ] = StudyConfig.memory_limit,
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            help="Start jax.distributed: the same command in every process (SLURM, TPU pods, ...).",
+        ),
+    ] = False,
     out: Annotated[
         pathlib.Path | None,
         typer.Option(help="Where results go.", show_default="results/DATASET"),
@@ -100,9 +137,10 @@ def study(
 ):
     """Compare backprop, feedback alignment and sign synchronisation over rates and seeds.
 
-    Prints a table and writes tidy results, the full configuration and figures.
+    Prints verdicts and writes a report, figures, tidy results and the full configuration. A study
+    that was stopped goes on where it was when the same command is given again.
     """
-    try:
+    with _errors():
         config = StudyConfig(
             dataset=dataset,
             methods=_split("methods", methods, str),
@@ -112,15 +150,133 @@ def study(
             batch_size=batch_size,
             hidden=_split("hidden", hidden, int),
             activation=activation,
-            period=period,
+            optimizer=optimizer,
+            init=init,
+            inputs=inputs,
+            periods=_split("period", period, int),
             target_loss=target_loss,
             evaluations=evaluations,
             chunk_size=chunk_size,
+            memory_limit=memory_limit,
         )
-        _run_study(config, data_dir, out or pathlib.Path("results") / dataset)
+        _run_study(config, data_dir, out or pathlib.Path("results") / dataset, distributed)
+
+
+@app.command()
+def report(
+    directory: Annotated[pathlib.Path, typer.Argument(help="Directory of a finished study.")],
+    target_loss: Annotated[
+        float | None,
+        typer.Option(
+            help="Count steps to another training loss; the report goes to a directory of its own.",
+            show_default="that of the study",
+        ),
+    ] = None,
+):
+    """Draw all conclusions again from a study's results, without training anything."""
+    with _errors():
+        start = time.perf_counter()
+        from soap_jax.study import directory as directories
+        from soap_jax.study import files, results
+
+        study = directories.ResultsDir(directory)
+        with files.locked(directory):
+            config, tables, out = study.config, study.read(), study.path
+            if target_loss is not None:
+                config = dataclasses.replace(config, target_loss=target_loss)
+                tables = results.at_target(tables, target_loss)
+                out = out / f"target-{target_loss:g}"
+            _report(config, study.facts, tables, out, start)
+
+
+@app.command()
+def train(
+    dataset: Annotated[
+        str, typer.Option(help=f"Data set: {', '.join(DATASETS)}. Only digits needs no download.")
+    ] = TrainConfig.dataset,
+    method: Annotated[
+        str, typer.Option(help=f"Method: {', '.join(METHODS)}.")
+    ] = TrainConfig.method,
+    learning_rate: Annotated[
+        float, typer.Option(help="Learning rate.")
+    ] = TrainConfig.learning_rate,
+    seed: Annotated[
+        int, typer.Option(help="Of weights, feedback and the order of examples, as in a study.")
+    ] = TrainConfig.seed,
+    epochs: Annotated[
+        int, typer.Option(help="Passes over the training data; more later go on from these.")
+    ] = TrainConfig.epochs,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = TrainConfig.batch_size,
+    hidden: Annotated[str, typer.Option(help="Widths of the hidden layers.")] = _comma_separated(
+        TrainConfig.hidden
+    ),
+    activation: Annotated[
+        str, typer.Option(help=f"Activation: {', '.join(ACTIVATIONS)}.")
+    ] = TrainConfig.activation,
+    optimizer: Annotated[
+        str, typer.Option(help=f"Optimiser: {', '.join(OPTIMIZERS)}.")
+    ] = TrainConfig.optimizer,
+    init: Annotated[
+        str, typer.Option(help="Initial weights: matched or soap, as in a study.")
+    ] = TrainConfig.init,
+    inputs: Annotated[
+        str, typer.Option(help="Pixels: standard or unit, as in a study.")
+    ] = TrainConfig.inputs,
+    period: Annotated[
+        int,
+        typer.Option(
+            help="Parameter updates from one synchronisation to the next, for methods that sync."
+        ),
+    ] = TrainConfig.period,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Epochs from one checkpoint to the next.")
+    ] = TrainConfig.checkpoint_every,
+    keep: Annotated[int, typer.Option(help="Checkpoints to keep.")] = TrainConfig.keep,
+    data_dir: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Directory with the published files; else TensorFlow Datasets is asked."),
+    ] = None,
+    out: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Where results go.", show_default="results/train/DATASET-METHOD"),
+    ] = None,
+):
+    """Train one model by one method, with curves and checkpoints.
+
+    A training that was stopped goes on from its last checkpoint when the same command is given
+    again; with more epochs, a finished one goes on too.
+    """
+    with _errors():
+        config = TrainConfig(
+            dataset=dataset,
+            method=method,
+            learning_rate=learning_rate,
+            seed=seed,
+            epochs=epochs,
+            batch_size=batch_size,
+            hidden=_split("hidden", hidden, int),
+            activation=activation,
+            optimizer=optimizer,
+            init=init,
+            inputs=inputs,
+            period=period,
+            checkpoint_every=checkpoint_every,
+            keep=keep,
+        )
+        default = pathlib.Path("results") / "train" / f"{dataset}-{method}"
+        _run_train(config, data_dir, out or default)
+
+
+@contextlib.contextmanager
+def _errors():
+    """Turns what a user can mend into one line, and Ctrl-C into the shell's exit code for it."""
+    try:
+        yield
     except (ValueError, OSError, ImportError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 def _split(option, text, kind):
@@ -133,40 +289,52 @@ def _split(option, text, kind):
         ) from None
 
 
-def _run_study(config: StudyConfig, data_dir: pathlib.Path | None, out: pathlib.Path):
+def _run_study(
+    config: StudyConfig, data_dir: pathlib.Path | None, out: pathlib.Path, distributed: bool
+):
     start = time.perf_counter()
-    import jax
-    from rich.console import Console
-
-    # One CPU device per core: a sweep puts a run on each. Must come before JAX is first used.
-    jax.config.update("jax_num_cpu_devices", _num_cores())
-
+    jax = _start_jax(distributed)
     from soap_jax import data
-    from soap_jax.study import figures, results, summary
+    from soap_jax.study import directory, files, results, runner
 
-    console = Console(highlight=False, markup=False)
-    directory = results.ResultsDir(out, config)
-    if directory.finished:
-        made_by = directory.facts["versions"]
-        console.print(
-            f"{out} already holds the results of this configuration (soap_jax "
-            f"{made_by['soap_jax']}, jax {made_by['jax']}); showing them. Delete it to run again."
-        )
-        tables = directory.read()
-    else:
-        dataset = data.load(config.dataset, data_dir=data_dir)
-        facts = results.provenance(config, dataset)
-        tables = _train(config, dataset, console)
-        facts["seconds"] = round(time.perf_counter() - start, 1)
-        directory.write(tables, facts)
-    table = summary.summarise(tables["runs"])
-    directory.write_table("summary", table)
-    paths = figures.draw_all(config, tables, out / "figures")
-    _print_summary(console, config, table)
-    console.print(
-        f"\nResults in {out} (study.json, evaluations.csv, runs.csv, summary.csv) and figures, "
-        f"first {paths[0]}. {time.perf_counter() - start:.0f} s in all."
-    )
+    first = jax.process_index() == 0
+    console = _console(quiet=not first)
+    if not first:
+        if runner.first_process_says():
+            runner.train(config, data.load(config.dataset, data_dir=data_dir), None)
+        return
+    with files.locked(out):
+        try:
+            into = directory.ResultsDir(out, config)
+            if not into.finished:
+                dataset = data.load(config.dataset, data_dir=data_dir)
+                into.begin(results.provenance(config, dataset))
+        except BaseException:
+            runner.first_process_says(False)
+            raise
+        runner.first_process_says(not into.finished)
+        if into.finished:
+            made_by = into.facts["versions"]
+            console.print(
+                f"{out} already holds the results of this configuration (soap_jax "
+                f"{made_by['soap_jax']}, jax {made_by['jax']}); showing them. Delete it to run "
+                "again."
+            )
+            tables = into.read()
+        else:
+            tables = _train(into, dataset, console, start)
+        _report(config, into.facts, tables, out, start)
+
+
+def _start_jax(distributed: bool):
+    """JAX with a CPU device for each core: a sweep puts a run on each."""
+    import jax
+
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", _num_cores())
+    if distributed:
+        jax.distributed.initialize()
+    return jax
 
 
 def _num_cores() -> int:
@@ -176,122 +344,252 @@ def _num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _train(config, dataset, console):
-    """Trains every method, showing progress; returns the tidy tables."""
+def _console(quiet: bool = False):
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, quiet=quiet)
+
+
+def _train(into, dataset, console, start):
+    """Trains what is missing, showing progress; returns the tables."""
     import jax
-    import pandas as pd
-    from rich import progress
 
-    from soap_jax.study import experiment, results
+    from soap_jax.study import experiment, runner
 
-    num_train = len(experiment.split(dataset).train[1])
-    marks = experiment.evaluation_steps(config, num_train)
-    num_runs = len(config.learning_rates) * config.seeds
-    devices = jax.local_devices()
+    config = into.config
+    total = sum(len(experiment.points_of(config, method)) for method in config.methods)
+    before = sum(len(into.done(method)) for method in config.methods)
+    num_train = into.facts["examples"]["train"]
+    steps = experiment.evaluation_steps(config, num_train)[-1]
     console.print(
-        f"{config.dataset}: {num_train} training examples ({dataset.source}). {num_runs} runs of "
-        f"{marks[-1]} steps for each of {len(config.methods)} methods, on {len(devices)} x "
-        f"{devices[0].device_kind}."
+        f"{config.dataset}: {num_train} training examples ({dataset.source}). {total} runs of "
+        f"{steps} steps, {len(config.methods)} methods, on {jax.device_count()} x "
+        f"{jax.devices()[0].device_kind}."
     )
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("runs"),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    parts = []
-    with progress.Progress(*columns, console=console, transient=True) as bar:
-        for method in config.methods:
-            begin = time.perf_counter()
-            task = bar.add_task(f"{METHODS[method]}: compiling", total=None)
-            compiled = 0.0
+    if before:
+        console.print(f"{before} runs are there already; going on with the others.")
+    try:
+        with _Progress(console) as progress:
+            runner.train(config, dataset, into, on_progress=progress.show)
+    except BaseException:
+        done = sum(len(into.done(method)) for method in config.methods)
+        console.print(
+            f"Stopped with {done} of {total} runs kept in {into.path}. The same command goes on "
+            "from there."
+        )
+        raise
+    return into.finish(seconds=round(time.perf_counter() - start, 1), runs_before=before)
 
-            def show(done, total, task=task, begin=begin, method=method):
-                nonlocal compiled
-                if done == 0:
-                    compiled = time.perf_counter() - begin
-                    bar.reset(task, description=METHODS[method])
-                bar.update(task, completed=done, total=total)
 
-            record = experiment.train_method(config, method, dataset, on_progress=show)
-            parts.append(results.tidy(config, method, record, marks))
-            bar.remove_task(task)
-            console.print(
-                f"  {METHODS[method]:<22} {num_runs} runs in "
-                f"{time.perf_counter() - begin - compiled:.1f} s, compiled in {compiled:.1f} s"
+class _Progress:
+    """A bar for the method in training, a line for each that is done."""
+
+    def __init__(self, console):
+        from rich import progress
+
+        self.bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("runs"),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self.method: str | None = None
+
+    def __enter__(self):
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception):
+        if exception[0] is None:
+            self._close()
+        self.bar.stop()
+
+    def show(self, method: str, done: int | None, total: int):
+        """As `on_progress` of `soap_jax.study.runner.train`."""
+        if method != self.method:
+            self._close()
+            self.method, self.num_new, self.begin = method, 0, time.perf_counter()
+            self.compiled = 0.0
+            self.task = self.bar.add_task(f"{METHODS[method]}: compiling", total=None)
+        if done is None:
+            return
+        if not self.compiled:
+            self.compiled, self.before = time.perf_counter() - self.begin, done
+            self.bar.reset(self.task, description=METHODS[method])
+        self.num_new = done - self.before
+        self.bar.update(self.task, completed=done, total=total)
+
+    def _close(self):
+        if self.method is None:
+            return
+        self.bar.remove_task(self.task)
+        if self.num_new:
+            seconds = time.perf_counter() - self.begin - self.compiled
+            self.bar.console.print(
+                f"  {METHODS[self.method]:<23} {self.num_new:>4} runs in {seconds:.1f} s, "
+                f"compiled in {self.compiled:.1f} s"
             )
-    return {
-        name: pd.concat([part[name] for part in parts], ignore_index=True)
-        for name in results.TABLES
+
+
+def _report(config, facts, tables, out, start):
+    """Draws conclusions from the tables, writes and prints them."""
+    from soap_jax.study import claims, figures, files, mediation, report, screen, summary
+
+    methods = summary.summarise(tables["runs"])
+    findings = claims.evaluate(config, tables)
+    effects = mediation.mediate(config, tables)
+    conclusions = {
+        "summary": methods,
+        "claims": claims.tabulate(findings),
+        "mediation": mediation.tabulate(effects),
     }
+    for name, table in conclusions.items():
+        files.write_text(out / f"{name}.csv", table.to_csv(index=False))
+    figures.draw_all(config, tables, findings, effects, out / "figures")
+    page = report.render(config, facts, tables, findings, effects)
+    files.write_text(out / "report.html", page)
 
-
-def _print_summary(console, config, table):
-    import math
-
-    from rich import box
-    from rich.table import Table
-
-    shared = table["shared_rate"].iloc[0]
-    reference = METHODS["bp"] if "bp" in config.methods else "all methods"
-
-    def rate(row):
-        value = row["best_rate"]
-        return "-" if math.isnan(value) else f"{value:g}" + "*" * bool(row["best_rate_at_edge"])
-
-    def accuracy(row):
-        mean, high = 100 * row["test_accuracy"], 100 * row["test_accuracy_high"]
-        if math.isnan(mean):
-            return "-"
-        return f"{mean:.1f}" if math.isnan(high) else f"{mean:.1f} ± {high - mean:.1f}"
-
-    def steps(row):
-        value = row["steps_to_target"]
-        return "-" if math.isnan(value) else "> " * bool(row["censored"]) + f"{value:.0f}"
-
-    def ratio(row):
-        value, low, high = (row["ratio_to_bp" + end] for end in ("", "_low", "_high"))
-        if math.isnan(value):
-            return "1" if row["method"] == "bp" and not math.isnan(shared) else "-"
-        if row["censored"]:
-            return f"> {value:.2f}"
-        return f"{value:.2f}" if math.isnan(low) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
-
-    screen = Table(
-        title=f"{config.dataset}, {config.seeds} seeds, 95 % intervals",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    screen.add_column("method", no_wrap=True)
-    target = f"{config.target_loss:g}"
-    for title in ("best\nrate", "test\naccuracy %", f"steps to\nloss {target}", "ratio\nto bp"):
-        screen.add_column(title, justify="right", no_wrap=True)
-    screen.add_column("diverged", justify="right", no_wrap=True)
-    for _, row in table.iterrows():
-        screen.add_row(
-            METHODS[row["method"]],
-            rate(row),
-            accuracy(row),
-            steps(row),
-            ratio(row),
-            f"{row['diverged']} of {row['runs']}",
-        )
+    console = _console()
+    shown = summary.base(config, methods)
     console.print()
-    console.print(screen)
-    if math.isnan(shared):
+    console.print(screen.summary_table(config, shown))
+    console.print(screen.summary_notes(config, shown))
+    console.print()
+    console.print(screen.claims_table(findings))
+    console.print(screen.claims_notes(findings))
+    console.print(
+        f"\nReport: {out / 'report.html'}\nBeside it: tables (Parquet, CSV) and figures (PNG, PDF). "
+        f"{time.perf_counter() - start:.0f} s in all.",
+        soft_wrap=True,  # a path in one piece
+    )
+
+
+def _run_train(config: TrainConfig, data_dir: pathlib.Path | None, out: pathlib.Path):
+    start = time.perf_counter()
+    console = _console()
+    from soap_jax import data
+    from soap_jax.study import files, single
+
+    try:
+        with files.locked(out):
+            into = single.TrainDir(out, config)
+            if into.finished:
+                console.print(
+                    f"{out} already holds this model. Ask for more --epochs to train it further, "
+                    "or delete it to train again."
+                )
+            else:
+                dataset = data.load(config.dataset, data_dir=data_dir)
+                into.begin(dataset)
+                _train_one(into, dataset, console)
+            _show_trained(into, console, start)
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        os._exit(130)  # at once: JAX, interrupted while it compiles, crashes when Python ends
+
+
+def _show_trained(into, console, start):
+    """Draws the curves of a finished training and prints its result."""
+    from soap_jax.study import single_figure
+
+    result = into.facts["result"]
+    loss, accuracy = (
+        math.nan if result[name] is None else result[name]
+        for name in ("test_loss", "test_accuracy")
+    )
+    single_figure.draw(into.config, into.read_curves(), into.path)
+    console.print(
+        f"\nTest accuracy {100 * accuracy:.1f} %, loss {loss:.4f}, after {result['epochs']} epochs."
+    )
+    if result["diverged"]:
         console.print(
-            f"At no learning rate does every run of {reference} reach loss {target}: no steps to "
-            "compare."
+            "It diverged: a loss is not finite, or ends far above where it began. Try a smaller "
+            "--learning-rate, with another --out."
         )
-    else:
+    console.print(
+        f"In {into.path}: train.json, curves (PNG, PDF, Parquet, CSV) and checkpoints of the "
+        f"epochs {', '.join(map(str, into.kept()))}. {time.perf_counter() - start:.0f} s in all."
+    )
+
+
+def _train_one(into, dataset, console):
+    """Trains one model until it is done, showing progress."""
+    import jax
+
+    from soap_jax.study import single
+
+    config = into.config
+    sizes = (dataset.train.images[0].size, *config.hidden, dataset.num_classes)
+    console.print(
+        f"{config.dataset} ({dataset.source}). {METHODS[config.method]}: a "
+        f"{'-'.join(map(str, sizes))} {config.activation} network, {config.optimizer} at rate "
+        f"{config.learning_rate:g}, seed {config.seed}, on {jax.devices()[0].device_kind}."
+    )
+    if into.kept():
+        console.print(f"Going on from the checkpoint of epoch {into.kept()[-1]}.")
+    try:
+        with _EpochProgress(console, config.epochs) as progress:
+            single.train(into, dataset, on_epoch=progress.show)
+    except BaseException:
+        kept = into.kept()
         console.print(
-            "Accuracy at each method's best rate, chosen on validation data. Steps at rate "
-            f"{shared:g}, the smallest at which every run of {reference} gets there."
+            f"Stopped with the checkpoint of epoch {kept[-1]} kept in {into.path}. The same "
+            "command goes on from there."
+            if kept
+            else f"Stopped before the first checkpoint (--checkpoint-every is "
+            f"{config.checkpoint_every})."
         )
-    if table["best_rate_at_edge"].any():
-        console.print("* at the edge of the grid: the best rate may lie beyond it.")
+        raise
+
+
+class _EpochProgress:
+    """A bar for the epochs, and about ten lines of the curves."""
+
+    def __init__(self, console, epochs):
+        from rich import progress
+
+        self.bar = progress.Progress(
+            progress.TextColumn("  training"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("epochs"),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self.epochs, self.every = epochs, math.ceil(epochs / 10)
+        self.task: progress.TaskID | None = None
+
+    def __enter__(self):
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error):
+        self.bar.stop()
+
+    def show(self, row):
+        """As `on_epoch` of `soap_jax.study.single.train`."""
+        epoch, angle = row["epoch"], row.get("gradient_angle/Dense_0")
+        first = self.task is None
+        if self.task is None:
+            self.task = self.bar.add_task("", total=self.epochs, completed=epoch)
+            self.bar.console.print(
+                "\n  epoch   training loss   validation loss   accuracy %"
+                + ("   gradient angle" if angle is not None else "")
+            )
+        self.bar.update(self.task, completed=epoch)
+        if first or epoch % self.every == 0 or epoch == self.epochs:
+            loss = f"{row['train_loss']:.4f}" if epoch else "-"
+            self.bar.console.print(
+                f"  {epoch:>5}   {loss:>13}   {row['validation_loss']:>15.4f}   "
+                f"{100 * row['validation_accuracy']:>10.1f}"
+                + (f"   {angle:>13.1f}°" if angle is not None else "")
+            )
 
 
 def main():

@@ -1,0 +1,76 @@
+"""Keeps of a finished study what is small: its conclusions, its figures, its report's words.
+
+    python -m benchmarks.keep_study results/mnist benchmarks/results/mnist
+
+Writes `summary.json` (provenance, the table of methods, claims, mediation), `report.txt` and the
+PNG figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html.parser
+import json
+import pathlib
+import re
+import shutil
+
+import pandas as pd
+
+TABLES = ("summary", "claims", "mediation")
+
+
+class Words(html.parser.HTMLParser):
+    """Collects what a page says, a line for each paragraph, heading, list item and table row."""
+
+    LINES = ("p", "li", "h1", "h2", "h3", "h4", "tr", "summary", "figcaption", "dt", "dd", "pre")
+    SILENT = ("script", "style", "svg", "head", "noscript", "nav")
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.silent = "", 0
+
+    def handle_starttag(self, tag, attrs):
+        """Begins a line, or silence."""
+        self.silent += tag in self.SILENT
+        if tag in self.LINES:
+            self.text += "\n\n" if tag.startswith("h") else "\n"
+        elif tag in ("td", "th"):
+            self.text += " | "
+
+    def handle_endtag(self, tag):
+        """Ends silence."""
+        self.silent -= tag in self.SILENT
+
+    def handle_data(self, data):
+        """Collects words."""
+        if not self.silent:
+            self.text += re.sub(r"\s+", " ", data)
+
+    def result(self):
+        """The words, without blank lines in a row."""
+        lines = [line.strip().removeprefix("| ") for line in self.text.splitlines()]
+        return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
+
+
+def main():
+    """Copies and writes."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("study", type=pathlib.Path)
+    parser.add_argument("out", type=pathlib.Path)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    facts = json.loads((args.study / "study.json").read_text())
+    tables = {name: pd.read_csv(args.study / f"{name}.csv") for name in TABLES}
+    kept = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
+    (args.out / "summary.json").write_text(json.dumps({"study": facts, **kept}, indent=1) + "\n")
+    words = Words()
+    words.feed((args.study / "report.html").read_text())
+    (args.out / "report.txt").write_text(words.result())
+    for figure in sorted((args.study / "figures").glob("*.png")):
+        shutil.copy(figure, args.out)
+    print(f"Written to {args.out}.")
+
+
+if __name__ == "__main__":
+    main()

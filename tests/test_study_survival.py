@@ -1,0 +1,162 @@
+"""A study that is killed, interrupted, locked out or out of disk goes on, and ends alike."""
+
+import dataclasses
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import study_processes as processes
+
+LONG = dataclasses.replace(processes.CONFIG, methods=("bp", "sign"), seeds=20)
+"""120 runs of two methods: enough for ten kills."""
+
+
+def told(process):
+    """How many runs are done, by the process's own last word on each method."""
+    lines = [line.split() for line in process.out.read_text().splitlines()]
+    return sum({method: int(done) for method, done, _ in lines if done != "None"}.values())
+
+
+def kept(out, config):
+    from soap_jax.study.directory import ResultsDir
+
+    directory = ResultsDir(out, config)
+    return sum(len(directory.done(method)) for method in config.methods)
+
+
+def kill_and_go_on(out, config, devices, seed):
+    """Kills the study once on each of the numbers of devices; checks what each kill cost."""
+    rng = random.Random(seed)
+    costs = []
+    for num in devices:
+        before = processes.parts(out)
+        env = processes.environment(num)
+        with processes.started(
+            processes.TELLING, *processes.telling(out, config), env=env
+        ) as study:
+            processes.await_parts(study, out, more_than=len(before))
+            time.sleep(rng.uniform(0, 0.4))
+            study.send_signal(signal.SIGKILL)
+            assert study.wait() == -signal.SIGKILL, "it ended before it was killed"
+            after = processes.parts(out)
+            assert before.items() < after.items(), "what was kept is not done again"
+            # Each call does one run per device here. It says so, then the part is written.
+            costs.append(told(study) - kept(out, config))
+            assert 0 <= costs[-1] <= num
+    assert processes.run(processes.TELLING, *processes.telling(out, config))[0] == 0
+    processes.assert_finished_alike(out, config)
+    return costs
+
+
+def test_a_study_killed_at_random_goes_on_and_gives_the_same_bits(tmp_path):
+    kill_and_go_on(tmp_path, processes.CONFIG, devices=[2, 3], seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_study_killed_ten_times_at_random_gives_the_same_bits(seed, tmp_path):
+    print(kill_and_go_on(tmp_path, LONG, devices=[2, 3, 4, 2, 3, 2, 4, 3, 2, 3], seed=seed))
+
+
+def test_the_command_is_alone_in_its_directory_and_goes_on_after_kill_and_ctrl_c(tmp_path):
+    out = tmp_path / "out"
+    command = processes.STUDY, *processes.arguments(out)
+    with processes.started(*command) as first:
+        processes.await_parts(first, out)
+        first.send_signal(signal.SIGSTOP)  # so that it is not done meanwhile
+        code, said, error = processes.run(*command)
+        first.send_signal(signal.SIGCONT)
+        assert code == 2 and not said
+        assert error == (
+            f"error: another process is writing to {out}. Wait for it, or name another directory "
+            "with --out."
+        )
+        processes.await_parts(first, out, more_than=len(processes.parts(out)))  # it goes on
+        first.kill()
+        first.wait()
+
+    before = processes.parts(out)
+    with processes.started(*command) as second:
+        processes.await_parts(second, out, more_than=len(before))
+        second.send_signal(signal.SIGINT)
+        code, said, error = processes.ended(second)
+    assert (code, error) == (130, "")
+    num = kept(out, processes.CONFIG)
+    assert f"Stopped with {num} of 32 runs kept in {out}. The same command goes on from" in said
+    assert "Traceback" not in said
+
+    code, said, error = processes.run(*command)
+    assert code == 0, error
+    assert f"{num} runs are there already; going on with the others." in said
+    processes.assert_finished_alike(out)
+    assert (out / "report.html").exists()
+
+
+FULL_DISK = """
+import os, shutil, subprocess, sys
+from soap_jax import cli
+from soap_jax.study import directory
+
+cli._report = lambda *_: None
+out, copy, *args = sys.argv[1:]
+sys.argv[1:] = args
+
+def study():
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+print("code", study())
+endings = {name[-4:] for name in os.listdir(f"{out}/parts")}
+print("files", *sorted(os.listdir(out)), *endings)
+print("kept", len(directory.ResultsDir(out).done("sign")), flush=True)
+assert study() == 2  # still full
+subprocess.run(["mount", "-o", "remount,size=8m", out], check=True)
+print("code", study(), flush=True)
+shutil.copytree(out, copy)
+"""
+
+
+def in_a_small_disk(out, kilobytes, *command, **options):
+    """Runs a command in a namespace of its own, where `out` is a disk of so many kilobytes."""
+    mount = f'mount -t tmpfs -o size={kilobytes}k tmpfs "$0" && exec "$@"'
+    return subprocess.run(
+        ["unshare", "-Urm", "sh", "-c", mount, str(out), *command],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+def test_a_full_disk_is_an_error_in_words_and_the_study_goes_on_once_there_is_room(tmp_path):
+    out, copy = tmp_path / "out", tmp_path / "copy"
+    out.mkdir()
+    try:
+        possible = in_a_small_disk(out, 300, "true").returncode == 0
+    except FileNotFoundError:
+        possible = False
+    if not possible:
+        pytest.skip("needs Linux, and leave to mount a disk in a namespace (unshare -Urm)")
+    args = out, copy, *processes.arguments(out)
+    done = in_a_small_disk(
+        out, 300, sys.executable, "-c", FULL_DISK, *map(str, args), env=processes.environment()
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    said = " ".join(done.stdout.split())
+    assert [line for line in lines if line.startswith("code")] == ["code 2", "code 0"]
+    kept = next(int(line.split()[1]) for line in lines if line.startswith("kept"))
+    assert 0 < kept < 32
+    assert "files .lock parts progress.json .npz" in lines  # no half-written file, under no name
+    assert f"Stopped with {kept} of 32 runs kept in {out}." in said
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 2 and "Traceback" not in done.stderr
+    assert all("No space left on device" in line and str(out) in line for line in errors)
+    processes.assert_finished_alike(pathlib.Path(copy))
