@@ -12,6 +12,7 @@ import os
 import pathlib
 import sys
 import time
+import traceback
 from typing import Annotated
 
 try:
@@ -274,9 +275,27 @@ def _errors():
         yield
     except (ValueError, OSError, ImportError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(2) from None
+        code = 2
     except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+        code = 130
+    except Exception:
+        if not _one_of_many():
+            raise
+        traceback.print_exc()
+        code = 1
+    else:
+        return
+    if code == 130 or _one_of_many():  # JAX's own exit waits for what runs, and for the others
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise typer.Exit(code)
+
+
+def _one_of_many() -> bool:
+    """Whether other processes take part in the study."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def _split(option, text, kind):
@@ -304,14 +323,7 @@ def _run_study(
             runner.train(config, data.load(config.dataset, data_dir=data_dir), None)
         return
     with files.locked(out):
-        try:
-            into = directory.ResultsDir(out, config)
-            if not into.finished:
-                dataset = data.load(config.dataset, data_dir=data_dir)
-                into.begin(results.provenance(config, dataset))
-        except BaseException:
-            runner.first_process_says(False)
-            raise
+        into = directory.ResultsDir(out, config)
         runner.first_process_says(not into.finished)
         if into.finished:
             made_by = into.facts["versions"]
@@ -322,6 +334,8 @@ def _run_study(
             )
             tables = into.read()
         else:
+            dataset = data.load(config.dataset, data_dir=data_dir)
+            into.begin(results.provenance(config, dataset))
             tables = _train(into, dataset, console, start)
         _report(config, into.facts, tables, out, start)
 
@@ -331,7 +345,8 @@ def _start_jax(distributed: bool):
     import jax
 
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
-        jax.config.update("jax_num_cpu_devices", _num_cores())
+        # Two at least, even on one core: for one XLA compiles otherwise, and the last bits differ.
+        jax.config.update("jax_num_cpu_devices", max(2, _num_cores()))
     if distributed:
         jax.distributed.initialize()
     return jax
@@ -354,7 +369,7 @@ def _train(into, dataset, console, start):
     """Trains what is missing, showing progress; returns the tables."""
     import jax
 
-    from soap_jax.study import experiment, runner
+    from soap_jax.study import experiment, runner, screen
 
     config = into.config
     total = sum(len(experiment.points_of(config, method)) for method in config.methods)
@@ -369,7 +384,7 @@ def _train(into, dataset, console, start):
     if before:
         console.print(f"{before} runs are there already; going on with the others.")
     try:
-        with _Progress(console) as progress:
+        with screen.StudyProgress(console) as progress:
             runner.train(config, dataset, into, on_progress=progress.show)
     except BaseException:
         done = sum(len(into.done(method)) for method in config.methods)
@@ -379,60 +394,6 @@ def _train(into, dataset, console, start):
         )
         raise
     return into.finish(seconds=round(time.perf_counter() - start, 1), runs_before=before)
-
-
-class _Progress:
-    """A bar for the method in training, a line for each that is done."""
-
-    def __init__(self, console):
-        from rich import progress
-
-        self.bar = progress.Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("runs"),
-            progress.TimeElapsedColumn(),
-            progress.TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
-        self.method: str | None = None
-
-    def __enter__(self):
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exception):
-        if exception[0] is None:
-            self._close()
-        self.bar.stop()
-
-    def show(self, method: str, done: int | None, total: int):
-        """As `on_progress` of `soap_jax.study.runner.train`."""
-        if method != self.method:
-            self._close()
-            self.method, self.num_new, self.begin = method, 0, time.perf_counter()
-            self.compiled = 0.0
-            self.task = self.bar.add_task(f"{METHODS[method]}: compiling", total=None)
-        if done is None:
-            return
-        if not self.compiled:
-            self.compiled, self.before = time.perf_counter() - self.begin, done
-            self.bar.reset(self.task, description=METHODS[method])
-        self.num_new = done - self.before
-        self.bar.update(self.task, completed=done, total=total)
-
-    def _close(self):
-        if self.method is None:
-            return
-        self.bar.remove_task(self.task)
-        if self.num_new:
-            seconds = time.perf_counter() - self.begin - self.compiled
-            self.bar.console.print(
-                f"  {METHODS[self.method]:<23} {self.num_new:>4} runs in {seconds:.1f} s, "
-                f"compiled in {self.compiled:.1f} s"
-            )
 
 
 def _report(config, facts, tables, out, start):
@@ -462,8 +423,8 @@ def _report(config, facts, tables, out, start):
     console.print(screen.claims_table(findings))
     console.print(screen.claims_notes(findings))
     console.print(
-        f"\nReport: {out / 'report.html'}\nBeside it: tables (Parquet, CSV) and figures (PNG, PDF). "
-        f"{time.perf_counter() - start:.0f} s in all.",
+        f"\nReport: {out / 'report.html'}\nBeside it: tables (Parquet, CSV) and figures (PNG, "
+        f"PDF). {time.perf_counter() - start:.0f} s in all.",
         soft_wrap=True,  # a path in one piece
     )
 
@@ -474,22 +435,18 @@ def _run_train(config: TrainConfig, data_dir: pathlib.Path | None, out: pathlib.
     from soap_jax import data
     from soap_jax.study import files, single
 
-    try:
-        with files.locked(out):
-            into = single.TrainDir(out, config)
-            if into.finished:
-                console.print(
-                    f"{out} already holds this model. Ask for more --epochs to train it further, "
-                    "or delete it to train again."
-                )
-            else:
-                dataset = data.load(config.dataset, data_dir=data_dir)
-                into.begin(dataset)
-                _train_one(into, dataset, console)
-            _show_trained(into, console, start)
-    except KeyboardInterrupt:
-        sys.stdout.flush()
-        os._exit(130)  # at once: JAX, interrupted while it compiles, crashes when Python ends
+    with files.locked(out):
+        into = single.TrainDir(out, config)
+        if into.finished:
+            console.print(
+                f"{out} already holds this model. Ask for more --epochs to train it further, or "
+                "delete it to train again."
+            )
+        else:
+            dataset = data.load(config.dataset, data_dir=data_dir)
+            into.begin(dataset)
+            _train_one(into, dataset, console)
+        _show_trained(into, console, start)
 
 
 def _show_trained(into, console, start):
@@ -520,7 +477,7 @@ def _train_one(into, dataset, console):
     """Trains one model until it is done, showing progress."""
     import jax
 
-    from soap_jax.study import single
+    from soap_jax.study import screen, single
 
     config = into.config
     sizes = (dataset.train.images[0].size, *config.hidden, dataset.num_classes)
@@ -532,7 +489,7 @@ def _train_one(into, dataset, console):
     if into.kept():
         console.print(f"Going on from the checkpoint of epoch {into.kept()[-1]}.")
     try:
-        with _EpochProgress(console, config.epochs) as progress:
+        with screen.EpochProgress(console, config.epochs) as progress:
             single.train(into, dataset, on_epoch=progress.show)
     except BaseException:
         kept = into.kept()
@@ -544,52 +501,6 @@ def _train_one(into, dataset, console):
             f"{config.checkpoint_every})."
         )
         raise
-
-
-class _EpochProgress:
-    """A bar for the epochs, and about ten lines of the curves."""
-
-    def __init__(self, console, epochs):
-        from rich import progress
-
-        self.bar = progress.Progress(
-            progress.TextColumn("  training"),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("epochs"),
-            progress.TimeElapsedColumn(),
-            progress.TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
-        self.epochs, self.every = epochs, math.ceil(epochs / 10)
-        self.task: progress.TaskID | None = None
-
-    def __enter__(self):
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error):
-        self.bar.stop()
-
-    def show(self, row):
-        """As `on_epoch` of `soap_jax.study.single.train`."""
-        epoch, angle = row["epoch"], row.get("gradient_angle/Dense_0")
-        first = self.task is None
-        if self.task is None:
-            self.task = self.bar.add_task("", total=self.epochs, completed=epoch)
-            self.bar.console.print(
-                "\n  epoch   training loss   validation loss   accuracy %"
-                + ("   gradient angle" if angle is not None else "")
-            )
-        self.bar.update(self.task, completed=epoch)
-        if first or epoch % self.every == 0 or epoch == self.epochs:
-            loss = f"{row['train_loss']:.4f}" if epoch else "-"
-            self.bar.console.print(
-                f"  {epoch:>5}   {loss:>13}   {row['validation_loss']:>15.4f}   "
-                f"{100 * row['validation_accuracy']:>10.1f}"
-                + (f"   {angle:>13.1f}°" if angle is not None else "")
-            )
 
 
 def main():

@@ -1,12 +1,14 @@
-"""What the command line shows of a study: tables for a terminal, and the words below them."""
+"""What the command line shows of a study: tables with the words below them, and progress."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 
 import pandas as pd
-from rich import box
+from rich import box, progress
+from rich.console import Console
 from rich.table import Table
 
 from soap_jax.study import claims
@@ -136,3 +138,99 @@ def _ratio(row):
     if row["censored"]:
         return f"> {value:.2f}"
     return f"{value:.2f}" if math.isnan(low) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+class StudyProgress:
+    """A bar for the method in training, a line for each that is done."""
+
+    def __init__(self, console: Console):
+        self.bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("runs"),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self.method: str | None = None
+
+    def __enter__(self):
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception):
+        if exception[0] is None:
+            self._close()
+        self.bar.stop()
+
+    def show(self, method: str, done: int | None, total: int):
+        """As `on_progress` of `soap_jax.study.runner.train`."""
+        if method != self.method:
+            self._close()
+            self.method, self.num_new, self.begin = method, 0, time.perf_counter()
+            self.compiled = 0.0
+            self.task = self.bar.add_task(f"{METHODS[method]}: compiling", total=None)
+        if done is None:
+            return
+        if not self.compiled:
+            self.compiled, self.before = time.perf_counter() - self.begin, done
+            self.bar.reset(self.task, description=METHODS[method])
+        self.num_new = done - self.before
+        self.bar.update(self.task, completed=done, total=total)
+
+    def _close(self):
+        if self.method is None:
+            return
+        self.bar.remove_task(self.task)
+        if self.num_new:
+            seconds = time.perf_counter() - self.begin - self.compiled
+            self.bar.console.print(
+                f"  {METHODS[self.method]:<23} {self.num_new:>4} runs in {seconds:.1f} s, "
+                f"compiled in {self.compiled:.1f} s"
+            )
+
+
+class EpochProgress:
+    """A bar for the epochs, and about ten lines of the curves."""
+
+    def __init__(self, console: Console, epochs: int):
+        self.bar = progress.Progress(
+            progress.TextColumn("  training"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("epochs"),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self.epochs, self.every = epochs, math.ceil(epochs / 10)
+        self.task: progress.TaskID | None = None
+
+    def __enter__(self):
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error):
+        self.bar.stop()
+
+    def show(self, row: dict[str, float]):
+        """As `on_epoch` of `soap_jax.study.single.train`."""
+        epoch, angle = int(row["epoch"]), row.get("gradient_angle/Dense_0")
+        first = self.task is None
+        if self.task is None:
+            self.task = self.bar.add_task("", total=self.epochs, completed=epoch)
+            self.bar.console.print(
+                "\n  epoch   training loss   validation loss   accuracy %"
+                + ("   gradient angle" if angle is not None else "")
+            )
+        self.bar.update(self.task, completed=epoch)
+        if first or epoch % self.every == 0 or epoch == self.epochs:
+            loss = f"{row['train_loss']:.4f}" if epoch else "-"
+            self.bar.console.print(
+                f"  {epoch:>5}   {loss:>13}   {row['validation_loss']:>15.4f}   "
+                f"{100 * row['validation_accuracy']:>10.1f}"
+                + (f"   {angle:>13.1f}°" if angle is not None else "")
+            )
