@@ -192,16 +192,16 @@ def iterate(
         _to_host(jax.device_put(np.zeros(num), shard))
 
     @functools.cache
-    def compile_for(per_device):
-        return _compile(run, mesh, room_for(per_device) * num, args, one_by_one=on_cpu)
+    def compile_for(room):
+        return _compile(run, mesh, room * num, args, one_by_one=on_cpu)
 
-    def room_for(per_device):
-        return max(per_device, 2) if on_cpu else per_device  # a loop of one, XLA would unroll
-
+    least = 2 if on_cpu else 1  # on CPU XLA would see that a loop is of one, and unroll it
     calls, per_device = _calls(points, num, chunk_size)
     if memory_limit is not None:
-        calls, per_device = _calls(points, num, _fit(compile_for, memory_limit, per_device))
-    program, room = compile_for(per_device), room_for(per_device)
+        fitting = _fit(compile_for, memory_limit, least, max(least, per_device))
+        calls, per_device = _calls(points, num, min(fitting, per_device))
+    room = max(least, per_device)
+    program = compile_for(room)
     finished = len(done)
     if on_progress:
         on_progress(finished, len(points))
@@ -242,11 +242,11 @@ def _calls(points, num_devices, chunk_size) -> tuple[list[list[int]], int]:
     ], per_device
 
 
-def _fit(compile_for, memory_limit, most) -> int:
-    """The largest number of runs per device, up to `most`, that keeps to the limit."""
+def _fit(compile_for, memory_limit, least, most) -> int:
+    """The largest number of runs per device from `least` to `most` that keeps to the limit."""
 
-    def needed(per_device):
-        memory = compile_for(per_device).memory_analysis()  # of one device
+    def needed(room):
+        memory = compile_for(room).memory_analysis()  # of one device
         return (
             memory.argument_size_in_bytes
             + memory.output_size_in_bytes
@@ -254,7 +254,7 @@ def _fit(compile_for, memory_limit, most) -> int:
             - memory.alias_size_in_bytes
         )
 
-    fits, too_many = (1, needed(1)), (most, needed(most))
+    fits, too_many = (least, needed(least)), (most, needed(most))
     if fits[1] > memory_limit:
         raise ValueError(
             f"memory_limit is {memory_limit:.3g} bytes per device, but one run needs {fits[1]:.3g}."

@@ -14,16 +14,15 @@ import time
 from soap_jax.study.config import StudyConfig
 
 CONFIG = StudyConfig(
-    methods=("sign",),
+    methods=("bp",),
     learning_rates=(0.1, 0.2),
-    seeds=8,
-    periods=(1, 10),
-    epochs=200,
+    seeds=16,
+    epochs=120,
     hidden=(16,),
     evaluations=4,
     chunk_size=1,
 )
-"""32 runs of a tenth of a second or so, one per device in a call; one program to compile."""
+"""32 short runs, one per device in a call; one program, soon compiled."""
 
 TABLES = ("runs.parquet", "runs.csv", "evaluations.parquet", "evaluations.csv", "losses.parquet")
 

@@ -1,8 +1,8 @@
 """Several processes are one study: the same tables, written once, and they end together."""
 
 import contextlib
+import dataclasses
 import pathlib
-import signal
 import socket
 import time
 
@@ -57,38 +57,48 @@ def cwds(tmp_path):
     return places
 
 
-def assert_first_wrote_everything(cwds, said):
-    processes.assert_finished_alike(cwds[0] / "out")
+def assert_first_wrote_everything(cwds, said, config=processes.CONFIG):
+    processes.assert_finished_alike(cwds[0] / "out", config)
     assert not list(cwds[1].iterdir()), "the second wrote something"
-    assert not said[1], "the second said something"
+    assert "runs" not in said[1], "the second said something"  # of its own: Gloo does
 
 
-def test_two_processes_killed_and_started_again_give_one_processs_bits(cwds):
-    out = cwds[0] / "out"
+def test_two_processes_give_one_processs_bits(cwds):
     command = processes.WITHOUT_REPORT, *processes.arguments("out")
-    with together(*command, cwds=cwds) as group:
-        processes.await_parts(group[0], out)
-        for process in group:
-            process.send_signal(signal.SIGKILL)
-        assert end(group, within=10)[0] == [-9, -9]
-    before = processes.parts(out)
     with together(*command, cwds=cwds) as group:
         codes, said, errors = end(group, within=90)
     assert codes == [0, 0], errors
-    assert "runs are there already" in said[0] and "on 4 x cpu" in said[0]
-    assert before
+    assert "32 runs of" in said[0] and "on 4 x cpu" in said[0]
     assert_first_wrote_everything(cwds, said)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [processes.CONFIG])
-def test_two_processes_undisturbed_give_one_processs_bits_and_report(config, cwds):
+def test_two_processes_killed_and_started_again_give_one_processs_bits(cwds):
+    command = processes.WITHOUT_REPORT, *processes.arguments("out")
+    for more_than in (0, 2):
+        with together(*command, cwds=cwds) as group:
+            processes.await_parts(group[0], cwds[0] / "out", more_than)
+            for process in group:
+                process.kill()
+            assert end(group, within=10)[0] == [-9, -9]
+    before = processes.parts(cwds[0] / "out")
+    with together(*command, cwds=cwds) as group:
+        codes, said, errors = end(group, within=90)
+    assert codes == [0, 0], errors
+    assert before and f"{4 * len(before)} runs are there already" in said[0]
+    assert_first_wrote_everything(cwds, said)
+
+
+@pytest.mark.slow
+def test_two_processes_report_once_and_find_their_results_again(cwds):
+    config = dataclasses.replace(processes.CONFIG, methods=("bp", "sign"), periods=(1, 10))
     for again in (False, True):
-        with together(processes.STUDY, *processes.arguments("out"), cwds=cwds) as group:
+        with together(processes.STUDY, *processes.arguments("out", config), cwds=cwds) as group:
             codes, said, errors = end(group, within=120)
         assert codes == [0, 0], errors
         assert ("already holds the results" in said[0]) == again
-        assert_first_wrote_everything(cwds, said)
+        assert (cwds[0] / "out" / "report.html").exists()
+        assert_first_wrote_everything(cwds, said, config)
 
 
 def test_all_processes_end_at_once_when_the_first_finds_its_directory_taken(cwds):

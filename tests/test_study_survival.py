@@ -11,7 +11,9 @@ import time
 import pytest
 import study_processes as processes
 
-LONG = dataclasses.replace(processes.CONFIG, methods=("bp", "sign"), seeds=20)
+LONG = dataclasses.replace(
+    processes.CONFIG, methods=("bp", "sign"), seeds=20, periods=(1, 10), epochs=200
+)
 """120 runs of two methods: enough for ten kills."""
 
 
@@ -29,10 +31,15 @@ def kept(out, config):
 
 
 def kill_and_go_on(out, config, devices, seed):
-    """Kills the study once on each of the numbers of devices; checks what each kill cost."""
+    """Kills the study once on each number of devices but the last, which finishes it.
+
+    Returns:
+        How many runs each kill cost that were said to be done.
+    """
     rng = random.Random(seed)
     costs = []
-    for num in devices:
+    *killed, last = devices
+    for num in killed:
         before = processes.parts(out)
         env = processes.environment(num)
         with processes.started(
@@ -44,10 +51,12 @@ def kill_and_go_on(out, config, devices, seed):
             assert study.wait() == -signal.SIGKILL, "it ended before it was killed"
             after = processes.parts(out)
             assert before.items() < after.items(), "what was kept is not done again"
-            # Each call does one run per device here. It says so, then the part is written.
+            # A call does one run per device here. It says so, and its part is written: what was in
+            # training when the process was killed is at most the next call's.
             costs.append(told(study) - kept(out, config))
             assert 0 <= costs[-1] <= num
-    assert processes.run(processes.TELLING, *processes.telling(out, config))[0] == 0
+    env = processes.environment(last)
+    assert processes.run(processes.TELLING, *processes.telling(out, config), env=env)[0] == 0
     processes.assert_finished_alike(out, config)
     return costs
 
@@ -59,7 +68,7 @@ def test_a_study_killed_at_random_goes_on_and_gives_the_same_bits(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_study_killed_ten_times_at_random_gives_the_same_bits(seed, tmp_path):
-    print(kill_and_go_on(tmp_path, LONG, devices=[2, 3, 4, 2, 3, 2, 4, 3, 2, 3], seed=seed))
+    print(kill_and_go_on(tmp_path, LONG, devices=[2, 3, 4, 2, 3, 2, 4, 3, 2, 3, 2], seed=seed))
 
 
 def test_the_command_is_alone_in_its_directory_and_goes_on_after_kill_and_ctrl_c(tmp_path):
@@ -115,7 +124,7 @@ def study():
 print("code", study())
 endings = {name[-4:] for name in os.listdir(f"{out}/parts")}
 print("files", *sorted(os.listdir(out)), *endings)
-print("kept", len(directory.ResultsDir(out).done("sign")), flush=True)
+print("kept", len(directory.ResultsDir(out).done("bp")), flush=True)
 assert study() == 2  # still full
 subprocess.run(["mount", "-o", "remount,size=8m", out], check=True)
 print("code", study(), flush=True)

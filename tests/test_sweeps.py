@@ -1,6 +1,7 @@
 """Sweeps: every run of a grid is the run alone, on however many devices."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -269,3 +270,212 @@ def test_a_bad_grid_raises_before_anything_runs(change, message):
 
     with pytest.raises(ValueError, match=message):
         sweeps.sweep(run, **{"seeds": [0], "learning_rates": [0.1]} | change)
+
+
+POINTS = sweeps.grid(seeds=[5, 1, 2], learning_rates=[0.1, 0.3], periods=[7, 1])
+
+
+def collected(parts):
+    """All parts as one, in the order of the points, and what each held."""
+    parts = list(parts)
+    indices = [i for part in parts for i in part.indices]
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *[part.results for part in parts])
+    order = np.argsort(indices)
+    return jax.tree.map(lambda leaf: leaf[order], joined), [part.indices for part in parts]
+
+
+def test_a_grid_has_seeds_fastest_then_rates_then_periods():
+    assert POINTS[:4] == [(5, 0.1, 7), (1, 0.1, 7), (2, 0.1, 7), (5, 0.3, 7)]
+    assert POINTS[6:] == [(s, r, 1) for s, r, _ in POINTS[:6]]
+    with pytest.raises(ValueError, match="seeds is empty"):
+        sweeps.grid(seeds=[], learning_rates=[0.1])
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "chunk_size", "calls"),
+    [
+        (1, 1, [[i] for i in range(12)]),
+        (1, 4, [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]),  # as equal as can be
+        (1, None, [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]),
+        (2, 2, [[0, 1, 2, 3], [4, 5], [6, 7, 8, 9], [10, 11]]),
+        (4, 9, [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]),  # a call is of one period
+    ],
+)
+def test_parts_are_calls_in_order_and_each_run_is_its_own(num_devices, chunk_size, calls):
+    devices = jax.devices()[:num_devices]
+    if len(devices) < num_devices or jax.default_backend() != "cpu":
+        pytest.skip("needs CPU devices")
+    parts = sweeps.iterate(record, POINTS, chunk_size=chunk_size, devices=devices)
+    got, indices = collected(parts)
+    assert indices == calls
+    assert list(zip(got["seed"], got["rate"], got["period"], strict=True)) == [
+        (s, np.float32(r), t) for s, r, t in POINTS
+    ]
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+@pytest.mark.parametrize("done", [[0], [0, 1, 2, 3, 4, 5], [1, 4, 6, 7, 8, 9, 11], range(11)])
+def test_what_is_done_is_left_out_and_the_rest_is_as_ever(done, one_by_one, monkeypatch):
+    real = sweeps._compile
+    monkeypatch.setattr(sweeps, "_compile", lambda *args, **_: real(*args, one_by_one=one_by_one))
+    told = []
+    options = {"chunk_size": 1, "devices": jax.devices()[:2]}
+    everything, calls = collected(sweeps.iterate(record, POINTS, **options))
+    parts = sweeps.iterate(
+        record, POINTS, done=done, on_progress=lambda *call: told.append(call), **options
+    )
+    got, indices = collected(parts)
+    rest = [i for i in range(12) if i not in done]
+    assert [i for part in indices for i in part] == rest
+    assert indices == [[i for i in call if i in rest] for call in calls if set(call) & set(rest)]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[rest]), got, everything)
+    assert told[0] == (len(done), 12) and told[-1] == (12, 12) and len(told) == 1 + len(indices)
+
+
+def test_nothing_is_traced_where_all_is_done():
+    def run(*_):
+        raise AssertionError("traced")
+
+    assert list(sweeps.iterate(run, POINTS, done=range(12))) == []
+    assert list(sweeps.iterate(run, [])) == []
+
+
+def test_parts_come_as_soon_as_they_are_there():
+    calls = []
+    parts = sweeps.iterate(
+        record,
+        POINTS,
+        chunk_size=1,
+        devices=jax.devices()[:1],
+        on_progress=lambda *c: calls.append(c),
+    )
+    assert calls == []  # nothing happens before it is asked for
+    next(parts)
+    assert calls == [(0, 12), (1, 12)]
+
+
+def chaos(seed, learning_rate, period):
+    """A chain of numbers that shows the last bit of whatever was rounded on the way."""
+    x = jnp.sin(seed + learning_rate) + period
+    x, path = lax.scan(lambda x, _: (jnp.cos(3.7 * x) + learning_rate * x,) * 2, x, length=60)
+    return path
+
+
+@pytest.mark.parametrize(("num_devices", "chunk_size"), [(2, 1), (2, 2), (3, 1), (4, 1), (4, 3)])
+def test_the_bits_of_a_run_do_not_depend_on_chunks_or_devices_on_cpu(num_devices, chunk_size):
+    if jax.default_backend() != "cpu" or jax.device_count() < 4:
+        pytest.skip("needs four CPU devices")
+    options = {"chunk_size": chunk_size, "devices": jax.devices()[:num_devices]}
+    got, _ = collected(sweeps.iterate(chaos, POINTS, **options))
+    expected, _ = collected(sweeps.iterate(chaos, POINTS, chunk_size=2, devices=jax.devices()[2:]))
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_allclose(got[:, 0], [jax.jit(chaos)(*p)[0] for p in POINTS], rtol=1e-6)
+
+
+def test_a_device_without_a_run_does_none():
+    """On CPU; there 5 runs on 4 devices take as long as 2 runs."""
+    if jax.default_backend() != "cpu" or jax.device_count() < 4:
+        pytest.skip("needs four CPU devices")
+    done = []
+
+    def run(seed, learning_rate, period):
+        jax.debug.callback(lambda seed: done.append(int(seed)), seed)
+        return seed
+
+    got = sweeps.sweep(run, seeds=[3, 1, 4, 15, 9], learning_rates=[0.1], devices=jax.devices()[:4])
+    jax.effects_barrier()
+    assert got.tolist() == [[[3, 1, 4, 15, 9]]] and sorted(done) == [1, 3, 4, 9, 15]
+
+
+def bulky(seed, learning_rate, period, table):
+    """About a mebibyte of temporaries and a kibibyte of results."""
+    x = jnp.sin(table * learning_rate + seed)
+    return (x @ jnp.cos(x) @ x)[0] * period
+
+
+TABLE = np.ones((256, 256), np.float32)
+
+
+def bytes_needed(program):
+    memory = program.memory_analysis()
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+
+@pytest.fixture
+def compiled(monkeypatch, request):
+    """Bytes that each compiled chunk needs; runs go at once, as on accelerators, if so asked."""
+    sizes, real = {}, sweeps._compile
+
+    def compile_and_note(run, mesh, chunk, args, *, one_by_one):
+        one_by_one = one_by_one and request.param == "one by one"
+        program = real(run, mesh, chunk, args, one_by_one=one_by_one)
+        assert chunk // mesh.size not in sizes, "compiled twice"
+        sizes[chunk // mesh.size] = bytes_needed(program)
+        return program
+
+    monkeypatch.setattr(sweeps, "_compile", compile_and_note)
+    return sizes
+
+
+def swept(**options):
+    return sweeps.sweep(
+        bulky, seeds=range(40), learning_rates=[0.1], args=(TABLE,), chunk_size=20, **options
+    )
+
+
+@pytest.mark.parametrize("compiled", ["at once"], indirect=True)
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_the_chunk_is_the_largest_that_fits_the_limit(compiled, num_devices):
+    devices = jax.devices()[:num_devices]
+    swept(devices=devices)
+    [(most, size_of_most)] = compiled.items()
+    assert most == 20
+    for limit, expected in [(size_of_most, 20), (size_of_most - 1, 19), (size_of_most / 2, None)]:
+        compiled.clear()
+        got = swept(devices=devices, memory_limit=limit)
+        fitting = max(chunk for chunk, size in compiled.items() if size <= limit)
+        assert fitting == expected or expected is None
+        assert fitting == most or compiled[fitting + 1] > limit, "one more would fit"
+        assert len(compiled) <= 6  # few programs are compiled to find it
+        np.testing.assert_allclose(got, swept_alone(), rtol=1e-4)
+
+
+@functools.cache
+def swept_alone():
+    return np.stack([[[jax.jit(bulky)(s, np.float32(0.1), 1, TABLE) for s in range(40)]]])
+
+
+@pytest.mark.parametrize("compiled", ["at once"], indirect=True)
+def test_memory_is_counted_per_device(compiled):
+    for num_devices in (1, 2, 4):
+        for _ in sweeps.iterate(
+            bulky,
+            sweeps.grid(seeds=range(4 * num_devices), learning_rates=[0.1]),
+            args=(TABLE,),
+            chunk_size=4,
+            devices=jax.devices()[:num_devices],
+        ):
+            pass
+        assert compiled.pop(4) == pytest.approx(4 * 2**20, rel=0.5), num_devices
+
+
+@pytest.mark.parametrize("compiled", ["one by one", "at once"], indirect=True)
+def test_too_low_a_limit_says_what_one_run_needs(compiled):
+    with pytest.raises(ValueError, match=r"memory_limit is 1e\+05 bytes per device, but one run n"):
+        swept(memory_limit=1e5)
+    needed = min(compiled.values())
+    compiled.clear()
+    with pytest.raises(ValueError, match=re.escape(f"one run needs {needed:.3g}.")):
+        swept(memory_limit=1e5)
+
+
+@pytest.mark.parametrize("compiled", ["one by one"], indirect=True)
+def test_a_limit_changes_no_bit_on_cpu(compiled):
+    if jax.default_backend() != "cpu":
+        pytest.skip("of the CPU")
+    expected = swept(devices=jax.devices()[:2])
+    limit = compiled[20] - 10_000
+    compiled.clear()
+    got = swept(devices=jax.devices()[:2], memory_limit=limit)
+    assert max(chunk for chunk, size in compiled.items() if size <= limit) < 20
+    np.testing.assert_array_equal(got, expected)
