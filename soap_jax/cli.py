@@ -64,7 +64,7 @@ def study(
         str, typer.Option(help=f"Methods to compare, of {', '.join(METHODS)}.")
     ] = _comma_separated(StudyConfig.methods),
     learning_rates: Annotated[
-        str, typer.Option(help="Grid of learning rates of plain SGD, the same for every method.")
+        str, typer.Option(help="Grid of learning rates, the same for every method.")
     ] = _comma_separated(StudyConfig.learning_rates),
     seeds: Annotated[
         int, typer.Option(help="Number of seeds; every method starts alike from each.")
@@ -122,7 +122,10 @@ def study(
     ] = StudyConfig.chunk_size,
     memory_limit: Annotated[
         float | None,
-        typer.Option(help="At most so many GiB per device; makes chunks smaller where needed."),
+        typer.Option(
+            help="At most so many GiB per device for the program (a process takes about 0.7 "
+            "besides); makes chunks smaller where needed."
+        ),
     ] = StudyConfig.memory_limit,
     distributed: Annotated[
         bool,
@@ -187,6 +190,9 @@ def report(
                 config = dataclasses.replace(config, target_loss=target_loss)
                 tables = results.at_target(tables, target_loss)
                 out = out / f"target-{target_loss:g}"
+                _console().print(
+                    f"Loss {target_loss:g} was chosen after the runs: what follows is exploratory."
+                )
             _report(config, study.facts, tables, out, start)
 
 

@@ -257,7 +257,8 @@ def _fit(compile_for, memory_limit, least, most) -> int:
     fits, too_many = (least, needed(least)), (most, needed(most))
     if fits[1] > memory_limit:
         raise ValueError(
-            f"memory_limit is {memory_limit:.3g} bytes per device, but one run needs {fits[1]:.3g}."
+            f"memory_limit is {memory_limit:.3g} bytes per device, but the smallest program needs "
+            f"{fits[1]:.3g}."
         )
     if too_many[1] <= memory_limit:
         return most

@@ -91,9 +91,7 @@ def make_findings():
     at = "steps to loss 0.5 at rate 0.05"
     fa = make_part(f"FA, fixed feedback / backprop, {at}", 1.84, 1.8, 1.88, (1.5, 3))
     sign = make_part(f"sign sync, raw / backprop, {at}", 0.23, 0.22, 0.25, (0, 0.8))
-    live = make_part(
-        f"sign sync, raw / backprop, hidden × live, {at}", 0.95, 0.93, 0.97, (0.9, inf)
-    )
+    live = make_part(f"sign sync, raw / backprop, scaled live, {at}", 0.95, 0.93, 0.97, (0.9, inf))
     norm = make_part(f"sign sync, norm kept / backprop, {at}", 1.1, 1.07, 1.13, (0.9, inf))
     late = make_part(f"sign sync, |B0| kept / backprop, {at}", 1.4, nan, nan, (0.95, inf))
     late = late.__class__(**vars(late) | {"note": "a lower bound", "censored": 3})
@@ -140,6 +138,7 @@ def make_mediation():
         effective_rates=(
             mediation.EffectiveRate("bp", 0.05, 0.05),
             mediation.EffectiveRate("sign", 0.46, 0.39),
+            mediation.EffectiveRate("bp_scaled_live", 0.575, 0.49),
         ),
     )
 

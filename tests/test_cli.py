@@ -164,7 +164,9 @@ def test_a_directory_without_the_data_is_named(tmp_path):
 def test_too_little_memory_for_one_run_says_how_much_one_needs(tmp_path):
     done = soap_jax("study", *SMALL, "--memory-limit=0.0001", cwd=tmp_path)
     assert done.returncode == 2
-    assert "memory_limit is 1.07e+05 bytes per device, but one run needs" in done.stderr
+    assert (
+        "memory_limit is 1.07e+05 bytes per device, but the smallest program needs" in done.stderr
+    )
 
 
 def test_help_says_what_every_option_does_and_its_default(tmp_path):

@@ -251,12 +251,20 @@ def test_what_a_study_cannot_test_it_says(changes, keys, reason):
         assert math.isnan(part.estimate) and part.label and part.within
 
 
-def test_ratios_of_methods_that_start_from_different_weights_say_so():
+def test_ratios_of_methods_that_start_from_different_weights_say_so_and_explain_nothing():
     findings = {finding.key: finding for finding in claims.evaluate(*make_study(init="soap"))}
-    for key, part in (("1", 0), ("2", 0), ("3", 0), ("5", 0)):
-        assert "start from different weights" in findings[key].parts[part].note
+    for key in ("1", "2", "3", "4", "5"):
+        assert "start from different weights" in findings[key].parts[0].note
+        assert (findings[key].verdict == NOT_TESTABLE) == (key in "345")
     assert all("different weights" not in part.note for part in findings["6"].parts)
     assert findings["7"].verdict == HOLDS
+
+
+def test_periods_longer_than_any_run_are_pointed_out():
+    config, tables = make_study()
+    tables["runs"].loc[tables["runs"]["method"] == "sign", "steps_to_target"] = 50.0
+    notes = [part.note for part in find((config, tables), "6").parts]
+    assert [("synced only at the start" in note) for note in notes] == [False, True, False, False]
 
 
 def test_a_method_that_diverges_everywhere_has_no_best_rate():

@@ -19,7 +19,9 @@ def test_the_causal_diagram_says_how_much_goes_where(study):
     causes = diagram.describe(made, tables, make_mediation())
     assert causes.boxes[-1].lines == ("steps to loss 0.5", "*in all × 0.230 [0.220, 0.240]*")
     rule_to_rate, rule_to_direction, rate, direction = causes.arrows
-    assert rule_to_rate.lines[0] == "× 9.2" and rule_to_direction.lines[0].endswith("° off")
+    assert rule_to_rate.lines[0].startswith("× 9.2 (size × 11.5)") and rule_to_direction.lines[
+        0
+    ].endswith("° off")
     assert rate.lines == ("*× 0.225*", "[0.215, 0.235]", "101 % of it")
     assert rate.width == 5 and direction.width == 1.5
     assert "rate first: × 0.241 [0.230, 0.252] through the rate" in causes.caption

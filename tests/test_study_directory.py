@@ -166,6 +166,13 @@ def test_another_configurations_results_are_refused(finished, tmp_path):
         assert before == {file: file.read_bytes() for file in before}
 
 
+def test_a_study_that_failed_before_its_first_run_blocks_nothing(tmp_path):
+    begun(tmp_path, parts=0)
+    other = ResultsDir(tmp_path, dataclasses.replace(CONFIG, seeds=3))
+    other.begin(facts(other.config))
+    assert ResultsDir(tmp_path).config.seeds == 3
+
+
 def test_a_setting_that_this_version_does_not_know_is_another_configuration(finished):
     change_json(finished / "study.json", lambda known: known["config"].update(dropout=0.5))
     with pytest.raises(ValueError, match=r"\(dropout: 0\.5 there, None now\)"):

@@ -62,19 +62,27 @@ def test_ratios_are_judged_on_the_log_scale():
 @pytest.mark.parametrize(
     ("within", "p_values"),
     [
-        ((1.5, 3.0), (0, 1)),
-        ((0.0, 3.0), (0, 1)),
-        ((2.5, 3.0), (1, 0)),
-        ((0.0, 1.9), (1, 0)),
+        ((1.5, 3.0), (1 / 512, 1)),
+        ((0.0, 3.0), (1 / 512, 1)),
+        ((2.5, 3.0), (1, 1 / 512)),
+        ((0.0, 1.9), (1, 1 / 512)),
         ((2.0, 3.0), (1, 1)),  # at the bound: neither
         ((0.0, 2.0), (1, 1)),
     ],
 )
-def test_a_sample_that_does_not_vary_is_taken_at_its_word(within, p_values):
-    logs = np.log(np.array([20.0, 40.0, 66.0]) / np.array([10.0, 20.0, 33.0]))
+def test_ten_values_that_do_not_vary_have_the_sign_tests_p_value(within, p_values):
+    tens = np.arange(10.0, 20.0)
+    logs = np.log(2 * tens / tens)
     result = statistics.student(logs).judge_ratio(within)
     assert result[:3] == pytest.approx((2.0, 2.0, 2.0))
     assert result[3:] == p_values
+
+
+def test_few_values_that_do_not_vary_allow_no_conclusion():
+    for count, known in ((2, False), (5, False), (6, True)):
+        result = statistics.student(np.zeros(count)).judge((-1.0, 1.0))
+        assert (result.p_holds < 0.05) == known == (result.low > -INF)
+        assert result.p_fails == 1
 
 
 def test_two_values_are_enough():
@@ -193,9 +201,7 @@ def test_so_few_seeds_that_resamples_do_not_vary_leave_no_interval(seeds):
     rng = np.random.default_rng(0)
     above, below = (make_runs(rng.normal(size=(1, seeds)), np.ones((1, seeds))) for _ in range(2))
     assert statistics.bootstrap_t(above, below).interval == (-INF, INF)
-    flat = statistics.bootstrap_t(above, above)
-    assert flat.interval == (0.0, 0.0)
-    assert flat.judge((-1, 1))[3:] == (0, 1)
+    assert statistics.bootstrap_t(above, above).judge((-1, 1))[1:] == (-INF, INF, 2**-seeds * 2, 1)
 
 
 @pytest.mark.parametrize("which", [0, 1])

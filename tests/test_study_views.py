@@ -1,10 +1,14 @@
 """Each figure shows what the tidy tables hold."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from made_up import break_everything, make_findings, make_study
+from matplotlib import figure
 
-from soap_jax.study import config, views
+from soap_jax.study import config, figures, plots, views
+from soap_jax.study.claims import FAILS, HOLDS, NOT_TESTABLE, UNDECIDED
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +152,13 @@ def test_where_nothing_is_left_figures_say_so(study):
     made, tables = study
     shown = describe(made, break_everything(tables))
     assert all(chart.empty for chart in shown.values())
+
+
+@pytest.mark.parametrize("verdict", [HOLDS, FAILS, UNDECIDED, NOT_TESTABLE])
+def test_a_ratio_is_drawn_whatever_the_verdict_on_its_claim(verdict):
+    finding = dataclasses.replace(make_findings()[0], verdict=verdict)
+    chart = views.claim_ratios([finding])
+    name, _ = chart.styles[chart.rows[0].style]
+    assert name == f"claim {verdict}"
+    figures.draw(figure.Figure().subplots(), chart)
+    assert name in plots.to_html(chart, with_library=False)

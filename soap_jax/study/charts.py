@@ -49,6 +49,7 @@ VERDICTS = {
     claims.HOLDS: Style("#009E73", "o"),
     claims.FAILS: Style("#D55E00", "X"),
     claims.UNDECIDED: Style("#8A8A8A", "D"),
+    claims.NOT_TESTABLE: Style("#707070", "P"),  # though one of its tests was possible
 }
 
 

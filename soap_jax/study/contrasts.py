@@ -60,6 +60,7 @@ class Ratio:
         reference: the denominator's.
         within: the region of the ratio, 0 or infinite where open.
         tuned: not at the shared rate, but each at its own best, by the bootstrap-t.
+        matched: whether it means something only if both methods start from the same weights.
         periods: of numerator and denominator; None is the smallest of the study.
         beside: what else to say, worked out from the study.
     """
@@ -68,6 +69,7 @@ class Ratio:
     reference: str
     within: tuple[float, float]
     tuned: bool = False
+    matched: bool = True
     periods: tuple[int | None, int | None] = (None, None)
     beside: Callable[[Study], str] | None = None
     measure = "ratio"
@@ -81,6 +83,8 @@ class Ratio:
     def evaluate(self, study: Study) -> Part:
         """Measures it; raises `NotTestable` where the study cannot."""
         study.require()
+        if self.matched and self._starts(study):
+            raise NotTestable(DIFFERENT_STARTS)
         rates = study.config.learning_rates
         above, below = map(study.runs, (self.method, self.reference), self.periods)
         if self.tuned:
@@ -100,8 +104,13 @@ class Ratio:
                 censoring(mean, (above, i), (below, j)),
                 self.beside and self.beside(study),
                 self._starts(study),
+                self._short(above.steps[i]),
             ),
         )
+
+    def _short(self, steps):
+        period = self.periods[0] or 0
+        return steps.max() <= period and "no run lasted one period: it synced only at the start"
 
     def _starts(self, study):
         plain = [method in _WITHOUT_FEEDBACK for method in (self.method, self.reference)]
@@ -128,6 +137,8 @@ class StepsTrend:
     def evaluate(self, study: Study) -> Part:
         """Measures it; raises `NotTestable` where the study cannot."""
         study.require()
+        if study.config.init == "soap":
+            raise NotTestable(DIFFERENT_STARTS)
         columns = [study.runs(method) for method in self.methods]
         i = study.shared_rate()
         result = statistics.trend(np.stack([np.log(runs.steps[i]) for runs in columns], axis=1))
@@ -240,7 +251,7 @@ def missing(runs: Runs, rate: int) -> str:
 def _final_error_angles(study, method):
     """Where they are measured, and `(seeds, hidden layers)` degrees from last layer to first."""
     study.require()
-    i = study.tuned_rate(study.runs(method))
+    i = study.tuned_rate(study.runs(method), inside=True)
     layers = [f"error_angle/Dense_{k}" for k in reversed(range(len(study.config.hidden)))]
     angles = np.stack([study.measured(name, method, i, end=True) for name in layers], axis=1)
     if not np.isfinite(angles).all():

@@ -110,6 +110,7 @@ def describe(config: StudyConfig, tables: views.Tables, effects: mediation.Media
     total, of_rate, of_direction = map(effects.effect, ("total", "rate", "direction"))
     rates = {rate.method: rate for rate in effects.effective_rates}
     amplified = charts.number(rates["sign"].start / rates["bp"].start)
+    size = charts.number(rates["bp_scaled_live"].start / rates["bp"].start)
     turned = _angle_at_start(summary.base(config, tables["evaluations"]), effects.learning_rate)
     target = f"{config.target_loss:g}"
     boxes = (
@@ -119,7 +120,9 @@ def describe(config: StudyConfig, tables: views.Tables, effects: mediation.Media
         Box(180, 354, 250, (f"steps to loss {target}", f"*in all {_factor(total)}*")),
     )
     arrows = (
-        Arrow((140, 64), (94, 163), (58, 104), (f"× {amplified}", "at the start"), 1.5),
+        Arrow(
+            (140, 64), (94, 163), (58, 104), (f"× {amplified} (size × {size})", "at the start"), 1.5
+        ),
         Arrow((220, 64), (266, 163), (302, 104), turned, 1.5),
         Arrow((94, 217), (140, 327), (54, 256), _on_arrow(of_rate), _width(of_rate)),
         Arrow((266, 217), (220, 327), (306, 256), _on_arrow(of_direction), _width(of_direction)),

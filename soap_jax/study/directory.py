@@ -62,7 +62,7 @@ class ResultsDir:
             self.config = self._config()
         else:
             self.config = config
-            if self.facts:
+            if self.facts and (self.finished or self._part_files()):  # else nothing can be mixed
                 self._check_same(config)
 
     @property
@@ -77,7 +77,7 @@ class ResultsDir:
             ValueError: if runs are there that were done under others.
         """
         before = self._read_facts("progress.json")
-        parts = sorted((self.path / "parts").glob("*.npz"))
+        parts = self._part_files()
         if parts and before is None:
             raise ValueError(
                 f"{self.path} holds runs, but not progress.json, which says how they were done. "
@@ -86,7 +86,7 @@ class ResultsDir:
         foreign = [part for part in parts if part.name.split("-")[0] not in self.config.methods]
         if foreign:
             raise ValueError(f"{foreign[0]} is of no method of this study. Move it elsewhere.")
-        if before is None:
+        if before is None or not parts:
             self._write_json("progress.json", facts)
             self.facts = facts
             return
@@ -184,6 +184,9 @@ class ResultsDir:
 
     def _write(self, name, content):
         files.write_atomically(self.path / name, lambda file: file.write(content))
+
+    def _part_files(self):
+        return sorted((self.path / "parts").glob("*.npz"))
 
     def _forget_progress(self):
         shutil.rmtree(self.path / "parts", ignore_errors=True)

@@ -73,7 +73,7 @@ def _write_and_rename(path, write):
             os.chmod(file.name, 0o644)
             os.replace(file.name, path)
         except BaseException:
-            os.unlink(file.name)
+            pathlib.Path(file.name).unlink(missing_ok=True)
             raise
 
 

@@ -3,8 +3,9 @@
     rule ──> effective learning rate of the hidden layers ──> steps to the target loss
       └────> direction of the error that reaches them ─────────────────┘
 
-Raw signs change both. Two controls change one alone: `bp_scaled_live` has the rates of `sign`
-and the direction of backprop, `sign_norm` the direction of `sign` and nearly backprop's rates.
+Raw signs change both. Two controls change one alone: `bp_scaled_live` has the size of `sign`'s
+error and the direction of backprop, `sign_norm` the direction of `sign` and nearly backprop's size.
+What an error of the same size, but off the true direction, loses in speed counts as direction.
 Steps are compared at the shared rate, seed by seed, and the logarithms of ratios add up:
 
     rate first         log(sign / bp) = log(bp_scaled_live / bp) + log(sign / bp_scaled_live)

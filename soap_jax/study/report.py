@@ -86,6 +86,7 @@ def render(
         config=config,
         findings=findings,
         summary=summarise(config, findings),
+        own_target=_own_target(config, facts),
         verdicts=VERDICTS,
         figures=_figures(views.describe(config, tables, findings)),
         diagram=diagram.describe(config, tables, effects),
@@ -97,6 +98,12 @@ def render(
         command=command(config),
         version=_get(facts, "versions", "soap_jax"),
     )
+
+
+def _own_target(config, facts):
+    """The target loss that the study was made for, if the report is for another one."""
+    own = facts.get("config", {}).get("target_loss", config.target_loss)
+    return own if own != config.target_loss else None
 
 
 def summarise(config: StudyConfig, findings: Sequence[claims.Finding]) -> str:
@@ -116,7 +123,7 @@ def summarise(config: StudyConfig, findings: Sequence[claims.Finding]) -> str:
         explained = "by more than the amplified learning rate of its hidden layers explains"
         sentence += ": raw sign sync is faster at the shared learning rate, " + {
             claims.HOLDS: f"but not {explained} (within 10 %)",
-            claims.FAILS: f"and {explained}",
+            claims.FAILS: "and claim 3, that the amplified learning rate explains it, fails",
         }.get(verdicts["3"], f"and whether {explained} is open")
     return sentence + "."
 

@@ -16,7 +16,6 @@ import soap_jax
 from soap_jax import data, sweeps
 from soap_jax.study import experiment, methods
 from soap_jax.study.config import StudyConfig
-from soap_jax.study.files import write_atomically as write_atomically
 
 FORMAT = 2
 """Of the tables and files; it grows when older results cannot be read any more."""

@@ -7,11 +7,14 @@ the others which runs are done, and writes what all of them give.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 
+import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+import soap_jax
 from soap_jax import data, sweeps
 from soap_jax.study import directory, experiment
 from soap_jax.study.config import StudyConfig
@@ -32,6 +35,7 @@ def train(
         into: where results go; None in every process but the first.
         on_progress: called as `(method, done, in all)`; before compilation with None done.
     """
+    _check_alike(config)
     for method in config.methods:
         points = experiment.points_of(config, method)
         done = _same_everywhere(points, into.done(method) if into else [])
@@ -46,6 +50,19 @@ def train(
         for part, record in parts:
             if into:
                 into.add(method, part, record)
+
+
+def _check_alike(config: StudyConfig) -> None:
+    """Raises ValueError, in every process, if they were not all started alike."""
+    known = repr((config, soap_jax.__version__, jax.__version__)).encode()
+    try:
+        digest = np.frombuffer(hashlib.sha256(known).digest(), np.uint8)
+        multihost_utils.assert_equal(digest)
+    except AssertionError:
+        raise ValueError(
+            "the processes of this study were started with different options, or with different "
+            "versions of soap_jax or jax; expected the same everywhere."
+        ) from None
 
 
 def first_process_says(answer: bool = False) -> bool:

@@ -93,6 +93,7 @@ class Mean:
         pivot: the distribution of (estimate - truth) / error.
         has_low: whether the sample says how small the truth can be: not if it is an upper bound.
         has_high: whether the sample says how large the truth can be: not if it is a lower bound.
+        least: the smallest one-sided p-value of a sample that does not vary.
     """
 
     estimate: float
@@ -100,10 +101,13 @@ class Mean:
     pivot: Pivot
     has_low: bool = True
     has_high: bool = True
+    least: float = 0.0
 
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval; infinite where the sample says nothing."""
+        if not self.error and 2 * self.least >= ALPHA:
+            return -np.inf, np.inf
         below, above = self.pivot.interval(1 - ALPHA) if self.error else (0.0, 0.0)
         low = float(self.estimate - self.error * above) if self.has_low else -np.inf
         high = float(self.estimate - self.error * below) if self.has_high else np.inf
@@ -114,14 +118,25 @@ class Mean:
         if bound == -np.inf or not self.has_low:
             return float(bound != -np.inf)
         difference = self.estimate - bound
-        return float(self.pivot.sf(difference / self.error) if self.error else difference <= 0)
+        return (
+            float(self.pivot.sf(difference / self.error))
+            if self.error
+            else self._flat(difference > 0)
+        )
 
     def p_below(self, bound: float) -> float:
         """One-sided p-value of "the truth lies below `bound`": small speaks for it."""
         if bound == np.inf or not self.has_high:
             return float(bound != np.inf)
         difference = self.estimate - bound
-        return float(self.pivot.cdf(difference / self.error) if self.error else difference >= 0)
+        return (
+            float(self.pivot.cdf(difference / self.error))
+            if self.error
+            else self._flat(difference < 0)
+        )
+
+    def _flat(self, speaks_for: bool) -> float:
+        return self.least if speaks_for else 1.0
 
     def judge(self, within: tuple[float, float]) -> Result:
         """How the statement fares that the truth lies inside a region, infinite where open.
@@ -151,7 +166,8 @@ class Mean:
 def student(sample: ArrayLike) -> Mean:
     """The mean of two or more independent values, by Student's t.
 
-    `p_above` and `p_below` are those of `scipy.stats.ttest_1samp`.
+    `p_above` and `p_below` are those of `scipy.stats.ttest_1samp`; where all values are the same,
+    which says nothing of their spread, those of the sign test.
 
     Example:
         >>> low, high = student([1.0, 2.0, 3.0]).interval
@@ -161,7 +177,7 @@ def student(sample: ArrayLike) -> Mean:
     values = np.asarray(sample, float)
     pivot = _student_t(values.size - 1)
     if np.ptp(values) <= TINY:
-        return Mean(float(values[0]), 0.0, pivot)
+        return Mean(float(values[0]), 0.0, pivot, least=0.5**values.size)
     return Mean(float(values.mean()), float(stats.sem(values)), pivot)
 
 
@@ -183,7 +199,7 @@ def choose_rates(runs: Runs, counts: np.ndarray) -> np.ndarray:
         return counts @ np.where(runs.diverged, 0.0, values).T / counts[0].sum()
 
     diverged = counts @ runs.diverged.T > 0
-    accuracy = np.where(diverged, -np.inf, mean(runs.accuracy).round(9))  # ties are ties
+    accuracy = np.where(diverged, -np.inf, mean(runs.accuracy).round(6))  # ties are ties
     best = accuracy == accuracy.max(axis=1, keepdims=True)
     return np.where(best, mean(runs.loss), np.inf).argmin(axis=1)
 
@@ -226,12 +242,13 @@ def bootstrap_t(numerator: Runs, denominator: Runs, *, resamples: int = RESAMPLE
     shifts = np.where(np.abs(means - mean.estimate) > TINY, means - mean.estimate, 0.0)
     flat = errors <= TINY  # resamples that do not vary: infinitely far off, or not at all
     ratios = shifts / np.where(flat, 1.0, errors)
-    pivot = np.where(flat & (shifts != 0), np.copysign(np.inf, shifts), ratios)
+    pivot = np.where(flat & (shifts != 0), np.inf, ratios)  # it is made symmetric below
+    unsure = not mean.error and bool(shifts.any())  # the sample does not vary, its resamples do
     return dataclasses.replace(
         mean,
         pivot=Empirical(np.sort(np.concatenate([pivot, -pivot]))),
-        has_low=not denominator.censored[rates[1]].any(),
-        has_high=not numerator.censored[rates[0]].any(),
+        has_low=not (unsure or denominator.censored[rates[1]].any()),
+        has_high=not (unsure or numerator.censored[rates[0]].any()),
     )
 
 

@@ -63,6 +63,7 @@ def best_rate(runs: pd.DataFrame) -> float:
     """
     by_rate = runs.groupby("learning_rate")
     means = by_rate[["validation_accuracy", "validation_loss"]].mean()
+    means["validation_accuracy"] = means["validation_accuracy"].round(6)  # float32: ties are ties
     means = means[~by_rate["diverged"].any()]
     if means.empty:
         return np.nan
@@ -74,10 +75,12 @@ def shared_rate(runs: pd.DataFrame) -> float:
     """The smallest learning rate at which every run of backprop reaches the target loss.
 
     NaN if there is none. At so small a rate the steps measure the speed of learning rather than its
-    stability. Without backprop among the methods it is the smallest for all of them.
+    stability. Without backprop among the methods it is the smallest for all of them, each at its
+    smallest period.
     """
     if (runs["method"] == "bp").any():
         runs = runs[runs["method"] == "bp"]
+    runs = runs[runs["period"] == runs.groupby("method")["period"].transform("min")]
     arrived = runs["steps_to_target"].notna() & ~runs["diverged"]
     reached = arrived.groupby(runs["learning_rate"]).all()
     return float(min(reached[reached].index, default=np.nan))
