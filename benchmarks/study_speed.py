@@ -60,13 +60,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-dir", type=pathlib.Path, help="MNIST's published files")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one round on digits")
+    parser.add_argument("--quick", action="store_true", help="one round of two methods on digits")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
     args = parser.parse_args()
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
 
-    configs = [StudyConfig(epochs=2) if args.quick else StudyConfig()]
+    quick = StudyConfig(epochs=2, methods=("bp", "sign"))
+    configs = [quick if args.quick else StudyConfig()]
     if args.data_dir:
         configs.append(StudyConfig(dataset="mnist", epochs=2))
     rounds = 1 if args.quick else args.rounds

@@ -355,6 +355,7 @@ def wait_for(process, path):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_the_command_survives_kill_and_ctrl_c_bit_for_bit(digits, tmp_path):
     options = {"method": "sign_redraw", "optimizer": "momentum", "epochs": 40}
     whole = train(tmp_path / "whole", digits, **options).path
