@@ -92,7 +92,7 @@ def test_the_summary_counts_verdicts_and_claims_no_more(study):
 
 @pytest.mark.parametrize(
     ("verdict", "words"),
-    [(claims.FAILS, ", and by more than"), (claims.UNDECIDED, "explains is open")],
+    [(claims.FAILS, "explains it, fails."), (claims.UNDECIDED, "explains is open")],
 )
 def test_the_summary_explains_only_what_is_decided(study, verdict, words):
     findings = make_findings()[1:3]

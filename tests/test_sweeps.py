@@ -461,7 +461,9 @@ def test_memory_is_counted_per_device(compiled):
 
 @pytest.mark.parametrize("compiled", ["one by one", "at once"], indirect=True)
 def test_too_low_a_limit_says_what_one_run_needs(compiled):
-    with pytest.raises(ValueError, match=r"memory_limit is 1e\+05 bytes per device, but one run n"):
+    with pytest.raises(
+        ValueError, match=r"memory_limit is 1e\+05 bytes per device, but the smallest program n"
+    ):
         swept(memory_limit=1e5)
     needed = min(compiled.values())
     compiled.clear()
