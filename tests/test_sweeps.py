@@ -460,14 +460,14 @@ def test_memory_is_counted_per_device(compiled):
 
 
 @pytest.mark.parametrize("compiled", ["one by one", "at once"], indirect=True)
-def test_too_low_a_limit_says_what_one_run_needs(compiled):
+def test_too_low_a_limit_says_what_is_needed(compiled):
     with pytest.raises(
         ValueError, match=r"memory_limit is 1e\+05 bytes per device, but the smallest program n"
     ):
         swept(memory_limit=1e5)
     needed = min(compiled.values())
     compiled.clear()
-    with pytest.raises(ValueError, match=re.escape(f"one run needs {needed:.3g}.")):
+    with pytest.raises(ValueError, match=re.escape(f"the smallest program needs {needed:.3g}.")):
         swept(memory_limit=1e5)
 
 
