@@ -211,7 +211,7 @@ def test_cpu_runs_go_on_with_any_number_of_devices_but_one_and_of_processes(coun
     change_json(
         tmp_path / "progress.json", lambda known: known["device"].update(count=count, processes=8)
     )
-    begun(tmp_path)
+    assert not begun(tmp_path).finished
 
 
 @pytest.mark.parametrize("name", ["study.json", "progress.json"])

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from soap_jax.study import results, summary
-from soap_jax.study.config import PERIODIC, StudyConfig
+from soap_jax.study.config import StudyConfig
 
 KEYS = results.KEYS
 RESULTS = ["steps", "diverged", "steps_to_target", "validation_loss", "validation_accuracy"]
@@ -60,7 +60,7 @@ class Study:
             [
                 (method, period, rate, seed)
                 for method in config.methods
-                for period in self._periods(method)
+                for period in self.config.periods_of(method)
                 for rate in config.learning_rates
                 for seed in range(config.seeds)
             ],
@@ -140,14 +140,11 @@ class Study:
         step = rows["step"].max() if end else rows["step"].min()
         return rows.loc[rows["step"] == step, quantity].to_numpy(float)
 
-    def _periods(self, method):
-        return self.config.periods if method in PERIODIC else (0,)
-
     def _rows(self, table, method, period):
         if method not in self.config.methods:
             raise NotTestable(f"{method} is not in the study")
-        period = min(self._periods(method)) if period is None else period
-        if period not in self._periods(method):
+        period = min(self.config.periods_of(method)) if period is None else period
+        if period not in self.config.periods_of(method):
             raise NotTestable(f"{method} with period {period} is not in the study")
         return self._tables[table][method, period]
 
