@@ -1,8 +1,6 @@
 """Intervals and p-values: worked out by hand, equivalent, and right as often as they say."""
 
-import dataclasses
 import math
-import types
 
 import hypothesis
 import numpy as np
@@ -458,10 +456,3 @@ def test_a_quantity_that_was_not_measured_is_named():
     study = paired.Study(config, tables)
     with pytest.raises(ValueError, match=r'"evaluations" lacks the columns error_angle/Dense_7'):
         study.measured("error_angle/Dense_7", "fa", 0, end=True)
-
-
-def test_a_configuration_is_only_read():
-    """Whatever has the fields will do, as long as tables are its own."""
-    config, tables = make_study()
-    fields = types.SimpleNamespace(**dataclasses.asdict(config))
-    assert paired.Study(fields, tables).shared_rate() == 0
