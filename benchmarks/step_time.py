@@ -11,20 +11,17 @@ ratio to backprop within a round with their quartiles.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
+import functools
 import pathlib
-import platform
-import random
 import statistics
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 import soap_jax
+from benchmarks import common
 from soap_jax import models, training
 
 METHODS = {
@@ -79,27 +76,20 @@ def measure(features, batch_size, rounds, seconds_per_block):
     begin = time.perf_counter()
     runners["bp"](10)
     steps = max(3, round(seconds_per_block / ((time.perf_counter() - begin) / 10)))
-    times = {name: [] for name in runners}
-    order = list(runners)
-    for _ in range(rounds):
-        random.shuffle(order)
-        for name in order:
-            begin = time.perf_counter()
-            runners[name](steps)
-            times[name].append((time.perf_counter() - begin) / steps)
-    return times
+    blocks = {name: functools.partial(run, steps) for name, run in runners.items()}
+    times = common.interleave(blocks, rounds)
+    return {name: [seconds / steps for seconds in values] for name, values in times.items()}
 
 
 def summarise(times):
     """Median milliseconds per method, and the ratio to backprop within a round."""
     rows = {}
     for name, values in times.items():
-        ratios = [value / bp for value, bp in zip(values, times["bp"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        middle, quartiles = common.ratio(times, name, "bp")
         rows[name] = {
             "ms": 1e3 * statistics.median(values),
             "ratio_to_bp": middle,
-            "ratio_quartiles": [low, high],
+            "ratio_quartiles": quartiles,
         }
     return rows
 
@@ -109,7 +99,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--quick", action="store_true", help="few short rounds, to see it run")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+    parser.add_argument("--out", type=pathlib.Path, default=common.OUT)
     args = parser.parse_args()
     rounds, seconds = (5, 0.02) if args.quick else (args.rounds, 0.25)
 
@@ -126,23 +116,7 @@ def main():
                     f"| {row['ratio_to_bp']:.3f} [{low:.3f}, {high:.3f}]    |"
                 )
                 results.append({"network": network, "batch": batch_size, "method": method, **row})
-    report = {
-        "benchmark": "step_time",
-        "rounds": rounds,
-        "device": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
-        "platform": jax.default_backend(),
-        "machine": platform.machine(),
-        "dtype": jnp.dtype("float32").name,
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("soap_jax", "jax", "jaxlib", "flax", "optax")
-        },
-        "results": results,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "step_time.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\nWritten to {path}.")
+    common.write("step_time", args.out, results, rounds=rounds, dtype="float32")
 
 
 if __name__ == "__main__":

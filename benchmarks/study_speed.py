@@ -10,17 +10,15 @@ them: on all devices, evaluations and angles included. The table gives medians o
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
 import os
 import pathlib
-import platform
 import random
 import statistics
 import time
 
 import jax
 
+from benchmarks import common
 from soap_jax import data
 from soap_jax.study import experiment
 from soap_jax.study.config import StudyConfig
@@ -61,7 +59,7 @@ def main():
     parser.add_argument("--data-dir", type=pathlib.Path, help="MNIST's published files")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one round of two methods on digits")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+    parser.add_argument("--out", type=pathlib.Path, default=common.OUT)
     args = parser.parse_args()
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
@@ -83,22 +81,7 @@ def main():
                 f"| {row['runs_per_s']:>11.2f} | {row['ms_per_run_step']:>19.3f} |"
             )
             results.append({"dataset": config.dataset, "method": method, **row})
-    report = {
-        "benchmark": "study_speed",
-        "rounds": rounds,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "platform": jax.default_backend(),
-        "machine": platform.machine(),
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("soap_jax", "jax", "jaxlib", "flax", "optax")
-        },
-        "results": results,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "study_speed.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\nWritten to {path}.")
+    common.write("study_speed", args.out, results, rounds=rounds)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from jax.typing import ArrayLike
 
 from soap_jax import rules, trees
 
+Initializer = jax.nn.initializers.Initializer
+
 glorot_normal = jax.nn.initializers.glorot_normal()
 
 RulesByPattern = tuple[tuple[str, rules.Rule], ...]
@@ -54,14 +56,14 @@ def init_feedback(
     rule: rules.Rule | Mapping[str, rules.Rule] = rules.Fixed(),  # noqa: B008 (immutable)
     *,
     where: trees.Where = None,
-    initializer: jax.nn.initializers.Initializer = glorot_normal,
+    initializer: Initializer | Mapping[str, Initializer] = glorot_normal,
     feedback: chex.ArrayTree | None = None,
 ) -> FeedbackState:
     """Makes feedback weights for a model's kernels, or adopts the model's own.
 
-    A model of `soap_jax.linen` or `soap_jax.nnx` layers has feedback of its own: adopt it with
-    `feedback=`. Without that, draws are for functions that hand `state.feedback` to `soap_jax.ops`;
-    plain Flax layers would ignore it.
+    Drawn feedback is for `soap_jax.with_feedback`, whose models know nothing of it, and for
+    functions that hand it to `soap_jax.ops`. A model of `soap_jax.linen` or `soap_jax.nnx` layers
+    has feedback of its own: adopt it with `feedback=`.
 
     A layer's draw depends on `key` and its path alone, so that runs with different rules, or with
     feedback on different layers, are paired. Feedback has its kernel's shape, dtype and sharding.
@@ -73,12 +75,13 @@ def init_feedback(
             `nnx.state(model, nnx.Param)`.
         rule: how feedback changes; or a mapping from path patterns to rules, of which the first
             that matches a leaf counts: `{"Dense_1/*": SignSync(), "*": Fixed()}`.
-        where: which leaves of `params` get feedback: glob patterns over paths such as
-            "Dense_1/kernel", or a predicate `(path, leaf) -> bool`. By default the leaves named
-            kernel, w or weight that have two axes or more.
+        where: which leaves of `params` get feedback: what `soap_jax.explain` returned; glob
+            patterns over paths such as "Dense_1/kernel"; or a predicate `(path, leaf) -> bool`. By
+            default the leaves named kernel, w or weight that have two axes or more.
         initializer: `(key, shape, dtype) -> array`; best the one of the kernels, so that feedback
-            starts as large as they are. For kernels of several input or output axes, and stacked
-            ones, give one that knows them, or adopt the model's own feedback.
+            starts as large as they are. Or a mapping from path patterns to initialisers, of which
+            the first that matches a leaf counts. For kernels of several input or output axes, and
+            stacked ones, give one that knows them, or adopt the model's own feedback.
         feedback: feedback weights to adopt instead, such as Linen's `variables["feedback"]` or
             `nnx.state(model, soap_jax.nnx.Feedback)`; excludes `where`. The state shares its
             buffers, so donating the state uses them up.
@@ -90,8 +93,9 @@ def init_feedback(
 
     Raises:
         ValueError: if `rule` is neither a rule nor a mapping of rules, if a pattern matches
-            nothing or a leaf has no rule, if a rule is not hashable, if nothing is selected, if a
-            kernel is not floating point, or if adopted feedback does not fit `params`.
+            nothing or a leaf has no rule or initialiser, if a rule is not hashable, if nothing is
+            selected, if a kernel is not floating point, or if adopted feedback does not fit
+            `params`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -105,12 +109,14 @@ def init_feedback(
     feedback_key, rule_key = jax.random.split(key)
     if feedback is None:
         chosen = trees.select(params, where)
+        initializers = _initializers(initializer, chosen)
 
         def draw(keys, kernel):
             path = trees.path_of(keys)
             if path not in chosen:
                 return None
-            return initializer(_fold_in_path(feedback_key, path), kernel.shape, kernel.dtype)
+            draw_one = initializers[path]
+            return draw_one(_fold_in_path(feedback_key, path), kernel.shape, kernel.dtype)
 
         feedback = jax.tree_util.tree_map_with_path(draw, params)
     elif where is not None:
@@ -239,6 +245,28 @@ def _rules_of(static, paths, *, complete=False):
             "pattern '*'."
         )
     return out
+
+
+def _initializers(initializer, paths):
+    """The initialiser of each path."""
+    if not isinstance(initializer, Mapping):
+        return dict.fromkeys(paths, initializer)
+    found: dict[trees.Path, Initializer] = {}
+    for pattern, one in initializer.items():
+        mine = [path for path in paths if trees.matches(pattern, path)]
+        if not mine and pattern != "*":
+            raise ValueError(
+                f"the initializer's pattern {pattern!r} matches no leaf that gets feedback: "
+                f"{', '.join(map(trees.show, sorted(paths)))}."
+            )
+        for path in mine:
+            found.setdefault(path, one)
+    if missing := sorted(set(paths) - set(found)):
+        raise ValueError(
+            f"no initializer for the feedback at {', '.join(map(trees.show, missing))}: none of "
+            f"the patterns {', '.join(map(repr, initializer))} matches. Add a last pattern '*'."
+        )
+    return found
 
 
 def _fold_in_path(key, path):

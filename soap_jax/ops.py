@@ -47,7 +47,7 @@ FeedbackOp = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 @jax.custom_jvp
-def _detach(x: jax.Array) -> jax.Array:
+def detach(x: jax.Array) -> jax.Array:
     """The identity, whose derivative is zero.
 
     Unlike `jax.lax.stop_gradient` it stops one differentiation, the innermost, so that the
@@ -55,15 +55,15 @@ def _detach(x: jax.Array) -> jax.Array:
 
     Example:
         >>> import jax
-        >>> jax.grad(lambda x: x * _detach(x))(3.0)
+        >>> jax.grad(lambda x: x * detach(x))(3.0)
         Array(3., dtype=float32, weak_type=True)
-        >>> jax.grad(jax.grad(lambda x: x * _detach(x)))(3.0)
+        >>> jax.grad(jax.grad(lambda x: x * detach(x)))(3.0)
         Array(1., dtype=float32, weak_type=True)
     """
     return x
 
 
-@functools.partial(_detach.defjvp, symbolic_zeros=True)
+@functools.partial(detach.defjvp, symbolic_zeros=True)
 def _detach_jvp(primals, tangents):
     del tangents
     (x,) = primals
@@ -143,7 +143,7 @@ def through_feedback(
 
     f = jax.custom_vjp(f)
     f.defvjp(f_fwd, f_bwd)
-    y = op(_detach(x), kernel) if forward is None else forward(_detach(x))
+    y = op(detach(x), kernel) if forward is None else forward(detach(x))
     return f(y, x, kernel, feedback)
 
 

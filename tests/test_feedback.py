@@ -142,6 +142,22 @@ def test_feedback_has_its_kernels_shape_and_dtype_and_its_initialisers_values():
     chex.assert_trees_all_equal(ones, jax.tree.map(lambda leaf: 3 * leaf, params), strict=True)
 
 
+def test_initialisers_can_differ_by_layer():
+    initializers = {"a/*": jax.nn.initializers.ones, "*": jax.nn.initializers.constant(2.0)}
+    params = {name: {"kernel": jnp.zeros((2, 3))} for name in "ab"}
+    feedback = init_feedback(KEY, params, initializer=initializers).feedback
+    expected = {"a": {"kernel": jnp.ones((2, 3))}, "b": {"kernel": jnp.full((2, 3), 2.0)}}
+    chex.assert_trees_all_equal(feedback, expected)
+
+
+def test_initialisers_must_match_and_cover_the_leaves():
+    one = jax.nn.initializers.ones
+    with pytest.raises(ValueError, match=r"initializer's pattern 'c/\*' matches no leaf .*'a'"):
+        init_feedback(KEY, PARAMS, initializer={"c/*": one, "*": one})
+    with pytest.raises(ValueError, match=r"no initializer for the feedback at \['b'\].* '\*'"):
+        init_feedback(KEY, PARAMS, initializer={"a/*": one})
+
+
 def test_feedback_is_independent_of_the_kernel_and_between_layers():
     params = {name: {"kernel": jnp.zeros((50, 60))} for name in "ab"}
     feedback = init_feedback(KEY, params).feedback

@@ -1,0 +1,267 @@
+"""`explain`: which kernels feedback serves, found out before a run.
+
+The function is walked twice, without any arithmetic. The first walk finds the params that meet
+data in a product: the kernels, whatever their names. The second gives each of them feedback and
+takes the gradient, with an observer on every operand that a kernel meets: whether a cotangent
+arrives there is what JAX's own differentiation says, not a guess.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from soap_jax import transform, trees
+from soap_jax.twins import Use
+
+Effect = Literal["feedback", "backprop", "no effect", "error"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What feedback does for one kernel.
+
+    Attributes:
+        path: the kernel's path in params.
+        effect: "feedback": the error goes back through it; "backprop": through the kernel itself;
+            "no effect": no error is sent back here, since nobody asks for it (a first layer);
+            "error": `with_feedback` refuses this feedback.
+        uses: the products and, for "error" and "backprop", what stands in the way.
+        shape: of the kernel, and of its feedback.
+        dtype: of the kernel.
+        nbytes: of the feedback, if there is any to be stored.
+    """
+
+    path: trees.Path
+    effect: Effect
+    uses: tuple[Use, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: a table to print, and a `where` for `init_feedback`.
+
+    Attributes:
+        rows: one for each kernel.
+        others: how many other floating-point leaves there are (biases, scales): their gradients
+            need no kernel of their own to go through.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from soap_jax import explain, init_feedback
+        >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2)), "c": jnp.ones(2)}
+        >>> def loss(params, x):
+        ...     return (jnp.tanh(x @ params["a"]) @ params["b"]).sum() + params["c"].sum()
+        >>> explanation = explain(loss, params, jnp.ones((5, 3)))
+        >>> [(row.path, row.effect) for row in explanation]
+        [(('a',), 'no effect'), (('b',), 'feedback')]
+        >>> state = init_feedback(jax.random.key(0), params, where=explanation)
+        >>> jax.tree.map(jnp.shape, state.feedback)
+        {'a': None, 'b': (4, 2), 'c': None}
+    """
+
+    rows: tuple[Row, ...]
+    others: int
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, path: str) -> Row:
+        """The row of a kernel, by its path as it is printed, "Dense_1/kernel"."""
+        return {"/".join(row.path): row for row in self.rows}[path]
+
+    def __call__(self, path: str, leaf: jax.Array) -> bool:
+        """Whether feedback serves the kernel at the path: a predicate for `init_feedback`."""
+        return any("/".join(row.path) == path and row.effect == "feedback" for row in self.rows)
+
+    def __str__(self) -> str:
+        return _table(self)
+
+
+def explain(
+    fun: Callable,
+    params: chex.ArrayTree,
+    *args,
+    feedback: chex.ArrayTree | None = None,
+    **kwargs,
+) -> Explanation:
+    """Says for every kernel of a function how its error is sent back under `with_feedback`.
+
+    Nothing is computed: `fun` is traced with the types of its arguments, and so is its gradient by
+    `params`, with a cotangent for every output (of a function with an auxiliary output, give the
+    loss alone).
+
+    Args:
+        fun: `(params, *args, **kwargs) -> outputs`, as for `with_feedback`.
+        params: its params; like `args`, arrays or `jax.ShapeDtypeStruct`s.
+        *args: its other arguments.
+        feedback: the feedback tree of which to ask. Without one: what feedback for all kernels
+            would do.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        The explanation. Print it; or hand it to `init_feedback` as `where`, so that just the
+        kernels whose effect is "feedback" get any.
+
+    Raises:
+        ValueError: if feedback does not fit `params`.
+    """
+    given = None if feedback is None else set(transform.feedback_by_kernel(params, feedback))
+    leaves = {
+        trees.path_of(keys): leaf
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    }
+
+    found = transform.Walk(lambda x, use: x, lookup=True)
+    _trace(
+        lambda *a, **k: found(fun, a[0], _twins(a[0], leaves), *a[1:], **k), params, args, kwargs
+    )
+    kernels = {path for use in found.uses if not use.problem for path in use.paths}
+    kernels |= (given or set()) | {path for path in leaves if _named(path, leaves[path])}
+
+    flows: set[Use] = set()
+
+    def observe(x, use):
+        @jax.custom_vjp
+        def f(x):
+            return x
+
+        def f_bwd(_, x_bar):
+            flows.add(use)
+            return (x_bar,)
+
+        f.defvjp(lambda x: (x, None), f_bwd)
+        return f(x)
+
+    walk = transform.Walk(observe)
+
+    def gradient(params, *args, **kwargs):
+        inexact, rebuild = _inexact(params)
+
+        def outputs(inexact):
+            params = rebuild(inexact)
+            return _inexact(walk(fun, params, _twins(params, kernels), *args, **kwargs))[0]
+
+        out, vjp = jax.vjp(outputs, inexact)
+        return vjp([jnp.ones_like(x) for x in out])
+
+    _trace(gradient, params, args, kwargs)
+    rows = tuple(
+        _row(path, leaf, [use for use in walk.uses if path in use.paths], flows, given)
+        for path, leaf in leaves.items()
+        if path in kernels
+    )
+    return Explanation(rows, len(leaves) - len(rows))
+
+
+def _row(path, leaf, uses, flows, given):
+    """Draws the conclusion for one kernel."""
+    products = [use for use in uses if not use.problem]
+    obstacles = [use for use in uses if use.problem and (use in flows or not products)]
+    asked = given is None or path in given
+    effect: Effect
+    if obstacles or not products:
+        effect = "error" if given and asked else "backprop" if uses else "no effect"
+    elif not flows.isdisjoint(products):
+        effect = "feedback" if asked else "backprop"
+    else:
+        effect = "no effect"
+    stored = effect == "feedback" if given is None else asked
+    nbytes = math.prod(leaf.shape) * leaf.dtype.itemsize if stored else 0
+    uses = tuple(dict.fromkeys([*products, *obstacles]))
+    return Row(path, effect, uses, tuple(leaf.shape), leaf.dtype, nbytes)
+
+
+def _named(path, leaf) -> bool:
+    return path[-1:] and path[-1] in trees.KERNEL_NAMES and len(leaf.shape) > 1
+
+
+def _twins(params, paths):
+    """Kernels as their own feedback, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {trees.path_of(keys): leaf for keys, leaf in leaves if trees.path_of(keys) in paths}
+
+
+def _is_array(leaf) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def _inexact(tree):
+    """The leaves that have a gradient, and a function that puts others in their places."""
+    leaves, structure = jax.tree.flatten(tree)
+    mine = [_is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+
+    def rebuild(new):
+        new = iter(new)
+        out = [next(new) if m else x for m, x in zip(mine, leaves, strict=True)]
+        return jax.tree.unflatten(structure, out)
+
+    return [leaf for m, leaf in zip(mine, leaves, strict=True) if m], rebuild
+
+
+def _trace(fun, params, args, kwargs):
+    """Traces `fun` with the arrays among its arguments; the others stay what they are."""
+    leaves, structure = jax.tree.flatten((params, args, kwargs))
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if _is_array(leaf)}
+
+    def traced(arrays):
+        given = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        params, args, kwargs = jax.tree.unflatten(structure, given)
+        fun(params, *args, **kwargs)
+
+    jax.eval_shape(traced, arrays)
+
+
+def _shape(operand: jax.ShapeDtypeStruct) -> str:
+    return "×".join(map(str, operand.shape)) or "scalar"
+
+
+def _table(explanation: Explanation) -> str:
+    from rich import box, console, filesize, table, text  # here, since importing it takes a while
+
+    grid = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("kernel", "effect", "product", "operands"):
+        grid.add_column(column, no_wrap=column != "operands")
+    grid.add_column("feedback", justify="right")
+    notes = []
+    for row in explanation:
+        path = "/".join(row.path)
+        products = [use for use in row.uses if not use.problem]
+        names = [f"{use.primitive}" for use in products[:1]]
+        operands = [" · ".join(map(_shape, use.operands)) for use in products[:1]]
+        if len(products) > 1:
+            operands.append(f"and {len(products) - 1} more")
+        stored = filesize.decimal(row.nbytes) if row.nbytes else "-"
+        cells = path, row.effect, *("\n".join(lines) or "-" for lines in (names, operands)), stored
+        grid.add_row(*map(text.Text, cells))
+        notes += [f"{path}: {use}, {use.problem}." for use in row.uses if use.problem]
+    file = io.StringIO()
+    printer = console.Console(file=file, width=100, color_system=None)
+    printer.print(grid)
+    effects = [row.effect for row in explanation]
+    counts = ", ".join(f"{effects.count(effect)} {effect}" for effect in dict.fromkeys(effects))
+    stored = filesize.decimal(sum(row.nbytes for row in explanation))
+    printer.print(
+        text.Text(
+            f"{len(explanation)} kernels: {counts or 'none'}; {stored} of feedback. "
+            f"{explanation.others} other params meet no data in a product."
+        )
+    )
+    for note in notes:
+        printer.print(text.Text(note))
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())

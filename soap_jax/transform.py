@@ -1,0 +1,425 @@
+"""`with_feedback`: feedback alignment for any JAX function, by rewriting its jaxpr.
+
+The function is traced once, and its equations are evaluated again, one by one, with a little more
+known of each value:
+
+1.  A param that has feedback starts with a *twin*: its feedback leaf. Ops that only lay a kernel
+    out anew (reshape, transpose, cast, slice, concatenate, a constant factor, ...) are applied to
+    the twin as well. So a kernel in another layout has its feedback in that layout beside it.
+2.  Where such a kernel meets another operand in `dot_general` or `conv_general_dilated`, on either
+    side, the equation becomes `ops.through_feedback` of the same primitive: same value, same
+    kernel gradient, the other operand's cotangent taken at the twin. The result is an activation.
+3.  Any other op *loses* the twin, and the value remembers where. By itself that does no harm: an
+    L2 term is exact, since no error flows through it. But where a kernel, lost or not, meets an
+    operand in a way that feedback cannot replace, that operand is *watched*: it passes through an
+    identity whose backward pass raises. So JAX's own differentiation decides. What is not
+    differentiated there (data, a mask, a coefficient) passes, and no error is ever sent back
+    through the weights themselves in silence.
+4.  Equations that hold a jaxpr of their own (`jit`, `scan`, `while`, `cond`, `remat`, `shard_map`)
+    and touch a kernel are made again by the same public function around the rewritten body, to
+    which twins are handed beside their kernels; a scan stays one scan. A custom derivative of a
+    product keeps its rule, which is evaluated at the twin. Everything else is bound as it was.
+
+Rows of a kernel that are looked up by index (an embedding; one expert of many), and a kernel's
+product with a constant, can be meant as weights or as activations. They keep their twin, use it
+where they meet data in a product, and are taken for activations everywhere else.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core, source_info_util
+
+from soap_jax import bodies, ops, trees
+from soap_jax import twins as tw
+
+Out = TypeVar("Out")
+
+PRODUCTS = ("dot_general", "conv_general_dilated")
+"""Bilinear primitives: a kernel with a twin goes through feedback here."""
+
+LAYOUTS = (
+    *("all_gather", "all_gather_invariant", "all_to_all", "broadcast_in_dim"),
+    *("convert_element_type", "copy", "copy_p", "device_put", "dynamic_slice", "mesh_cast"),
+    *("name", "neg", "optimization_barrier", "pcast", "ppermute", "pvary", "reduce_precision"),
+    *("reshape", "reshard", "rev", "sharding_constraint", "slice", "split", "squeeze"),
+    *("stop_gradient", "transpose"),
+)
+"""Primitives that lay out a kernel anew; their other operands are indices."""
+
+JOINS = ("concatenate", "dynamic_update_slice", "pad", "select_n")
+"""Primitives that lay out several values together; one without a twin stands for itself."""
+
+SUMS = ("add", "add_any", "sub")
+"""Primitives that send each operand's cotangent back whatever the other operand is."""
+
+
+Watch = Callable[[jax.Array, tw.Use], jax.Array]
+"""`(x, use) -> x`: sees each operand that a kernel meets, and may observe its cotangent."""
+
+
+def with_feedback(
+    fun: Callable[..., Out], *, feedback_bar: ops.FeedbackBar = None
+) -> Callable[..., Out]:
+    """Gives any function of a tree of params a feedback argument.
+
+    With `fun_fa = with_feedback(fun)`, `fun_fa(params, feedback, *args)` equals
+    `fun(params, *args)`. Backwards, wherever a kernel W that has a feedback leaf B meets an
+    activation x in a product y = x · W (any `dot_general` or `conv_general_dilated`),
+
+        x_bar = y_bar · Bᵀ        through feedback: whatever came before gets a pseudo-gradient
+        W_bar = xᵀ · y_bar        W's own
+
+    and everything else is differentiated exactly. So feedback equal to the kernels is exact
+    backpropagation, and so is a missing or None leaf, for that kernel. The function may come from
+    Linen, NNX (`nnx.split` and `nnx.merge`), Equinox, Haiku or nowhere. It is traced, as under
+    `jit`: arrays among its arguments are tracers, other arguments stay what they are. The result
+    composes with `grad`, `value_and_grad`, `has_aux`, `jit`, `vmap`, `scan`, `checkpoint` and
+    `shard_map`, in reverse mode only, since a pseudo-gradient is defined by its backward pass. Call
+    it under `jit`: each call outside traces `fun` again.
+
+    How a kernel is followed to its products, and what is refused, the module's docstring says. Use
+    `soap_jax.explain` to see it for your function, before you run it.
+
+    Args:
+        fun: `(params, *args, **kwargs) -> outputs`; `params` is any pytree.
+        feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`: None, "kernel"
+            (Kolen-Pollack), or a function of one product's operands.
+
+    Returns:
+        `fun_fa(params, feedback, *args, **kwargs) -> outputs`, where `feedback` is a tree like
+        `params` (see `soap_jax.trees`), such as `init_feedback(...).feedback`. It raises
+        ValueError when it is traced, if a leaf's path or shape is not its kernel's or if its
+        kernel meets no activation in a product; and when it is differentiated, if an error would
+        flow back through a kernel that has feedback, but not by a product, or after something
+        else than its layout was changed: elementwise scaling of an activation, a normalised
+        kernel, two kernels combined.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from soap_jax import with_feedback
+        >>> def loss(params, x):
+        ...     return jnp.sum(jnp.tanh(x @ params["in"]) @ params["out"])
+        >>> params = {"in": jnp.eye(2), "out": jnp.ones((2, 1))}
+        >>> feedback = {"out": jnp.array([[5.0], [-1.0]])}
+        >>> jax.grad(with_feedback(loss))(params, feedback, jnp.array([0.01, 0.0]))["in"].round(2)
+        Array([[ 0.05, -0.01],
+               [ 0.  , -0.  ]], dtype=float32)
+
+    References:
+        Lillicrap et al. Random synaptic feedback weights support error backpropagation for deep
+        learning. Nature Communications, 2016. https://doi.org/10.1038/ncomms13276
+    """
+
+    def fun_fa(params: chex.ArrayTree, feedback: chex.ArrayTree, *args, **kwargs) -> Out:
+        twins = feedback_by_kernel(params, feedback)
+        walk = Walk(_refuse, feedback_bar=feedback_bar)
+        out = walk(fun, params, twins, *args, **kwargs)
+        for path in twins:
+            _check_used(path, walk.uses)
+        return out
+
+    for name in ("__module__", "__name__", "__qualname__"):  # not `wraps`: another signature
+        if hasattr(fun, name):
+            setattr(fun_fa, name, getattr(fun, name))
+    return fun_fa
+
+
+def feedback_by_kernel(params: chex.ArrayTree, feedback: chex.ArrayTree) -> dict[trees.Path, Any]:
+    """Feedback leaves by their kernel's path, also where they are called `feedback` beside it."""
+    paths = {trees.path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)}
+    return {
+        path if path in paths else (*path[:-1], "kernel"): leaf
+        for path, (_, leaf) in trees.pairs(params, feedback).items()
+    }
+
+
+class Walk:
+    """One evaluation of a function with feedback; see the module's docstring.
+
+    Args:
+        watch: sees the operands that kernels meet.
+        lookup: take all kernels for lookups, for a first look at a function.
+        feedback_bar: as in `ops.feedback_op`.
+
+    Attributes:
+        uses: the places where kernels were used or lost.
+    """
+
+    def __init__(self, watch: Watch, *, lookup: bool = False, feedback_bar: ops.FeedbackBar = None):
+        self.watch = watch
+        self.lookup = lookup
+        self.feedback_bar = feedback_bar
+        self.uses: list[tw.Use] = []
+        self.line = "an unknown line"  # of the equation whose jaxpr is being evaluated
+
+    def __call__(self, fun, params, twins: Mapping[trees.Path, Any], *args, **kwargs):
+        """Evaluates `fun(params, *args, **kwargs)`; `twins` is feedback by its kernel's path."""
+        keyed, tree = jax.tree_util.tree_flatten_with_path((params, args, kwargs))
+        arrays = {i: leaf for i, (_, leaf) in enumerate(keyed) if isinstance(leaf, _ARRAYS)}
+        out_tree, out_static = None, []  # what `flat` returns besides arrays
+
+        def flat(arrays):
+            nonlocal out_tree, out_static
+            leaves = [arrays.get(i, leaf) for i, (_, leaf) in enumerate(keyed)]
+            params, args, kwargs = jax.tree.unflatten(tree, leaves)
+            out, out_tree = jax.tree.flatten(fun(params, *args, **kwargs))
+            is_array = [isinstance(x, (*_ARRAYS, numbers.Number)) for x in out]
+            out_static = [None if yes else (x,) for yes, x in zip(is_array, out, strict=True)]
+            return [x for yes, x in zip(is_array, out, strict=True) if yes]
+
+        closed = jax.make_jaxpr(flat)(arrays)
+        outs = iter(self.run(closed, [_start(*keyed[i], twins, self.lookup) for i in arrays]))
+        leaves = [next(outs).array if static is None else static[0] for static in out_static]
+        return jax.tree.unflatten(out_tree, leaves)
+
+    def run(self, closed: core.ClosedJaxpr, args: Sequence[tw.Value]) -> list[tw.Value]:
+        """Evaluates a jaxpr."""
+        jaxpr = closed.jaxpr
+        consts = [
+            tw.Value(const, data=isinstance(const, jax.core.Tracer)) for const in closed.consts
+        ]
+        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+        def read(atom):
+            return tw.Value(atom.val) if isinstance(atom, core.Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            with eqn.ctx.manager:
+                outs = self.equation(eqn, [read(atom) for atom in eqn.invars])
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def equation(self, eqn: core.JaxprEqn, values: list[tw.Value]) -> list[tw.Value]:
+        """Evaluates one equation."""
+        name = eqn.primitive.name
+        if all(value.kernel is None for value in values):
+            return tw.outputs(eqn, values)
+        if name in bodies.BODIES:
+            outer, self.line = self.line, self._line_of(eqn)
+            try:
+                return bodies.BODIES[name](self, eqn, values)
+            finally:
+                self.line = outer
+        if name in PRODUCTS or (name in _CUSTOM and not self.feedback_bar and _bilinear(eqn)):
+            return self._product(eqn, values)
+        if name in LAYOUTS or name in JOINS:
+            return self._layout(eqn, values)
+        if name in ("mul", "div"):
+            return self._scale(eqn, values)
+        if name == "gather":
+            return self._lookup(eqn, values)
+        return self.lose(eqn, values)
+
+    def _product(self, eqn, values):
+        """A kernel meets an activation: through feedback."""
+        for i in (1, 0):
+            kernel, other = values[i], values[1 - i]
+            is_weights = kernel.held or other.data or (other.constant and not other.kernel)
+            if kernel.twin is not None and is_weights and not other.held:
+                break
+        else:
+            return self.lose(eqn, values)
+
+        def op(x, kernel):
+            return tw.bind(eqn, [x, kernel] if i else [kernel, x])
+
+        x = self.watch(other.array, self.used(eqn, values, kernel.kernel.paths))
+        if eqn.primitive.name in _CUSTOM:
+            y = _through_own_rule(op, x, kernel.array, kernel.twin)
+        else:
+            feedback_bar = self.feedback_bar
+            y = ops.through_feedback(op, x, kernel.array, kernel.twin, feedback_bar=feedback_bar)
+        (out,) = tw.derived([y], values)
+        if other.constant:  # the product may be weights still
+            twin = op(other.array, kernel.twin)
+            out = out._replace(twin=twin, kernel=kernel.kernel._replace(lookup=True))
+        return [out]
+
+    def _layout(self, eqn, values):
+        """The same op on kernels and on twins; an operand without a twin stands for itself."""
+        kernels = [value for value in values if value.kernel]
+        held = any(value.held for value in kernels)
+        mixed = any(not v.kernel and not v.constant and tw.is_float(v) for v in values)
+        if any(value.twin is None for value in kernels) or (mixed and not held):
+            return self.lose(eqn, values)
+        outs = tw.outputs(eqn, values)
+        arrays = [value.array if value.twin is None else value.twin for value in values]
+        twins = tw.as_list(tw.bind(eqn, arrays))
+        if len(outs) == len(values):  # one operand, or several, each for itself
+            known = [value.kernel for value in values]
+        else:
+            known = [tw.Kernel(tw.paths(kernels), lookup=not held)] * len(outs)
+        return [
+            out._replace(twin=twin, kernel=kernel) if kernel else out
+            for out, twin, kernel in zip(outs, twins, known, strict=True)
+        ]
+
+    def _scale(self, eqn, values):
+        """A kernel is scaled by what is not differentiated, such as a mask: so is its twin."""
+        a, b = values
+        kernel, factor = (b, a) if b.kernel and eqn.primitive.name == "mul" else (a, b)
+        if kernel.twin is None or factor.kernel or not (kernel.held or factor.constant):
+            return self.lose(eqn, values)
+        if not factor.constant:
+            use = self.used(eqn, values, kernel.kernel.paths, _NO_PRODUCT)
+            factor = factor._replace(array=self.watch(factor.array, use))
+        values = [kernel, factor] if kernel is a else [factor, kernel]
+        (out,) = tw.outputs(eqn, values)
+        twin = tw.bind(eqn, [v.array if v.twin is None else v.twin for v in values])
+        return [out._replace(twin=twin, kernel=kernel.kernel)]
+
+    def _lookup(self, eqn, values):
+        """Rows are looked up by index."""
+        (out,) = tw.outputs(eqn, values)
+        table, indices = values
+        if table.held:
+            self.used(eqn, values, table.kernel.paths, "a lookup, which is exact")
+        twin = None if table.twin is None else tw.bind(eqn, [table.twin, indices.array])
+        return [out._replace(twin=twin, kernel=table.kernel._replace(lookup=True))]
+
+    def lose(self, eqn, values) -> list[tw.Value]:
+        """Anything else: the twin is lost, and operands that meet a kernel are watched."""
+        name = eqn.primitive.name
+        held = [v for v in values if v.held or (v.kernel and v.kernel.lost and name in PRODUCTS)]
+        if not held:
+            return tw.outputs(eqn, values)
+        first = held[0].kernel.paths
+        problem = _NO_PRODUCT if all(v.kernel.paths == first for v in held) else _COMBINED
+        lost = next((v.kernel.lost for v in held if v.kernel.lost), None)
+        if lost:
+            use = self.describe(eqn, values, tw.paths(held), f"{problem}, after {lost}")
+        else:
+            use = self.used(eqn, values, tw.paths(held), problem)
+        if name not in (*SUMS, *JOINS, *LAYOUTS):
+            values = [
+                v._replace(array=self.watch(v.array, use))
+                if tw.is_float(v) and not (v.kernel and v.kernel.paths == first)
+                else v
+                for v in values
+            ]
+        outs = tw.outputs(eqn, values)
+        if name in PRODUCTS and any(v.data for v in values if not v.held):
+            return outs  # of data that is not differentiated: a first layer's activations
+        kernel = tw.Kernel(tw.paths(held), lost=lost or use)
+        return [out._replace(kernel=kernel) if tw.is_float(out) else out for out in outs]
+
+    def used(self, eqn, values, paths, problem="") -> tw.Use:
+        """Takes note of a use of kernels."""
+        self.uses.append(self.describe(eqn, values, paths, problem))
+        return self.uses[-1]
+
+    def describe(self, eqn, values, paths, problem="") -> tw.Use:
+        """Describes an equation as a use of kernels."""
+        operands = tuple(
+            jax.ShapeDtypeStruct(jnp.shape(v.array), jnp.result_type(v.array)) for v in values
+        )
+        return tw.Use(paths, eqn.primitive.name, self._line_of(eqn), operands, problem)
+
+    def _line_of(self, eqn):
+        """A function that JAX traced before and took from its cache has no line of its own."""
+        return source_info_util.summarize(eqn.source_info) or self.line
+
+
+_ARRAYS = (jax.Array, np.ndarray, np.generic)
+_CUSTOM = ("custom_jvp_call", "custom_vjp_call")
+_NO_PRODUCT = "which is no product that could go through feedback"
+_COMBINED = "where kernels with feedback are combined before they meet an activation"
+
+
+def _start(keys, leaf, twins, lookup) -> tw.Value:
+    """A leaf of `(params, args, kwargs)`."""
+    if keys[0].idx > 0:
+        return tw.Value(leaf, data=True)
+    path = trees.path_of(keys[1:])
+    if path not in twins:
+        return tw.Value(leaf, params=True)
+    twin = jnp.asarray(twins[path]).astype(leaf.dtype)
+    return tw.Value(leaf, twin, tw.Kernel((path,), lookup=lookup), params=True)
+
+
+def _bilinear(eqn) -> bool:
+    """Whether a function with a custom derivative is linear in each of two operands."""
+    if len(eqn.invars) != 2 or len(eqn.outvars) != 1:
+        return False
+    call = core.jaxpr_as_fun(eqn.params["call_jaxpr"])
+    x, kernel, y = (v.aval for v in (*eqn.invars, *eqn.outvars))
+    x, kernel, y = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, kernel, y))
+
+    def transpose(x, kernel, y):
+        return (
+            jax.linear_transpose(lambda x: call(x, kernel), x)([y]),
+            jax.linear_transpose(lambda kernel: call(x, kernel), kernel)([y]),
+        )
+
+    try:
+        jax.eval_shape(transpose, x, kernel, y)
+    except Exception:  # whatever JAX says of functions that are not linear
+        return False
+    return True
+
+
+def _through_own_rule(op, x, kernel, feedback):
+    """`ops.through_feedback` of an op whose own derivative rule is to be kept."""
+
+    def f(y, x, feedback):
+        del x, feedback
+        return y
+
+    def f_fwd(y, x, feedback):
+        return y, (x, feedback)
+
+    def f_bwd(residuals, y_bar):
+        x, feedback = residuals
+        _, vjp = jax.vjp(lambda x: op(x, feedback), x)
+        return y_bar, *vjp(y_bar), None
+
+    f = jax.custom_vjp(f)
+    f.defvjp(f_fwd, f_bwd)
+    return f(op(ops.detach(x), kernel), x, feedback)
+
+
+def _refuse(x, use):
+    """Lets an operand meet a kernel, but its cotangent only through feedback."""
+    if not use.problem:
+        return x
+
+    @jax.custom_vjp
+    def f(x):
+        return x
+
+    def f_bwd(_, x_bar):
+        raise ValueError(
+            f"an error would be sent back through the kernel at {_show(use.paths)} itself, not "
+            f"through its feedback: in {use}, {use.problem}. Feedback can replace a kernel of "
+            f"which only the layout was changed, in {' and '.join(PRODUCTS)}. Write the op as such "
+            "a product; or give the kernel no feedback (None at its path), which is exact "
+            "backpropagation; or stop the other operand's gradient (jax.lax.stop_gradient)."
+        )
+
+    f.defvjp(lambda x: (x, None), f_bwd)
+    return f(x)
+
+
+def _check_used(path, uses):
+    """Raises ValueError if a kernel has feedback that nothing uses."""
+    mine = [use for use in uses if path in use.paths]
+    if all(use.problem for use in mine):
+        places = "; in ".join(dict.fromkeys(f"{use}, {use.problem}" for use in mine))
+        raise ValueError(
+            f"feedback at {trees.show(path)} would do nothing: its kernel meets no activation in "
+            f"{' or '.join(PRODUCTS)}. It is {f'used in {places}' if places else 'not used'}. Put "
+            "None at its path, or let init_feedback(key, params, where=soap_jax.explain(fun, "
+            "params, *args)) find the kernels that feedback serves."
+        )
+
+
+def _show(paths):
+    return " and ".join(trees.show(path) for path in paths)
