@@ -8,10 +8,11 @@ arrives there is what JAX's own differentiation says, not a guess.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import chex
@@ -54,8 +55,8 @@ class Explanation:
 
     Attributes:
         rows: one for each kernel.
-        others: how many other floating-point leaves there are (biases, scales): their gradients
-            need no kernel of their own to go through.
+        others: the other floating-point leaves (biases, scales), whose gradients are exact, by
+            path, with the primitive that used them first ("unused" if none did).
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -72,7 +73,7 @@ class Explanation:
     """
 
     rows: tuple[Row, ...]
-    others: int
+    others: Mapping[trees.Path, str]
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -82,7 +83,12 @@ class Explanation:
 
     def __getitem__(self, path: str) -> Row:
         """The row of a kernel, by its path as it is printed, "Dense_1/kernel"."""
-        return {"/".join(row.path): row for row in self.rows}[path]
+        rows = {"/".join(row.path): row for row in self.rows}
+        if path not in rows:
+            raise KeyError(
+                f"{path!r} is none of the kernels: {', '.join(rows) or 'there are none'}"
+            )
+        return rows[path]
 
     def __call__(self, path: str, leaf: jax.Array) -> bool:
         """Whether feedback serves the kernel at the path: a predicate for `init_feedback`."""
@@ -166,7 +172,8 @@ def explain(
         for path, leaf in leaves.items()
         if path in kernels
     )
-    return Explanation(rows, len(leaves) - len(rows))
+    others = {path: found.activations.get(path, "unused") for path in leaves if path not in kernels}
+    return Explanation(rows, others)
 
 
 def _row(path, leaf, uses, flows, given):
@@ -256,12 +263,11 @@ def _table(explanation: Explanation) -> str:
     effects = [row.effect for row in explanation]
     counts = ", ".join(f"{effects.count(effect)} {effect}" for effect in dict.fromkeys(effects))
     stored = filesize.decimal(sum(row.nbytes for row in explanation))
-    printer.print(
-        text.Text(
-            f"{len(explanation)} kernels: {counts or 'none'}; {stored} of feedback. "
-            f"{explanation.others} other params meet no data in a product."
-        )
-    )
-    for note in notes:
-        printer.print(text.Text(note))
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+    lines = [f"{len(explanation)} kernels: {counts or 'none'}; {stored} of feedback."]
+    kinds = collections.Counter(f"{path[-1]} ({op})" for path, op in explanation.others.items())
+    if kinds:
+        kinds_text = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+        lines.append(f"No kernels, exact gradients: {kinds_text}.")
+    for line in [*lines, *notes]:
+        printer.print(text.Text(line))
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()).strip("\n")

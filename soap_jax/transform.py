@@ -151,6 +151,7 @@ class Walk:
 
     Attributes:
         uses: the places where kernels were used or lost.
+        activations: the primitive at which a lookup was first taken for an activation, by path.
     """
 
     def __init__(self, watch: Watch, *, lookup: bool = False, feedback_bar: ops.FeedbackBar = None):
@@ -158,6 +159,7 @@ class Walk:
         self.lookup = lookup
         self.feedback_bar = feedback_bar
         self.uses: list[tw.Use] = []
+        self.activations: dict[trees.Path, str] = {}
         self.line = "an unknown line"  # of the equation whose jaxpr is being evaluated
 
     def __call__(self, fun, params, twins: Mapping[trees.Path, Any], *args, **kwargs):
@@ -222,7 +224,9 @@ class Walk:
         """A kernel meets an activation: through feedback."""
         for i in (1, 0):
             kernel, other = values[i], values[1 - i]
-            is_weights = kernel.held or other.data or (other.constant and not other.kernel)
+            is_weights = kernel.held or other.data
+            if not other.kernel:  # an activation, of a constant
+                is_weights = is_weights or other.constant or self.lookup
             if kernel.twin is not None and is_weights and not other.held:
                 break
         else:
@@ -290,6 +294,8 @@ class Walk:
         name = eqn.primitive.name
         held = [v for v in values if v.held or (v.kernel and v.kernel.lost and name in PRODUCTS)]
         if not held:
+            for path in tw.paths(values):
+                self.activations.setdefault(path, name)
             return tw.outputs(eqn, values)
         first = held[0].kernel.paths
         problem = _NO_PRODUCT if all(v.kernel.paths == first for v in held) else _COMBINED
