@@ -59,38 +59,35 @@ def _remat(walk, eqn, values):
 def _scan(walk, eqn, values):
     closed, n, m = (eqn.params[name] for name in ("jaxpr", "num_consts", "num_carry"))
     consts, init, xs = values[:n], values[n : n + m], values[n + m :]
-    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    handed_on = [
-        a is b for a, b in zip(closed.jaxpr.invars[n : n + m], closed.jaxpr.outvars, strict=False)
-    ]
+    names = "length", "reverse", "unroll", "_split_transpose"
+    options = {name: eqn.params[name] for name in names if name in eqn.params}
 
     def loop(carried):
         f, known = _body(walk, closed, [*consts, *carried, *xs])
+        const_arrays, const_twins = tw.split(consts)
+        _, carried_twins = tw.split(carried)
 
         def body(carry, x):
             x_arrays, x_twins = x
-            const_arrays, const_twins = tw.split(consts)
-            twins = [value.twin for value in carried]
-            arrays, twins = f([*const_arrays, *carry, *x_arrays], [*const_twins, *twins, *x_twins])
+            arrays = [*const_arrays, *carry, *x_arrays]
+            arrays, twins = f(arrays, [*const_twins, *carried_twins, *x_twins])
             return arrays[:m], (arrays[m:], twins[m:])
 
         carry, (ys, twins) = lax.scan(body, [v.array for v in init], tw.split(xs), **options)
         return [*carry, *ys], [*[None] * m, *twins], known
 
-    return _carry(walk, eqn, values, init, handed_on, loop)
+    return _carry(walk, eqn, values, init, loop)
 
 
 def _while(walk, eqn, values):
-    cond, body, n, m = (
-        eqn.params[name] for name in ("cond_jaxpr", "body_jaxpr", "cond_nconsts", "body_nconsts")
-    )
+    names = "cond_jaxpr", "body_jaxpr", "cond_nconsts", "body_nconsts"
+    cond, body, n, m = (eqn.params[name] for name in names)
     cond_consts, body_consts, init = values[:n], values[n : n + m], values[n + m :]
-    handed_on = [a is b for a, b in zip(body.jaxpr.invars[m:], body.jaxpr.outvars, strict=True)]
 
     def loop(carried):
         f, _ = _body(walk, cond, [*cond_consts, *carried])
         g, known = _body(walk, body, [*body_consts, *carried])
-        twins = [value.twin for value in carried]
+        _, twins = tw.split(carried)
 
         def call(f, consts, carry):
             const_arrays, const_twins = tw.split(consts)
@@ -103,40 +100,48 @@ def _while(walk, eqn, values):
         )
         return arrays, [None] * len(init), known
 
-    return _carry(walk, eqn, values, init, handed_on, loop)
+    return _carry(walk, eqn, values, init, loop)
 
 
-def _carry(walk, eqn, values, init, handed_on, loop):
-    """Runs a loop whose carried kernels keep their twins if they are handed on as they are.
+def _carry(walk, eqn, values, init, loop):
+    """Runs a loop; the kernels that it carries keep their twins if it hands them on as they are.
 
-    A loop that changes a kernel loses its twin. Which values derive from kernels one knows only
-    after a pass, so it is repeated until nothing new is found, which nearly always is at once.
+    What is handed on and what derives from a kernel, one knows only after a pass. So the loop is
+    made again until nothing new is found, which nearly always is at once.
     """
     (anything,) = tw.derived([None], values)
 
-    def changed(value, known):
+    def changed(value, out):
         """What is known of a value that the loop carries and changes."""
-        found = [v for v in (value, known) if v.held]
-        if not found:
+        found = [v for v in (value, out) if v.held]
+        if found:
+            paths = tw.paths(found)
+            lost = found[-1].kernel.lost or walk.used(eqn, values, paths, "which changes it")
+            return anything._replace(kernel=tw.Kernel(paths, lost=lost))
+        if value.array is not None and tw.is_float(value):
             return anything
-        lost = found[-1].kernel.lost or walk.used(eqn, values, tw.paths(found), "which changes it")
-        return anything._replace(kernel=tw.Kernel(tw.paths(found), lost=lost))
+        return value._replace(data=value.data or out.data, params=value.params or out.params)
 
-    carried = [v if same else changed(v, v) for same, v in zip(handed_on, init, strict=True)]
+    carried = [
+        v._replace(kernel=v.kernel._replace(slot=i)) if v.kernel else changed(v, v)
+        for i, v in enumerate(init)
+    ]
     while True:
         arrays, twins, known = loop(carried)
         new = [
-            v if same else changed(v, out)
-            for same, v, out in zip(handed_on, carried, known, strict=False)
+            v if _slot(v) is not None and _slot(v) == _slot(out) else changed(v, out)
+            for v, out in zip(carried, known, strict=False)
         ]
-        if [v.kernel and v.kernel.paths for v in new] == [
-            v.kernel and v.kernel.paths for v in carried
-        ]:
+        if [v.known for v in new] == [v.known for v in carried]:
             break
         carried = new
-    known = [*(v.known for v in carried), *known[len(init) :]]
-    twins = [*(v.twin for v in carried), *twins[len(init) :]]
-    return tw.join(known, arrays, twins)
+    ends = [v if _slot(out) is not None else out for v, out in zip(init, carried, strict=True)]
+    known = [*(v.known for v in ends), *known[len(init) :]]
+    return tw.join(known, arrays, [*(v.twin for v in ends), *twins[len(init) :]])
+
+
+def _slot(value):
+    return value.kernel.slot if value.kernel else None
 
 
 def _cond(walk, eqn, values):

@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import io
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
@@ -103,13 +104,13 @@ def explain(
     params: chex.ArrayTree,
     *args,
     feedback: chex.ArrayTree | None = None,
+    has_aux: bool = False,
     **kwargs,
 ) -> Explanation:
     """Says for every kernel of a function how its error is sent back under `with_feedback`.
 
     Nothing is computed: `fun` is traced with the types of its arguments, and so is its gradient by
-    `params`, with a cotangent for every output (of a function with an auxiliary output, give the
-    loss alone).
+    `params`, with a cotangent for every output, or with `has_aux` for the first alone.
 
     Args:
         fun: `(params, *args, **kwargs) -> outputs`, as for `with_feedback`.
@@ -117,6 +118,7 @@ def explain(
         *args: its other arguments.
         feedback: the feedback tree of which to ask. Without one: what feedback for all kernels
             would do.
+        has_aux: whether `fun` returns `(outputs, aux)`, as in `jax.grad`.
         **kwargs: its keyword arguments.
 
     Returns:
@@ -126,7 +128,7 @@ def explain(
     Raises:
         ValueError: if feedback does not fit `params`.
     """
-    given = None if feedback is None else set(transform.feedback_by_kernel(params, feedback))
+    given = None if feedback is None else set(trees.by_kernel(params, feedback))
     leaves = {
         trees.path_of(keys): leaf
         for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -161,7 +163,8 @@ def explain(
 
         def outputs(inexact):
             params = rebuild(inexact)
-            return _inexact(walk(fun, params, _twins(params, kernels), *args, **kwargs))[0]
+            out = walk(fun, params, _twins(params, kernels), *args, **kwargs)
+            return _inexact(out[0] if has_aux else out)[0]
 
         out, vjp = jax.vjp(outputs, inexact)
         return vjp([jnp.ones_like(x) for x in out])
@@ -243,8 +246,8 @@ def _table(explanation: Explanation) -> str:
 
     grid = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("kernel", "effect", "product", "operands"):
-        grid.add_column(column, no_wrap=column != "operands")
-    grid.add_column("feedback", justify="right")
+        grid.add_column(column, no_wrap=True)
+    grid.add_column("feedback", justify="right", no_wrap=True)
     notes = []
     for row in explanation:
         path = "/".join(row.path)
@@ -258,7 +261,7 @@ def _table(explanation: Explanation) -> str:
         grid.add_row(*map(text.Text, cells))
         notes += [f"{path}: {use}, {use.problem}." for use in row.uses if use.problem]
     file = io.StringIO()
-    printer = console.Console(file=file, width=100, color_system=None)
+    printer = console.Console(file=file, width=200, color_system=None)
     printer.print(grid)
     effects = [row.effect for row in explanation]
     counts = ", ".join(f"{effects.count(effect)} {effect}" for effect in dict.fromkeys(effects))
@@ -268,6 +271,8 @@ def _table(explanation: Explanation) -> str:
     if kinds:
         kinds_text = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
         lines.append(f"No kernels, exact gradients: {kinds_text}.")
+    shown = [line.rstrip() for line in file.getvalue().splitlines() if line.strip()]
+    shown.append("")
     for line in [*lines, *notes]:
-        printer.print(text.Text(line))
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()).strip("\n")
+        shown += textwrap.wrap(line, max(80, len(shown[0])), break_long_words=False)
+    return "\n".join(shown)

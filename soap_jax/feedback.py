@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import chex
 import jax
@@ -24,7 +24,8 @@ from jax.typing import ArrayLike
 
 from soap_jax import rules, trees
 
-Initializer = jax.nn.initializers.Initializer
+Initializer = jax.nn.initializers.Initializer | Literal["matched"]
+"""`(key, shape, dtype) -> array`, or "matched": as large as the kernel."""
 
 glorot_normal = jax.nn.initializers.glorot_normal()
 
@@ -78,13 +79,15 @@ def init_feedback(
         where: which leaves of `params` get feedback: what `soap_jax.explain` returned; glob
             patterns over paths such as "Dense_1/kernel"; or a predicate `(path, leaf) -> bool`. By
             default the leaves named kernel, w or weight that have two axes or more.
-        initializer: `(key, shape, dtype) -> array`; best the one of the kernels, so that feedback
-            starts as large as they are. Or a mapping from path patterns to initialisers, of which
-            the first that matches a leaf counts. For kernels of several input or output axes, and
-            stacked ones, give one that knows them, or adopt the model's own feedback.
-        feedback: feedback weights to adopt instead, such as Linen's `variables["feedback"]` or
-            `nnx.state(model, soap_jax.nnx.Feedback)`; excludes `where`. The state shares its
-            buffers, so donating the state uses them up.
+        initializer: `(key, shape, dtype) -> array`, best the one of the kernels; or "matched":
+            normal, of each kernel's own root mean square, whatever its library and layout. Feedback
+            that is larger than its kernel multiplies the learning rate of the layers below, which
+            easily passes for a better method. Or a mapping from path patterns to initialisers, of
+            which the first that matches a leaf counts.
+        feedback: feedback weights to adopt instead, such as Linen's `variables["feedback"]`,
+            `nnx.state(model, soap_jax.nnx.Feedback)`, or a second draw of `params`; with `where`,
+            only the leaves that it selects. The state shares its buffers, so donating the state
+            uses them up.
 
     Returns:
         The state. Leaves of `params` without feedback have `None` in `state.feedback`, which has
@@ -107,23 +110,29 @@ def init_feedback(
         (SignSync(period=1, magnitude='unit'), 10)
     """
     feedback_key, rule_key = jax.random.split(key)
-    if feedback is None:
+    if feedback is None or where is not None:
         chosen = trees.select(params, where)
-        initializers = _initializers(initializer, chosen)
+        if feedback is None:
+            initializers = _initializers(initializer, chosen)
 
-        def draw(keys, kernel):
+            def make(path, kernel):
+                return _draw(initializers[path], _fold_in_path(feedback_key, path), kernel)
+        else:
+            given = trees.by_kernel(params, feedback)
+            if missing := sorted(chosen - given.keys()):
+                raise ValueError(
+                    f"`where` selects {', '.join(map(trees.show, missing))}, for which `feedback` "
+                    "has no leaf. Select what it has, or leave `feedback` out, to draw it."
+                )
+
+            def make(path, kernel):
+                return given[path]
+
+        def one(keys, kernel):
             path = trees.path_of(keys)
-            if path not in chosen:
-                return None
-            draw_one = initializers[path]
-            return draw_one(_fold_in_path(feedback_key, path), kernel.shape, kernel.dtype)
+            return make(path, kernel) if path in chosen else None
 
-        feedback = jax.tree_util.tree_map_with_path(draw, params)
-    elif where is not None:
-        raise ValueError(
-            "both `where` and `feedback` are given; adopted feedback says itself which kernels "
-            "have any. Drop `where`, or put None at the leaves that should have no feedback."
-        )
+        feedback = jax.tree_util.tree_map_with_path(one, params)
     feedback = trees.map_pairs(lambda path, w, b: rules.shard_like(b, w), params, feedback)
     static, period = _split_period(rule)
     try:
@@ -245,6 +254,13 @@ def _rules_of(static, paths, *, complete=False):
             "pattern '*'."
         )
     return out
+
+
+def _draw(initializer, key, kernel):
+    if initializer == "matched":
+        scale = jnp.sqrt(jnp.mean(jnp.square(kernel.astype(jnp.float32))))
+        return (scale * jax.random.normal(key, kernel.shape)).astype(kernel.dtype)
+    return initializer(key, kernel.shape, kernel.dtype)
 
 
 def _initializers(initializer, paths):

@@ -39,6 +39,7 @@ from jax.extend import core, source_info_util
 
 from soap_jax import bodies, ops, trees
 from soap_jax import twins as tw
+from soap_jax.feedback import FeedbackState
 
 Out = TypeVar("Out")
 
@@ -50,11 +51,11 @@ LAYOUTS = (
     *("convert_element_type", "copy", "copy_p", "device_put", "dynamic_slice", "mesh_cast"),
     *("name", "neg", "optimization_barrier", "pcast", "ppermute", "pvary", "reduce_precision"),
     *("reshape", "reshard", "rev", "sharding_constraint", "slice", "split", "squeeze"),
-    *("stop_gradient", "transpose"),
+    *("stop_gradient", "tile", "transpose", "unstack"),
 )
 """Primitives that lay out a kernel anew; their other operands are indices."""
 
-JOINS = ("concatenate", "dynamic_update_slice", "pad", "select_n")
+JOINS = ("concatenate", "dynamic_update_slice", "pad", "select_n", "stack")
 """Primitives that lay out several values together; one without a twin stands for itself."""
 
 SUMS = ("add", "add_any", "sub")
@@ -78,12 +79,14 @@ def with_feedback(
         W_bar = xᵀ · y_bar        W's own
 
     and everything else is differentiated exactly. So feedback equal to the kernels is exact
-    backpropagation, and so is a missing or None leaf, for that kernel. The function may come from
-    Linen, NNX (`nnx.split` and `nnx.merge`), Equinox, Haiku or nowhere. It is traced, as under
-    `jit`: arrays among its arguments are tracers, other arguments stay what they are. The result
-    composes with `grad`, `value_and_grad`, `has_aux`, `jit`, `vmap`, `scan`, `checkpoint` and
-    `shard_map`, in reverse mode only, since a pseudo-gradient is defined by its backward pass. Call
-    it under `jit`: each call outside traces `fun` again.
+    backpropagation, and so is a missing or None leaf, for that kernel; None in place of the whole
+    tree is plain backpropagation.
+
+    The function may come from Linen, NNX (`nnx.split` and `nnx.merge`), Equinox, Haiku or nowhere.
+    It is traced, as under `jit`: arrays among its arguments are tracers, other arguments stay what
+    they are. The result composes with `grad`, `value_and_grad`, `has_aux`, `jit`, `vmap`, `scan`,
+    `checkpoint` and `shard_map`, in reverse mode only, since a pseudo-gradient is defined by its
+    backward pass. Call it under `jit`: each call outside traces `fun` again.
 
     How a kernel is followed to its products, and what is refused, the module's docstring says. Use
     `soap_jax.explain` to see it for your function, before you run it.
@@ -119,7 +122,9 @@ def with_feedback(
     """
 
     def fun_fa(params: chex.ArrayTree, feedback: chex.ArrayTree, *args, **kwargs) -> Out:
-        twins = feedback_by_kernel(params, feedback)
+        if isinstance(feedback, FeedbackState):
+            raise ValueError("feedback is a FeedbackState; pass its tree, `state.feedback`.")
+        twins = trees.by_kernel(params, feedback)
         walk = Walk(_refuse, feedback_bar=feedback_bar)
         out = walk(fun, params, twins, *args, **kwargs)
         for path in twins:
@@ -130,15 +135,6 @@ def with_feedback(
         if hasattr(fun, name):
             setattr(fun_fa, name, getattr(fun, name))
     return fun_fa
-
-
-def feedback_by_kernel(params: chex.ArrayTree, feedback: chex.ArrayTree) -> dict[trees.Path, Any]:
-    """Feedback leaves by their kernel's path, also where they are called `feedback` beside it."""
-    paths = {trees.path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)}
-    return {
-        path if path in paths else (*path[:-1], "kernel"): leaf
-        for path, (_, leaf) in trees.pairs(params, feedback).items()
-    }
 
 
 class Walk:
@@ -178,9 +174,21 @@ class Walk:
             return [x for yes, x in zip(is_array, out, strict=True) if yes]
 
         closed = jax.make_jaxpr(flat)(arrays)
-        outs = iter(self.run(closed, [_start(*keyed[i], twins, self.lookup) for i in arrays]))
+        outs = iter(self.run(closed, [self._start(*keyed[i], twins) for i in arrays]))
         leaves = [next(outs).array if static is None else static[0] for static in out_static]
         return jax.tree.unflatten(out_tree, leaves)
+
+    def _start(self, keys, leaf, twins) -> tw.Value:
+        """What is known of a leaf of `(params, args, kwargs)`."""
+        if keys[0].idx > 0:
+            return tw.Value(leaf, data=True)
+        path = trees.path_of(keys[1:])
+        if path not in twins:
+            return tw.Value(leaf, params=True)
+        twin = _vary_like(jnp.asarray(twins[path]).astype(leaf.dtype), leaf)
+        if not self.feedback_bar:
+            twin = ops.detach(twin)
+        return tw.Value(leaf, twin, tw.Kernel((path,), lookup=self.lookup), params=True)
 
     def run(self, closed: core.ClosedJaxpr, args: Sequence[tw.Value]) -> list[tw.Value]:
         """Evaluates a jaxpr."""
@@ -212,21 +220,20 @@ class Walk:
                 self.line = outer
         if name in PRODUCTS or (name in _CUSTOM and not self.feedback_bar and _bilinear(eqn)):
             return self._product(eqn, values)
+        if name == "gather" or (name == "dynamic_slice" and any(v.data for v in values[1:])):
+            return self._lookup(eqn, values)
         if name in LAYOUTS or name in JOINS:
             return self._layout(eqn, values)
         if name in ("mul", "div"):
             return self._scale(eqn, values)
-        if name == "gather":
-            return self._lookup(eqn, values)
         return self.lose(eqn, values)
 
     def _product(self, eqn, values):
         """A kernel meets an activation: through feedback."""
         for i in (1, 0):
             kernel, other = values[i], values[1 - i]
-            is_weights = kernel.held or other.data
-            if not other.kernel:  # an activation, of a constant
-                is_weights = is_weights or other.constant or self.lookup
+            is_weights = other.data or other.constant or self.lookup
+            is_weights = kernel.held or (is_weights and not other.kernel)
             if kernel.twin is not None and is_weights and not other.held:
                 break
         else:
@@ -235,16 +242,20 @@ class Walk:
         def op(x, kernel):
             return tw.bind(eqn, [x, kernel] if i else [kernel, x])
 
-        x = self.watch(other.array, self.used(eqn, values, kernel.kernel.paths))
+        use = self.used(eqn, values, kernel.kernel.paths)
+        x = self.watch(other.array, use)
         if eqn.primitive.name in _CUSTOM:
             y = _through_own_rule(op, x, kernel.array, kernel.twin)
         else:
             feedback_bar = self.feedback_bar
             y = ops.through_feedback(op, x, kernel.array, kernel.twin, feedback_bar=feedback_bar)
         (out,) = tw.derived([y], values)
-        if other.constant:  # the product may be weights still
-            twin = op(other.array, kernel.twin)
-            out = out._replace(twin=twin, kernel=kernel.kernel._replace(lookup=True))
+        product = tw.Kernel(kernel.kernel.paths, lookup=True)  # if weights still, then these
+        if other.constant:
+            return [out._replace(twin=op(other.array, kernel.twin), kernel=product)]
+        if not other.data and not other.kernel and kernel.held:
+            lost = use._replace(problem="where a param without feedback is multiplied to it")
+            return [out._replace(kernel=product._replace(lost=lost))]
         return [out]
 
     def _layout(self, eqn, values):
@@ -255,16 +266,26 @@ class Walk:
         if any(value.twin is None for value in kernels) or (mixed and not held):
             return self.lose(eqn, values)
         outs = tw.outputs(eqn, values)
-        arrays = [value.array if value.twin is None else value.twin for value in values]
-        twins = tw.as_list(tw.bind(eqn, arrays))
+        if not all(map(tw.is_float, outs)):  # cast to integers
+            return self.lose(eqn, values)
+        twins = tw.as_list(tw.bind(eqn, _twins(values)))
         if len(outs) == len(values):  # one operand, or several, each for itself
-            known = [value.kernel for value in values]
+            known = [value.kernel and value.kernel._replace(slot=None) for value in values]
         else:
             known = [tw.Kernel(tw.paths(kernels), lookup=not held)] * len(outs)
         return [
             out._replace(twin=twin, kernel=kernel) if kernel else out
             for out, twin, kernel in zip(outs, twins, known, strict=True)
         ]
+
+    def _lookup(self, eqn, values):
+        """Rows are looked up by index."""
+        (out,) = tw.outputs(eqn, values)
+        table, indices = values[0], [value.array for value in values[1:]]
+        if table.held:
+            self.used(eqn, values, table.kernel.paths, "a lookup, which is exact")
+        twin = None if table.twin is None else tw.bind(eqn, [table.twin, *indices])
+        return [out._replace(twin=twin, kernel=table.kernel._replace(lookup=True, slot=None))]
 
     def _scale(self, eqn, values):
         """A kernel is scaled by what is not differentiated, such as a mask: so is its twin."""
@@ -277,45 +298,57 @@ class Walk:
             factor = factor._replace(array=self.watch(factor.array, use))
         values = [kernel, factor] if kernel is a else [factor, kernel]
         (out,) = tw.outputs(eqn, values)
-        twin = tw.bind(eqn, [v.array if v.twin is None else v.twin for v in values])
-        return [out._replace(twin=twin, kernel=kernel.kernel)]
-
-    def _lookup(self, eqn, values):
-        """Rows are looked up by index."""
-        (out,) = tw.outputs(eqn, values)
-        table, indices = values
-        if table.held:
-            self.used(eqn, values, table.kernel.paths, "a lookup, which is exact")
-        twin = None if table.twin is None else tw.bind(eqn, [table.twin, indices.array])
-        return [out._replace(twin=twin, kernel=table.kernel._replace(lookup=True))]
+        twin = tw.bind(eqn, _twins(values))
+        return [out._replace(twin=twin, kernel=kernel.kernel._replace(slot=None))]
 
     def lose(self, eqn, values) -> list[tw.Value]:
         """Anything else: the twin is lost, and operands that meet a kernel are watched."""
         name = eqn.primitive.name
-        held = [v for v in values if v.held or (v.kernel and v.kernel.lost and name in PRODUCTS)]
+        kernels = [value for value in values if value.kernel]
+        held = [value for value in kernels if value.held]
+        if not held and name in PRODUCTS and any(v.data and not v.kernel for v in values):
+            held = [value for value in kernels if value.kernel.lost]  # weights, to be safe
         if not held:
-            for path in tw.paths(values):
-                self.activations.setdefault(path, name)
-            return tw.outputs(eqn, values)
+            return self._activations(eqn, values)
         first = held[0].kernel.paths
-        problem = _NO_PRODUCT if all(v.kernel.paths == first for v in held) else _COMBINED
-        lost = next((v.kernel.lost for v in held if v.kernel.lost), None)
+        combined = any(value.kernel.paths != first for value in held)
+        lost = next((value.kernel.lost for value in held if value.kernel.lost), None)
+        use = self.describe(eqn, values, tw.paths(held), _COMBINED if combined else _NO_PRODUCT)
         if lost:
-            use = self.describe(eqn, values, tw.paths(held), f"{problem}, after {lost}")
+            what = "" if lost.problem == _NO_PRODUCT else f", {lost.problem}"
+            use = use._replace(problem=f"{use.problem}, after {lost}{what}")
         else:
-            use = self.used(eqn, values, tw.paths(held), problem)
-        if name not in (*SUMS, *JOINS, *LAYOUTS):
+            self.uses.append(use)
+        numbers = not any(jnp.ndim(value.array) for value in held)  # a norm, a penalty
+        if not numbers and name not in (*SUMS, *JOINS, *LAYOUTS):
             values = [
-                v._replace(array=self.watch(v.array, use))
-                if tw.is_float(v) and not (v.kernel and v.kernel.paths == first)
-                else v
-                for v in values
+                value._replace(array=self.watch(value.array, use))
+                if tw.is_float(value)
+                and (combined or not value.kernel or value.kernel.paths != first)
+                else value
+                for value in values
             ]
         outs = tw.outputs(eqn, values)
-        if name in PRODUCTS and any(v.data for v in values if not v.held):
+        if name in PRODUCTS and any(value.data for value in values if not value.kernel):
             return outs  # of data that is not differentiated: a first layer's activations
+        if numbers and not all(value.kernel or value.constant for value in values):
+            return outs
         kernel = tw.Kernel(tw.paths(held), lost=lost or use)
-        return [out._replace(kernel=kernel) if tw.is_float(out) else out for out in outs]
+        has_layout = name in LAYOUTS  # then also of integers
+        return [
+            out._replace(kernel=kernel) if has_layout or tw.is_float(out) else out for out in outs
+        ]
+
+    def _activations(self, eqn, values):
+        """Lookups are taken for activations, unless the op only lays out what lost its twin."""
+        outs = tw.outputs(eqn, values)
+        kernel, *more = [value.kernel for value in values if value.kernel]
+        alone = not more and all(value.kernel or value.constant for value in values)
+        if kernel.lost and alone and eqn.primitive.name in (*LAYOUTS, "mul", "div"):
+            return [out._replace(kernel=kernel) for out in outs]
+        for path in tw.paths(values):
+            self.activations.setdefault(path, eqn.primitive.name)
+        return outs
 
     def used(self, eqn, values, paths, problem="") -> tw.Use:
         """Takes note of a use of kernels."""
@@ -340,15 +373,31 @@ _NO_PRODUCT = "which is no product that could go through feedback"
 _COMBINED = "where kernels with feedback are combined before they meet an activation"
 
 
-def _start(keys, leaf, twins, lookup) -> tw.Value:
-    """A leaf of `(params, args, kwargs)`."""
-    if keys[0].idx > 0:
-        return tw.Value(leaf, data=True)
-    path = trees.path_of(keys[1:])
-    if path not in twins:
-        return tw.Value(leaf, params=True)
-    twin = jnp.asarray(twins[path]).astype(leaf.dtype)
-    return tw.Value(leaf, twin, tw.Kernel((path,), lookup=lookup), params=True)
+def _vary_like(twin, kernel):
+    """Inside `shard_map`, marks feedback as varying over the axes over which its kernel does."""
+    axes = tuple(_varying(kernel) - _varying(twin))
+    if not axes:
+        return twin
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(twin, axes, to="varying")
+    return jax.lax.pvary(twin, axes)  # type: ignore[attr-defined]  # before JAX 0.9
+
+
+def _varying(x) -> frozenset:
+    kind = jax.typeof(x)
+    return kind.vma if hasattr(kind, "vma") else kind.mat.varying  # before JAX 0.10, and since
+
+
+def _twins(values):
+    """Operands of an op on twins; those without one stand for themselves, as constants."""
+    return [
+        value.twin
+        if value.twin is not None
+        else ops.detach(value.array)
+        if tw.is_float(value)
+        else value.array
+        for value in values
+    ]
 
 
 def _bilinear(eqn) -> bool:

@@ -62,6 +62,11 @@ def map_pairs(
         kernel = kernels.get(path)
         if kernel is None and path[-1:] == ("feedback",):
             kernel = kernels.get((*path[:-1], "kernel"))
+        if kernel is None and not path:
+            raise ValueError(
+                f"feedback is {type(leaf).__name__!r}; expected a tree that mirrors params, such "
+                "as `init_feedback(key, params).feedback`. Was it left out of the call?"
+            )
         if kernel is None:
             raise ValueError(
                 f"feedback at {show(path)} has no kernel: params has no leaf there. Feedback lies "
@@ -88,6 +93,28 @@ def pairs(
     found: dict[Path, tuple[jax.Array, jax.Array]] = {}
     map_pairs(lambda path, *pair: found.setdefault(path, pair), params, feedback)
     return found
+
+
+def by_kernel(params: chex.ArrayTree, feedback: chex.ArrayTree) -> dict[Path, jax.Array]:
+    """Feedback leaves by their kernel's path, also where they are called `feedback` beside it.
+
+    Args:
+        params: as in `map_pairs`.
+        feedback: as in `map_pairs`.
+
+    Raises:
+        ValueError: as `map_pairs`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> list(by_kernel({"a": {"kernel": jnp.eye(2)}}, {"a": {"feedback": jnp.eye(2)}}))
+        [('a', 'kernel')]
+    """
+    paths = {path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)}
+    return {
+        path if path in paths else (*path[:-1], "kernel"): leaf
+        for path, (_, leaf) in pairs(params, feedback).items()
+    }
 
 
 def at_kernels(params: chex.ArrayTree, feedback: chex.ArrayTree) -> chex.ArrayTree:
@@ -136,10 +163,15 @@ def select(params: chex.ArrayTree, where: Where) -> set[Path]:
                 )
             chosen |= matched
     if not chosen:
+        why = (
+            f"by default these do: leaves named {' or '.join(KERNEL_NAMES)} with two axes or more; "
+            "say otherwise with `where`"
+            if where is None
+            else "`where` selects none (an explanation: the kernels whose effect is feedback)"
+        )
         raise ValueError(
-            "no leaf of params gets feedback. By default these do: leaves named "
-            f"{' or '.join(KERNEL_NAMES)} with two axes or more; say otherwise with `where`. The "
-            f"leaves are: {', '.join(map(show, leaves)) or 'none'}."
+            f"no leaf of params gets feedback: {why}. The leaves are: "
+            f"{', '.join(map(show, leaves)) or 'none'}."
         )
     for path in chosen:
         check_kernel(leaves[path], path)

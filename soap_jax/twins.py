@@ -44,12 +44,14 @@ class Kernel(NamedTuple):
     Attributes:
         paths: the params.
         lost: where it lost its twin; None while it has one.
-        lookup: whether it can be meant as an activation, too; then it is never lost.
+        lookup: whether it can be meant as an activation, too.
+        slot: its place among the values that a loop carries, until anything is done to it.
     """
 
     paths: tuple[trees.Path, ...]
     lost: Use | None = None
     lookup: bool = False
+    slot: int | None = None
 
 
 class Value(NamedTuple):

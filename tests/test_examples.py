@@ -36,7 +36,8 @@ def assert_picture(path):
 
 
 def test_all_examples_are_tested():
-    assert NAMES == ["bump_regression", "linen_loop", "nnx_loop", "sign_sync_sweep"]
+    loops = {"linen_loop", "nnx_loop", "sign_sync_sweep", "bump_regression"}
+    assert set(NAMES) == loops | {"conv_batchnorm", "equinox_mlp", "lstm_sequences", "transformer"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -136,9 +137,74 @@ def test_updates_to_a_target_are_counted_by_hand():
     np.testing.assert_array_equal(updates_to(1.0, losses, window=2), [4, np.nan])
 
 
+def table_of(out):
+    """The first two columns of a printed explanation."""
+    rows = (line.split("  ") for line in out.splitlines() if line.startswith(" "))
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    return {row[0]: row[1] for row in cells if len(row) > 2 and row[0] != "kernel"}
+
+
+def test_equinox_model_learns_best_by_backprop_then_signs_then_fa(capsys):
+    pytest.importorskip("equinox")
+    accuracy = load("equinox_mlp").main(seeds=1, epochs=10)
+    out = capsys.readouterr().out
+    assert table_of(out) == {
+        "layers/0/weight": "no effect",
+        "layers/1/weight": "feedback",
+        "layers/2/weight": "feedback",
+    }
+    assert all(curves.shape == (1, 10) for curves in accuracy.values())
+    last = {name: curves[:, -3:].mean() for name, curves in accuracy.items()}
+    assert 0.85 < last["FA"] < last["sign sync"] < last["backprop"]
+
+
+def test_equinox_loop_without_feedback_is_backprop():
+    pytest.importorskip("equinox")
+    changed, plain = load("equinox_mlp"), load("equinox_mlp")
+    plain.loss_fa = lambda model, feedback, *batch: plain.loss(model, *batch)
+    a, b = (example.main(1, 1, methods=("backprop",))["backprop"] for example in (changed, plain))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_lstm_gains_nothing_from_random_recurrent_feedback_but_much_from_signs(capsys):
+    methods = ("sign sync", "FA", "cell only")
+    accuracy = load("lstm_sequences").main(seeds=1, epochs=3, methods=methods)
+    effects = table_of(capsys.readouterr().out)
+    assert effects.pop("readout/kernel") == "feedback"
+    assert effects == {
+        f"cell/{side}{gate}/kernel": effect
+        for gate in "ifgo"
+        for side, effect in {"h": "feedback", "i": "no effect"}.items()
+    }
+    last = {name: curves[:, -1] for name, curves in accuracy.items()}
+    for worse in ("FA", "cell only"):
+        assert np.all(last[worse] > 0.6)
+        assert np.all(last[worse] + 0.02 < last["sign sync"])
+    assert abs(last["FA"].mean() - last["cell only"].mean()) < 0.03
+
+
+def test_attention_learns_by_feedback_alignment_and_not_without(capsys):
+    accuracy = load("transformer").main(steps=160, methods=("FA", "no credit"))
+    assert set(table_of(capsys.readouterr().out).values()) == {"feedback"}
+    (fa_80, fa_160), (_, rest_160) = (accuracy[name][0] for name in ("FA", "no credit"))
+    assert fa_80 < 0.5
+    assert rest_160 < 0.4 < 0.75 < fa_160
+
+
+def test_signs_in_the_dense_layers_help_a_conv_net(capsys):
+    accuracy = load("conv_batchnorm").main(2, 1, methods=("signs in dense", "FA"))
+    effects = table_of(capsys.readouterr().out)
+    assert effects.pop("Conv_0/kernel") == "no effect"
+    assert sorted(effects) == ["Conv_1/kernel", "Conv_2/kernel", "Dense_0/kernel", "Dense_1/kernel"]
+    assert set(effects.values()) == {"feedback"}
+    assert np.all(accuracy["signs in dense"] > accuracy["FA"] + 0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_run_in_full_as_programs(name, tmp_path):
+    if "equinox" in name:
+        pytest.importorskip("equinox")
     command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

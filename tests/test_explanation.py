@@ -209,6 +209,16 @@ def test_arguments_of_all_kinds_pass():
     assert effects(found) == CASES[mlp]
 
 
+def test_an_auxiliary_output_has_no_cotangent():
+    def loss(params, x):
+        h = jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"])
+        return jnp.sum(h), h @ params["c"]
+
+    assert effects(explain(loss, PARAMS, X))["c"] == "feedback"
+    found = effects(explain(loss, PARAMS, X, has_aux=True))
+    assert found == {"a": "no effect", "b": "feedback", "c": "no effect"}
+
+
 def test_params_may_hold_integers_and_functions():
     params = PARAMS | {"steps": jnp.array(3), "activation": jnp.tanh}
 

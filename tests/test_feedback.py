@@ -679,9 +679,31 @@ def test_feedback_without_a_rule_raises():
         init({"a/*": rules.SignSync()})
 
 
-def test_where_together_with_feedback_raises():
-    with pytest.raises(ValueError, match=r"both `where` and `feedback`.*put None"):
-        init_feedback(KEY, PARAMS, where="b/*", feedback={"b": {"kernel": np.ones((8, 4))}})
+def test_where_selects_among_adopted_feedback():
+    other = jax.tree.map(lambda leaf: 2 * leaf, PARAMS)
+    state = init_feedback(KEY, PARAMS, where="b/*", feedback=other)
+    chex.assert_trees_all_equal(
+        state.feedback, {"a": {"kernel": None, "bias": None}, "b": other["b"]}
+    )
+
+
+def test_where_must_select_what_the_adopted_feedback_has():
+    with pytest.raises(ValueError, match=r"`where` selects \['b'\]\['kernel'\], for which"):
+        init_feedback(KEY, PARAMS, where="*kernel", feedback={"a": PARAMS["a"]})
+
+
+def test_matched_feedback_is_as_large_as_its_kernel():
+    params = {"kernel": 3.7 * jax.random.uniform(KEY, (30, 4, 25)), "w": jnp.full((40, 50), 0.2)}
+    params["w"] = params["w"].astype(jnp.bfloat16)
+    feedback = init_feedback(KEY, params, initializer="matched").feedback
+    assert types(feedback) == types(params)
+    for name, kernel in params.items():  # 2,000 deviates and more: 1.6 % at most
+        b, w = (np.asarray(x, np.float32) for x in (feedback[name], kernel))
+        assert np.sqrt((b**2).mean()) == pytest.approx(np.sqrt((w**2).mean()), rel=0.06)
+        assert abs(b.mean()) < 0.1 * b.std()
+    by_layer = {"w": "matched", "*": jax.nn.initializers.ones}
+    ones = init_feedback(KEY, params, initializer=by_layer).feedback
+    chex.assert_trees_all_equal(ones, feedback | {"kernel": jnp.ones((30, 4, 25))})
 
 
 def test_a_pattern_or_predicate_that_selects_nothing_raises():

@@ -16,13 +16,27 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+def block(text):
+    """The one Python block that holds the text."""
+    (found,) = (block for block in BLOCKS if text in block)
+    return found
+
+
 @pytest.fixture(scope="module")
 def loop():
     rng = np.random.default_rng(0)
     batch = rng.standard_normal((32, 784), np.float32), rng.integers(0, 10, 32)
     names = {"batches": [batch] * 20}
-    exec(BLOCKS[0], names)
+    exec(block("batches: yours"), names)
     return names
+
+
+def test_the_explanation_is_the_one_shown(capsys):
+    names = {}
+    exec(block("with_feedback"), names)
+    printed = capsys.readouterr().out
+    assert f"```\n{printed}```" in README
+    assert jax.tree.structure(names["grads"]) == jax.tree.structure(names["params"])
 
 
 def test_the_training_loop_learns(loop):
@@ -34,7 +48,7 @@ def test_the_training_loop_learns(loop):
 def test_a_rule_of_ones_own_is_that_small(loop):
     names = {**loop, "key": jax.random.key(2)}
     names["variables"] = loop["model"].init(jax.random.key(0), np.ones((1, 784), np.float32))
-    exec(BLOCKS[1], names)
+    exec(block("class NoisyTransport"), names)
     state = soap_jax.sync_feedback(loop["params"], names["state"], 10)
     kernel = loop["params"]["layers_2"]["kernel"]
     noise = state.feedback["layers_2"]["kernel"] - kernel
@@ -44,7 +58,7 @@ def test_a_rule_of_ones_own_is_that_small(loop):
 
 def test_a_state_survives_its_checkpoint_and_another_rule_is_noticed(loop, tmp_path):
     names = {**loop}
-    exec(BLOCKS[2], names)
+    exec(block("def restore("), names)
 
     preserve = soap_jax.SignSync(period=10, magnitude="preserve")
 

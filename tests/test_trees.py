@@ -277,7 +277,8 @@ def test_a_pattern_that_matches_nothing_raises():
 
 @pytest.mark.parametrize("where", [None, lambda path, leaf: False, []])
 def test_selecting_nothing_raises(where):
-    message = r"no leaf of params gets feedback.*kernel or w or weight.*\['scale'\]"
+    why = "kernel or w or weight" if where is None else "`where` selects none"
+    message = rf"no leaf of params gets feedback.*{why}.*\['scale'\]"
     with pytest.raises(ValueError, match=message):
         trees.select({"scale": jnp.ones(3)}, where)
 
