@@ -20,9 +20,11 @@ known of each value:
     which twins are handed beside their kernels; a scan stays one scan. A custom derivative of a
     product keeps its rule, which is evaluated at the twin. Everything else is bound as it was.
 
-Rows of a kernel that are looked up by index (an embedding; one expert of many), and a kernel's
-product with a constant, can be meant as weights or as activations. They keep their twin, use it
-where they meet data in a product, and are taken for activations everywhere else.
+Some values can be meant as weights or as activations: rows of a kernel that are looked up by index
+(an embedding; one expert of many), and products of a kernel with a constant. They keep their twin,
+use it where they meet data in a product, and are taken for activations everywhere else. So is a
+product with a param that has no feedback (a learned query), which is refused where it meets data in
+a second product (a factor of a low-rank kernel). A single number, such as a norm, is no kernel.
 """
 
 from __future__ import annotations
@@ -232,9 +234,9 @@ class Walk:
         """A kernel meets an activation: through feedback."""
         for i in (1, 0):
             kernel, other = values[i], values[1 - i]
-            is_weights = other.data or other.constant or self.lookup
-            is_weights = kernel.held or (is_weights and not other.kernel)
-            if kernel.twin is not None and is_weights and not other.held:
+            is_input = other.data or other.constant or self.lookup
+            meant = kernel.held or (is_input and not other.kernel)
+            if kernel.twin is not None and meant and not other.held:
                 break
         else:
             return self.lose(eqn, values)
@@ -250,10 +252,10 @@ class Walk:
             feedback_bar = self.feedback_bar
             y = ops.through_feedback(op, x, kernel.array, kernel.twin, feedback_bar=feedback_bar)
         (out,) = tw.derived([y], values)
-        product = tw.Kernel(kernel.kernel.paths, lookup=True)  # if weights still, then these
-        if other.constant:
+        product = tw.Kernel(kernel.kernel.paths, lookup=True)
+        if other.constant:  # data that `fun` closes over, or a fixed matrix: one cannot tell
             return [out._replace(twin=op(other.array, kernel.twin), kernel=product)]
-        if not other.data and not other.kernel and kernel.held:
+        if not other.data and not other.kernel and kernel.held:  # a learned input, or a factor
             lost = use._replace(problem="where a param without feedback is multiplied to it")
             return [out._replace(kernel=product._replace(lost=lost))]
         return [out]
@@ -319,8 +321,8 @@ class Walk:
             use = use._replace(problem=f"{use.problem}, after {lost}{what}")
         else:
             self.uses.append(use)
-        numbers = not any(jnp.ndim(value.array) for value in held)  # a norm, a penalty
-        if not numbers and name not in (*SUMS, *JOINS, *LAYOUTS):
+        scalar = not any(jnp.ndim(value.array) for value in held)  # a norm, a penalty
+        if not scalar and name not in (*SUMS, *JOINS, *LAYOUTS):
             values = [
                 value._replace(array=self.watch(value.array, use))
                 if tw.is_float(value)
@@ -331,7 +333,7 @@ class Walk:
         outs = tw.outputs(eqn, values)
         if name in PRODUCTS and any(value.data for value in values if not value.kernel):
             return outs  # of data that is not differentiated: a first layer's activations
-        if numbers and not all(value.kernel or value.constant for value in values):
+        if scalar and not all(value.kernel or value.constant for value in values):
             return outs
         kernel = tw.Kernel(tw.paths(held), lost=lost or use)
         has_layout = name in LAYOUTS  # then also of integers
