@@ -8,10 +8,10 @@ The question: of which layers does feedback have to know the signs of W? `init_f
 mapping from path patterns to rules, of which the first that matches a kernel counts.
 
 What to see (means over ten seeds, `main(seeds=10)`): after one epoch FA is far behind, 64.5% of the
-test digits right against 92.7% by backprop, and after ten it still is, 95.4% against 97.8%. Signs
-of the two dense layers, which come first on the error's way back, make up for most of that (86.9%,
-97.0%); those of the convolutions for less (75.3%, 96.4%), and both together for a little more than
-the dense ones alone (89.5%, 97.3%). After one epoch this order holds in nine seeds of ten or more.
+test digits right against 92.7% by backprop, and after ten it still is, 95.2% against 97.8%. Signs
+of the two dense layers, which come first on the error's way back, make up for most of that (86.7%,
+97.0%); those of the convolutions for less (75.7%, 96.2%), and both together for a little more than
+the dense ones alone (89.8%, 97.4%). After one epoch this order holds in nine seeds of ten or more.
 
     python examples/conv_batchnorm.py
 """

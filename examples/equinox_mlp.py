@@ -13,10 +13,9 @@ and more, the hidden layers' learning rate is larger by as much, and sign sync s
 backprop in the first epochs (see `sign_sync_sweep.py` for that effect).
 
 What to see (means over ten seeds, `main(seeds=10)`): random fixed feedback, FA, starts slower
-(63.0% of the test digits right after one epoch, backprop 75.9%) and is behind after twenty, 92.9%
+(63.0% of the test digits right after one epoch, backprop 75.9%) and is behind after twenty, 92.8%
 against 96.2%. Signs of the weights close the gap at the start (76.5%) and less than half of it in
-the end (94.2%). In the end this order holds in all ten seeds, but for
-one tie of FA with sign sync.
+the end (94.2%). In the end this order holds in all ten seeds.
 
     python examples/equinox_mlp.py
 """
