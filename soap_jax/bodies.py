@@ -188,6 +188,6 @@ def _close(jaxpr):
 
 
 BODIES = {
-    **{"jit": _jit, "pjit": _jit, "remat2": _remat, "checkpoint": _remat, "remat": _remat},
-    **{"scan": _scan, "while": _while, "cond": _cond, "shard_map": _shard_map},
+    **{"jit": _jit, "remat2": _remat, "scan": _scan, "while": _while, "cond": _cond},
+    "shard_map": _shard_map,
 }

@@ -14,7 +14,7 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import chex
 import jax
@@ -50,14 +50,31 @@ class Row:
     nbytes: int
 
 
+class Other(NamedTuple):
+    """A floating-point leaf that is no kernel of a product.
+
+    Attributes:
+        rank: its number of axes.
+        use: where it is used first; None if nowhere.
+    """
+
+    rank: int
+    use: Use | None
+
+    @property
+    def primitive(self) -> str:
+        """The primitive that uses it first, or "unused"."""
+        return self.use.primitive if self.use else "unused"
+
+
 @dataclasses.dataclass(frozen=True)
 class Explanation:
     """What `explain` found: a table to print, and a `where` for `init_feedback`.
 
     Attributes:
         rows: one for each kernel.
-        others: the other floating-point leaves (biases, scales), whose gradients are exact, by
-            path, with the primitive that used them first ("unused" if none did).
+        others: the other floating-point leaves by path: biases, scales, and weights that meet no
+            activation in a product, through which errors go as in backprop.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -74,7 +91,7 @@ class Explanation:
     """
 
     rows: tuple[Row, ...]
-    others: Mapping[trees.Path, str]
+    others: Mapping[trees.Path, Other]
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -140,7 +157,9 @@ def explain(
         lambda *a, **k: found(fun, a[0], _twins(a[0], leaves), *a[1:], **k), params, args, kwargs
     )
     kernels = {path for use in found.uses if not use.problem for path in use.paths}
-    kernels |= (given or set()) | {path for path in leaves if _named(path, leaves[path])}
+    kernels |= given or set()
+    named = (path for path in leaves if path[-1:] and path[-1] in trees.KERNEL_NAMES)
+    kernels |= {path for path in named if len(leaves[path].shape) > 1}
 
     flows: set[Use] = set()
 
@@ -175,7 +194,11 @@ def explain(
         for path, leaf in leaves.items()
         if path in kernels
     )
-    others = {path: found.activations.get(path, "unused") for path in leaves if path not in kernels}
+    others = {
+        path: Other(len(leaf.shape), found.activations.get(path))
+        for path, leaf in leaves.items()
+        if path not in kernels
+    }
     return Explanation(rows, others)
 
 
@@ -195,10 +218,6 @@ def _row(path, leaf, uses, flows, given):
     nbytes = math.prod(leaf.shape) * leaf.dtype.itemsize if stored else 0
     uses = tuple(dict.fromkeys([*products, *obstacles]))
     return Row(path, effect, uses, tuple(leaf.shape), leaf.dtype, nbytes)
-
-
-def _named(path, leaf) -> bool:
-    return path[-1:] and path[-1] in trees.KERNEL_NAMES and len(leaf.shape) > 1
 
 
 def _twins(params, paths):
@@ -237,6 +256,11 @@ def _trace(fun, params, args, kwargs):
     jax.eval_shape(traced, arrays)
 
 
+def _short(path):
+    """The last name of a path, or all of it where that is an index."""
+    return "/".join(path) if path[-1].isdecimal() else path[-1]
+
+
 def _shape(operand: jax.ShapeDtypeStruct) -> str:
     return "×".join(map(str, operand.shape)) or "scalar"
 
@@ -266,10 +290,16 @@ def _table(explanation: Explanation) -> str:
     effects = [row.effect for row in explanation]
     counts = ", ".join(f"{effects.count(effect)} {effect}" for effect in dict.fromkeys(effects))
     stored = filesize.decimal(sum(row.nbytes for row in explanation))
-    lines = [f"{len(explanation)} kernels: {counts or 'none'}; {stored} of feedback."]
-    kinds = collections.Counter(f"{path[-1]} ({op})" for path, op in explanation.others.items())
+    number = f"{len(explanation)} kernel{'s' if len(explanation) != 1 else ''}"
+    lines = [f"{number}: {counts or 'none'}; {stored} of feedback."]
+    kinds: collections.Counter[str] = collections.Counter()
+    for path, other in explanation.others.items():
+        if other.rank > 1 and other.primitive not in ("add", "sub", "gather", "unused"):
+            notes.append(f"{'/'.join(path)}: {other.use}, exact, as in backprop.")
+        else:
+            kinds[f"{_short(path)} ({other.primitive})"] += 1
     if kinds:
-        kinds_text = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+        kinds_text = ", ".join(f"{times} {kind}" for kind, times in kinds.items())
         lines.append(f"No kernels, exact gradients: {kinds_text}.")
     shown = [line.rstrip() for line in file.getvalue().splitlines() if line.strip()]
     shown.append("")

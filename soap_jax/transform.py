@@ -29,7 +29,6 @@ a second product (a factor of a low-rank kernel). A single number, such as a nor
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -49,15 +48,15 @@ PRODUCTS = ("dot_general", "conv_general_dilated")
 """Bilinear primitives: a kernel with a twin goes through feedback here."""
 
 LAYOUTS = (
-    *("all_gather", "all_gather_invariant", "all_to_all", "broadcast_in_dim"),
-    *("convert_element_type", "copy", "copy_p", "device_put", "dynamic_slice", "mesh_cast"),
-    *("name", "neg", "optimization_barrier", "pcast", "ppermute", "pvary", "reduce_precision"),
-    *("reshape", "reshard", "rev", "sharding_constraint", "slice", "split", "squeeze"),
-    *("stop_gradient", "tile", "transpose", "unstack"),
+    *("all_gather", "all_gather_invariant", "all_to_all", "broadcast_in_dim", "conj"),
+    *("convert_element_type", "copy", "device_put", "dynamic_slice", "name", "neg"),
+    *("optimization_barrier", "ppermute", "pvary", "reduce_precision", "reshape", "reshard"),
+    *("rev", "sharding_constraint", "slice", "split", "squeeze", "stop_gradient", "tile"),
+    *("transpose", "unstack"),
 )
 """Primitives that lay out a kernel anew; their other operands are indices."""
 
-JOINS = ("concatenate", "dynamic_update_slice", "pad", "select_n", "stack")
+JOINS = ("concatenate", "dynamic_update_slice", "pad", "scatter", "select_n", "stack")
 """Primitives that lay out several values together; one without a twin stands for itself."""
 
 SUMS = ("add", "add_any", "sub")
@@ -149,7 +148,7 @@ class Walk:
 
     Attributes:
         uses: the places where kernels were used or lost.
-        activations: the primitive at which a lookup was first taken for an activation, by path.
+        activations: where a lookup was first taken for an activation, by path.
     """
 
     def __init__(self, watch: Watch, *, lookup: bool = False, feedback_bar: ops.FeedbackBar = None):
@@ -157,7 +156,7 @@ class Walk:
         self.lookup = lookup
         self.feedback_bar = feedback_bar
         self.uses: list[tw.Use] = []
-        self.activations: dict[trees.Path, str] = {}
+        self.activations: dict[trees.Path, tw.Use] = {}
         self.line = "an unknown line"  # of the equation whose jaxpr is being evaluated
 
     def __call__(self, fun, params, twins: Mapping[trees.Path, Any], *args, **kwargs):
@@ -171,7 +170,7 @@ class Walk:
             leaves = [arrays.get(i, leaf) for i, (_, leaf) in enumerate(keyed)]
             params, args, kwargs = jax.tree.unflatten(tree, leaves)
             out, out_tree = jax.tree.flatten(fun(params, *args, **kwargs))
-            is_array = [isinstance(x, (*_ARRAYS, numbers.Number)) for x in out]
+            is_array = [isinstance(x, _ARRAYS) for x in out]
             out_static = [None if yes else (x,) for yes, x in zip(is_array, out, strict=True)]
             return [x for yes, x in zip(is_array, out, strict=True) if yes]
 
@@ -190,7 +189,9 @@ class Walk:
         twin = _vary_like(jnp.asarray(twins[path]).astype(leaf.dtype), leaf)
         if not self.feedback_bar:
             twin = ops.detach(twin)
-        return tw.Value(leaf, twin, tw.Kernel((path,), lookup=self.lookup), params=True)
+        return tw.Value(
+            leaf, twin, tw.Kernel((path,), lookup="rows" if self.lookup else ""), params=True
+        )
 
     def run(self, closed: core.ClosedJaxpr, args: Sequence[tw.Value]) -> list[tw.Value]:
         """Evaluates a jaxpr."""
@@ -204,7 +205,9 @@ class Walk:
             return tw.Value(atom.val) if isinstance(atom, core.Literal) else env[atom]
 
         for eqn in jaxpr.eqns:
-            with eqn.ctx.manager:
+            names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+            traceback = eqn.source_info.traceback
+            with source_info_util.user_context(traceback, name_stack=names), eqn.ctx.manager:
                 outs = self.equation(eqn, [read(atom) for atom in eqn.invars])
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
@@ -252,7 +255,7 @@ class Walk:
             feedback_bar = self.feedback_bar
             y = ops.through_feedback(op, x, kernel.array, kernel.twin, feedback_bar=feedback_bar)
         (out,) = tw.derived([y], values)
-        product = tw.Kernel(kernel.kernel.paths, lookup=True)
+        product = tw.Kernel(kernel.kernel.paths, lookup="product")
         if other.constant:  # data that `fun` closes over, or a fixed matrix: one cannot tell
             return [out._replace(twin=op(other.array, kernel.twin), kernel=product)]
         if not other.data and not other.kernel and kernel.held:  # a learned input, or a factor
@@ -274,7 +277,8 @@ class Walk:
         if len(outs) == len(values):  # one operand, or several, each for itself
             known = [value.kernel and value.kernel._replace(slot=None) for value in values]
         else:
-            known = [tw.Kernel(tw.paths(kernels), lookup=not held)] * len(outs)
+            either = (value.kernel for value in kernels if value.held or not held)
+            known = [tw.Kernel(tw.paths(kernels), lookup=next(either).lookup)] * len(outs)
         return [
             out._replace(twin=twin, kernel=kernel) if kernel else out
             for out, twin, kernel in zip(outs, twins, known, strict=True)
@@ -284,10 +288,13 @@ class Walk:
         """Rows are looked up by index."""
         (out,) = tw.outputs(eqn, values)
         table, indices = values[0], [value.array for value in values[1:]]
+        use = self.describe(eqn, values, table.kernel.paths, "a lookup, which is exact")
         if table.held:
-            self.used(eqn, values, table.kernel.paths, "a lookup, which is exact")
+            self.uses.append(use)
+        for path in table.kernel.paths:
+            self.activations.setdefault(path, use)
         twin = None if table.twin is None else tw.bind(eqn, [table.twin, *indices])
-        return [out._replace(twin=twin, kernel=table.kernel._replace(lookup=True, slot=None))]
+        return [out._replace(twin=twin, kernel=table.kernel._replace(lookup="rows", slot=None))]
 
     def _scale(self, eqn, values):
         """A kernel is scaled by what is not differentiated, such as a mask: so is its twin."""
@@ -319,10 +326,9 @@ class Walk:
         if lost:
             what = "" if lost.problem == _NO_PRODUCT else f", {lost.problem}"
             use = use._replace(problem=f"{use.problem}, after {lost}{what}")
-        else:
-            self.uses.append(use)
-        scalar = not any(jnp.ndim(value.array) for value in held)  # a norm, a penalty
-        if not scalar and name not in (*SUMS, *JOINS, *LAYOUTS):
+        self.uses.append(use)
+        number = all(value.kernel.number for value in held)
+        if not number and name not in (*SUMS, *JOINS, *LAYOUTS):
             values = [
                 value._replace(array=self.watch(value.array, use))
                 if tw.is_float(value)
@@ -333,24 +339,41 @@ class Walk:
         outs = tw.outputs(eqn, values)
         if name in PRODUCTS and any(value.data for value in values if not value.kernel):
             return outs  # of data that is not differentiated: a first layer's activations
-        if scalar and not all(value.kernel or value.constant for value in values):
+        if number and not all(value.kernel or value.constant for value in values):
             return outs
         kernel = tw.Kernel(tw.paths(held), lost=lost or use)
-        has_layout = name in LAYOUTS  # then also of integers
+        reduced = any(jnp.ndim(value.array) for value in held)
         return [
-            out._replace(kernel=kernel) if has_layout or tw.is_float(out) else out for out in outs
+            out._replace(
+                kernel=kernel._replace(number=number or (reduced and not jnp.ndim(out.array)))
+            )
+            if name in LAYOUTS or tw.is_float(out)  # a cast to integers remains a kernel
+            else out
+            for out in outs
         ]
 
     def _activations(self, eqn, values):
-        """Lookups are taken for activations, unless the op only lays out what lost its twin."""
-        outs = tw.outputs(eqn, values)
+        """Lookups are taken for activations, but a product that lost its twin for weights still."""
+        name = eqn.primitive.name
         kernel, *more = [value.kernel for value in values if value.kernel]
-        alone = not more and all(value.kernel or value.constant for value in values)
-        if kernel.lost and alone and eqn.primitive.name in (*LAYOUTS, "mul", "div"):
-            return [out._replace(kernel=kernel) for out in outs]
+        others = [value for value in values if not value.kernel]
+        alone = not more and not any(value.data for value in others)
+        if kernel.lost and alone and name in (*LAYOUTS, *SUMS, "mul", "div"):
+            return [out._replace(kernel=kernel) for out in tw.outputs(eqn, values)]
         for path in tw.paths(values):
-            self.activations.setdefault(path, eqn.primitive.name)
-        return outs
+            self.activations.setdefault(path, self.describe(eqn, values, (path,)))
+        if kernel.lookup == "product" and name not in (*SUMS, *JOINS, *LAYOUTS):
+            use = self.used(
+                eqn, values, kernel.paths, "after a product with a constant, which is exact"
+            )
+            use = self.uses[-1] = use._replace(refused=False)
+            values = [
+                value._replace(array=self.watch(value.array, use))
+                if value.kernel is None and tw.is_float(value)
+                else value
+                for value in values
+            ]
+        return tw.outputs(eqn, values)
 
     def used(self, eqn, values, paths, problem="") -> tw.Use:
         """Takes note of a use of kernels."""
@@ -445,7 +468,7 @@ def _through_own_rule(op, x, kernel, feedback):
 
 def _refuse(x, use):
     """Lets an operand meet a kernel, but its cotangent only through feedback."""
-    if not use.problem:
+    if not use.problem or not use.refused:
         return x
 
     @jax.custom_vjp
@@ -469,7 +492,7 @@ def _check_used(path, uses):
     """Raises ValueError if a kernel has feedback that nothing uses."""
     mine = [use for use in uses if path in use.paths]
     if all(use.problem for use in mine):
-        places = "; in ".join(dict.fromkeys(f"{use}, {use.problem}" for use in mine))
+        places = "; in ".join(list(dict.fromkeys(f"{use}, {use.problem}" for use in mine))[:3])
         raise ValueError(
             f"feedback at {trees.show(path)} would do nothing: its kernel meets no activation in "
             f"{' or '.join(PRODUCTS)}. It is {f'used in {places}' if places else 'not used'}. Put "

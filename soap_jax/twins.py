@@ -7,7 +7,7 @@ it still has its *twin*, the feedback in the same layout. All else is an activat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ class Use(NamedTuple):
         line: file, line and function.
         operands: the operands' shapes and dtypes.
         problem: why it cannot go through feedback; empty for a product that does.
+        refused: whether an error that flows here is one; else the kernel is taken for activations.
     """
 
     paths: tuple[trees.Path, ...]
@@ -32,6 +33,7 @@ class Use(NamedTuple):
     line: str
     operands: tuple[jax.ShapeDtypeStruct, ...]
     problem: str = ""
+    refused: bool = True
 
     def __str__(self):
         """The place: "mul at model.py:12:4 (loss)"."""
@@ -44,13 +46,16 @@ class Kernel(NamedTuple):
     Attributes:
         paths: the params.
         lost: where it lost its twin; None while it has one.
-        lookup: whether it can be meant as an activation, too.
+        lookup: how it can be meant as an activation, too: as "rows" that were looked up, or as a
+            "product" with what is no data; empty if it is weights and nothing else.
+        number: whether it is a single number made of a kernel: a norm, a penalty.
         slot: its place among the values that a loop carries, until anything is done to it.
     """
 
     paths: tuple[trees.Path, ...]
     lost: Use | None = None
-    lookup: bool = False
+    lookup: Literal["", "rows", "product"] = ""
+    number: bool = False
     slot: int | None = None
 
 

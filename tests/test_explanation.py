@@ -1,5 +1,7 @@
 """`explain` tells the truth: what it says of a kernel is what its gradients show."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -96,11 +98,11 @@ def test_memory_is_counted_where_feedback_is_stored():
 
 def test_a_user_reads_it_before_a_run():
     params = {"in": {"kernel": jnp.ones((784, 256)), "bias": jnp.ones(256)}}
-    params["out"] = {"kernel": jnp.ones((256, 10)), "scale": jnp.ones((1, 256))}
+    params["out"] = {"kernel": jnp.ones((256, 10)), "scale": jnp.ones(256)}
 
     def loss(params, x):
         h = jnp.tanh(x @ params["in"]["kernel"] + params["in"]["bias"][None])
-        return jnp.sum((h * params["out"]["scale"]) @ params["out"]["kernel"])
+        return jnp.sum((h * params["out"]["scale"][None]) @ params["out"]["kernel"])
 
     assert (
         str(explain(loss, params, jnp.ones((64, 784))))
@@ -158,9 +160,34 @@ def test_weights_that_only_meet_each_other_are_named():
     def loss(params, x):
         return jnp.sum((x @ (params["a"] @ params["b"])) @ jnp.tanh(params["c"]))
 
-    assert explain(loss, PARAMS, X).others == {
-        ("a",): "dot_general", ("b",): "dot_general", ("c",): "tanh", ("bias",): "unused"
-    }  # fmt: skip
+    explanation = explain(loss, PARAMS, X)
+    found = {name: explanation.others[(name,)].primitive for name in PARAMS}
+    assert found == {"a": "dot_general", "b": "dot_general", "c": "tanh", "bias": "unused"}
+    for path, place in {"a": "dot_general", "b": "dot_general", "c": "tanh"}.items():
+        told = rf"{path}: {place} at \S*test_explanation.py\S* \(.*?\), exact, as in backprop"
+        assert re.search(told, " ".join(str(explanation).split()))
+
+
+def used_twice(params, x):
+    """b in a proper product and, changed, in another."""
+    h = jnp.tanh(x @ params["a"])
+    return jnp.sum(jnp.sin(h @ params["b"]) + jnp.sin(h @ jnp.tanh(params["b"])) @ params["c"])
+
+
+def gradient_inside(params, x):
+    """The loss is made of a gradient, in which c is a cotangent's product with ones."""
+
+    def u(x):
+        return jnp.sum(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) @ params["c"])
+
+    return jnp.sum(jax.vmap(jax.grad(u))(x) ** 2)
+
+
+@pytest.mark.parametrize(("fun", "path"), [(used_twice, "b"), (gradient_inside, "c")])
+def test_an_error_that_also_goes_through_the_kernel_itself_is_backprop(fun, path):
+    explanation = explain(fun, PARAMS, X)
+    assert explanation[path].effect == "backprop"
+    jax.grad(with_feedback(fun))(PARAMS, init_feedback(KEY, PARAMS, where=explanation).feedback, X)
 
 
 def test_init_feedback_takes_the_explanation():
@@ -194,7 +221,7 @@ def test_nothing_is_computed():
 def test_rows_are_found_by_name():
     explanation = explain(mlp, PARAMS, X)
     assert explanation["b"].path == ("b",) and explanation["b"].shape == (5, 5)
-    assert len(explanation) == 3 and explanation.others == {("bias",): "add"}
+    assert len(explanation) == 3 and explanation.others[("bias",)].primitive == "add"
     with pytest.raises(KeyError, match=r"bias.*a, b, c"):
         explanation["bias"]
 
