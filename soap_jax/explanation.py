@@ -293,11 +293,11 @@ def _table(explanation: Explanation) -> str:
     number = f"{len(explanation)} kernel{'s' if len(explanation) != 1 else ''}"
     lines = [f"{number}: {counts or 'none'}; {stored} of feedback."]
     kinds: collections.Counter[str] = collections.Counter()
-    for path, other in explanation.others.items():
+    for keys, other in explanation.others.items():
         if other.rank > 1 and other.primitive not in ("add", "sub", "gather", "unused"):
-            notes.append(f"{'/'.join(path)}: {other.use}, exact, as in backprop.")
+            notes.append(f"{'/'.join(keys)}: {other.use}, exact, as in backprop.")
         else:
-            kinds[f"{_short(path)} ({other.primitive})"] += 1
+            kinds[f"{_short(keys)} ({other.primitive})"] += 1
     if kinds:
         kinds_text = ", ".join(f"{times} {kind}" for kind, times in kinds.items())
         lines.append(f"No kernels, exact gradients: {kinds_text}.")

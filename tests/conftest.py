@@ -1,8 +1,14 @@
 """Settings that every test shares, made before JAX starts its backends."""
 
-import hypothesis
-import jax
-import pytest
+import os
+
+# Most of the time goes into compiling. With XLA_FLAGS= in the environment XLA does as by default.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ.setdefault("XLA_FLAGS", QUICK)
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
