@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from soap_jax import transform, trees
+from soap_jax import ops, transform, trees
 from soap_jax.twins import Use
 
-Effect = Literal["feedback", "backprop", "no effect", "error"]
+Effect = Literal["feedback", "own feedback", "backprop", "no effect", "error"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,10 @@ class Row:
 
     Attributes:
         path: the kernel's path in params.
-        effect: "feedback": the error goes back through it; "backprop": through the kernel itself;
-            "no effect": no error is sent back here, since nobody asks for it (a first layer);
-            "error": `with_feedback` refuses this feedback.
+        effect: "feedback": the error goes back through it; "own feedback": through that of a layer
+            of `soap_jax.linen`, `soap_jax.nnx` or an op of `soap_jax.ops`; "backprop": through the
+            kernel itself; "no effect": no error is sent back here, since nobody asks for it (a
+            first layer); "error": `with_feedback` refuses this feedback.
         uses: the products and, for "error" and "backprop", what stands in the way.
         shape: of the kernel, and of its feedback.
         dtype: of the kernel.
@@ -208,7 +209,12 @@ def _row(path, leaf, uses, flows, given):
     obstacles = [use for use in uses if use.problem and (use in flows or not products)]
     asked = given is None or path in given
     effect: Effect
-    if obstacles or not products:
+    if own := [use for use in products if use.primitive == ops.SCOPE]:
+        products = own
+        effect = "own feedback" if not flows.isdisjoint(own) else "no effect"
+        if given and asked:
+            effect = "error"
+    elif obstacles or not products:
         effect = "error" if given and asked else "backprop" if uses else "no effect"
     elif not flows.isdisjoint(products):
         effect = "feedback" if asked else "backprop"

@@ -42,6 +42,9 @@ FeedbackBarFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 FeedbackBar = Literal["kernel"] | FeedbackBarFn | None
 """What feedback's cotangent is: zeros (`None`), the kernel's cotangent, or a function's value."""
 
+SCOPE = "through_feedback"
+"""The name under which profiles show it, and `soap_jax.transform` knows it."""
+
 FeedbackOp = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 """`(x, kernel, feedback) -> y`."""
 
@@ -144,7 +147,8 @@ def through_feedback(
     f = jax.custom_vjp(f)
     f.defvjp(f_fwd, f_bwd)
     y = op(detach(x), kernel) if forward is None else forward(detach(x))
-    return f(y, x, kernel, feedback)
+    with jax.named_scope(SCOPE):
+        return f(y, x, kernel, feedback)
 
 
 def feedback_op(op: BilinearOp, *, feedback_bar: FeedbackBar = None) -> FeedbackOp:

@@ -129,7 +129,7 @@ def with_feedback(
         walk = Walk(_refuse, feedback_bar=feedback_bar)
         out = walk(fun, params, twins, *args, **kwargs)
         for path in twins:
-            _check_used(path, walk.uses)
+            _check_uses(path, walk.uses)
         return out
 
     for name in ("__module__", "__name__", "__qualname__"):  # not `wraps`: another signature
@@ -223,6 +223,8 @@ class Walk:
                 return bodies.BODIES[name](self, eqn, values)
             finally:
                 self.line = outer
+        if name == "custom_vjp_call" and ops.SCOPE in str(eqn.source_info.name_stack):
+            return self._own_feedback(eqn, values)
         if name in PRODUCTS or (name in _CUSTOM and not self.feedback_bar and _bilinear(eqn)):
             return self._product(eqn, values)
         if name == "gather" or (name == "dynamic_slice" and any(v.data for v in values[1:])):
@@ -262,6 +264,15 @@ class Walk:
             lost = use._replace(problem="where a param without feedback is multiplied to it")
             return [out._replace(kernel=product._replace(lost=lost))]
         return [out]
+
+    def _own_feedback(self, eqn, values):
+        """The end of `ops.through_feedback`, in a layer of ours."""
+        y, x, kernel, feedback = values
+        use = self.describe(eqn, [x, kernel], tw.paths([kernel]))
+        use = use._replace(primitive=ops.SCOPE)
+        self.uses.append(use)
+        values = [y, x._replace(array=self.watch(x.array, use)), kernel, feedback]
+        return tw.outputs(eqn, values)
 
     def _layout(self, eqn, values):
         """The same op on kernels and on twins; an operand without a twin stands for itself."""
@@ -488,9 +499,14 @@ def _refuse(x, use):
     return f(x)
 
 
-def _check_used(path, uses):
-    """Raises ValueError if a kernel has feedback that nothing uses."""
+def _check_uses(path, uses):
+    """Raises ValueError if a kernel has feedback that nothing uses, or two."""
     mine = [use for use in uses if path in use.paths]
+    if own := [use for use in mine if use.primitive == ops.SCOPE]:
+        raise ValueError(
+            f"the kernel at {trees.show(path)} belongs to a layer that has feedback of its own, at "
+            f"{own[0].line}. Put None at its path: the layer's own is used."
+        )
     if all(use.problem for use in mine):
         places = "; in ".join(list(dict.fromkeys(f"{use}, {use.problem}" for use in mine))[:3])
         raise ValueError(

@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import soap_jax
-from soap_jax import explain, init_feedback, with_feedback
+from soap_jax import explain, init_feedback, linen, with_feedback
 
 KEY = jax.random.key(3)
 
@@ -188,6 +188,39 @@ def test_an_error_that_also_goes_through_the_kernel_itself_is_backprop(fun, path
     explanation = explain(fun, PARAMS, X)
     assert explanation[path].effect == "backprop"
     jax.grad(with_feedback(fun))(PARAMS, init_feedback(KEY, PARAMS, where=explanation).feedback, X)
+
+
+def test_layers_with_feedback_of_their_own_are_told_from_backprop():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.tanh(linen.FeedbackDense(5, name="first")(x))
+            x = nn.tanh(linen.FeedbackDense(4, name="own")(x))
+            x = nn.RNN(nn.SimpleCell(4, name="cell"))(x[None])[0]
+            return linen.FeedbackDense(3, name="head")(x)
+
+    variables = Net().init(KEY, X)
+
+    def loss(params, feedback, x):
+        return Net().apply({"params": params, "feedback": feedback}, x).sum()
+
+    params, own = variables["params"], variables["feedback"]
+    found = effects(explain(loss, params, own, X))
+    assert found == {
+        "cell/h/kernel": "feedback",
+        "cell/i/kernel": "feedback",
+        "first/kernel": "no effect",
+        "head/kernel": "own feedback",
+        "own/kernel": "own feedback",
+    }
+    as_it_is = effects(explain(loss, params, own, X, feedback={}))
+    assert as_it_is == found | {"cell/h/kernel": "backprop", "cell/i/kernel": "backprop"}
+    state = init_feedback(KEY, params, where=explain(loss, params, own, X))
+    jax.grad(with_feedback(loss))(params, state.feedback, own, X)
+    twice = explain(loss, params, own, X, feedback={"head": {"kernel": params["head"]["kernel"]}})
+    assert twice["head/kernel"].effect == "error"
+    with pytest.raises(ValueError, match=r"\['own'\]\['kernel'\] belongs to a layer that has"):
+        with_feedback(loss)(params, {"own": {"kernel": params["own"]["kernel"]}}, own, X)
 
 
 def test_init_feedback_takes_the_explanation():

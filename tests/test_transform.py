@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from jax import lax
+from jax.experimental import xla_metadata
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -545,6 +546,69 @@ def jaxprs_in(tree):
     for leaf in jax.tree.leaves(tree, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
         if hasattr(leaf, "eqns"):
             yield leaf
+
+
+KEPT = {  # the params of an equation that are its user's choice
+    "jit": (jax.jit(layer), ("name", "inline")),
+    "remat2": (
+        jax.checkpoint(
+            layer,
+            prevent_cse=False,
+            policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        ),
+        ("prevent_cse", "policy"),
+    ),
+    "scan": (
+        lambda h, w: lax.scan(lambda h, w: (layer(h, w), None), h, w[None], reverse=True, unroll=2)[
+            0
+        ],
+        ("length", "reverse", "unroll"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_equations_keep_their_options(name):
+    fun, kept = KEPT[name]
+    params, h = {"w": draw(5, 5)}, draw(4, 5)
+
+    def model(params, h):
+        return fun(h, params["w"])
+
+    ours = jax.make_jaxpr(with_feedback(model))(params, params, h)
+    theirs = jax.make_jaxpr(model)(params, h)
+    a, b = ([e for e in jaxpr.eqns if e.primitive.name == name] for jaxpr in (ours, theirs))
+    assert (
+        [[e.params[k] for k in kept] for e in a] == [[e.params[k] for k in kept] for e in b] != []
+    )
+
+
+def test_names_and_metadata_reach_the_compiler():
+    def model(params, x):
+        with jax.named_scope("block"), xla_metadata.set_xla_metadata(marked="yes"):
+            return jnp.tanh(x @ params["w"])
+
+    params = {"w": draw(3, 5)}
+    lowered = jax.jit(with_feedback(model)).lower(params, params, draw(4, 3))
+    text = lowered.as_text(debug_info=True)
+    assert "block/dot_general" in text and "block/tanh" in text
+    assert text.count('marked = "yes"') == 2
+
+
+MIXED = ("block", "concatenate", "pad", "select")  # with values that are no kernel's
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in MIXED])
+def test_an_error_meets_nothing_but_feedback(name):
+    """Feedback of zeros stops it."""
+    params, x = {"w": draw(3, 8)}, draw(4, 3)
+    zero = {"w": jnp.zeros((3, 8))}
+
+    def loss(params, x):
+        return jnp.sum(jnp.sin(x @ LAYOUTS[name](params["w"])))
+
+    assert not np.any(jax.jit(jax.grad(with_feedback(loss), 2))(params, zero, x))
+    assert np.any(jax.jit(jax.grad(loss, 1))(params, x))
 
 
 def count(jaxpr, name):
@@ -1378,6 +1442,22 @@ def test_feedback_that_serves_no_product_raises_when_traced(name):
     assert_close(f({"w": None}), model(SQUARE, draw(4, 3)))
 
 
+def by_platform(params, x):
+    def layer(x, w):
+        return jnp.tanh(x @ w)
+
+    return lax.platform_dependent(x, params["w"], cpu=layer, default=layer)
+
+
+def test_a_choice_by_platform_is_not_entered():
+    loss, feedback = beside_a_product(by_platform), {"w": SQUARE["v"]}
+    with pytest.raises(ValueError) as error:
+        jax.eval_shape(jax.grad(with_feedback(loss), 2), SQUARE, feedback, draw(4, 3))
+    assert_error_tells(error, "w", "cond")
+    by_w = jax.jit(jax.grad(with_feedback(loss)))(SQUARE, feedback, draw(4, 3))
+    assert_close(by_w, jax.grad(loss)(SQUARE, draw(4, 3)))
+
+
 def test_feedback_of_the_wrong_shape_raises():
     with pytest.raises(ValueError, match=re.escape("['w'] has shape (3, 5); expected (5, 5)")):
         with_feedback(mlp)(MLP, {"w": draw(3, 5)}, draw(4, 3))
@@ -1408,6 +1488,10 @@ MORE_REFUSED = {  # (params, x) -> y; w has feedback, v has none
     "a low-rank kernel, feedback for its last factor": lambda p, x: x @ (p["v"] @ p["w"]),
     "a low-rank kernel, feedback for its first factor": lambda p, x: x @ (p["w"] @ p["v"]),
     "the same, scaled and laid out": lambda p, x: (2 * (p["v"] @ p["w"]).T) @ x.T,
+    "a low-rank update, feedback for its factor": lambda p, x: x @ (p["v"] + p["v"] @ p["w"]),
+    "the same of the identity": lambda p, x: x @ (jnp.eye(3) + p["w"] @ p["v"]),
+    "a function of one element": lambda p, x: x * jnp.tanh(p["w"][0, 0]),
+    "a division by one element": lambda p, x: x / p["w"][0, 0],
     "a kernel cast to integers": lambda p, x: x @ jnp.astype(3 * p["w"], jnp.int8).astype(F32),
     "a scale by a kernel's norms": lambda p, x: x * jnp.linalg.norm(p["w"], axis=0)[None],
 }
