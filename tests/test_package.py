@@ -111,7 +111,9 @@ def test_version_is_that_of_the_project():
         assert soap_jax.__version__ == tomllib.load(file)["project"]["version"]
 
 
-@pytest.mark.parametrize("name", ["ops", "trees", "rules", "feedback", "training"])
+@pytest.mark.parametrize(
+    "name", ["ops", "trees", "rules", "feedback", "transform", "explanation", "training"]
+)
 def test_core_knows_no_flax(name):
     below = everything_below(f"soap_jax.{name}")
     assert not below & {"flax", "soap_jax.linen", "soap_jax.nnx", "soap_jax.models"}
