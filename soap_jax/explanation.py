@@ -14,7 +14,7 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import chex
 import jax
@@ -51,31 +51,14 @@ class Row:
     nbytes: int
 
 
-class Other(NamedTuple):
-    """A floating-point leaf that is no kernel of a product.
-
-    Attributes:
-        rank: its number of axes.
-        use: where it is used first; None if nowhere.
-    """
-
-    rank: int
-    use: Use | None
-
-    @property
-    def primitive(self) -> str:
-        """The primitive that uses it first, or "unused"."""
-        return self.use.primitive if self.use else "unused"
-
-
 @dataclasses.dataclass(frozen=True)
 class Explanation:
     """What `explain` found: a table to print, and a `where` for `init_feedback`.
 
     Attributes:
         rows: one for each kernel.
-        others: the other floating-point leaves by path: biases, scales, and weights that meet no
-            activation in a product, through which errors go as in backprop.
+        others: the other floating-point leaves (biases, scales, tables), whose gradients are exact,
+            by path, with the primitive that uses them first, or "unused".
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -92,7 +75,7 @@ class Explanation:
     """
 
     rows: tuple[Row, ...]
-    others: Mapping[trees.Path, Other]
+    others: Mapping[trees.Path, str]
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -127,6 +110,14 @@ def explain(
 ) -> Explanation:
     """Says for every kernel of a function how its error is sent back under `with_feedback`.
 
+    Its `effect` is
+
+        "feedback"      the error goes back through its feedback
+        "own feedback"  the same, of a layer of `soap_jax` that has feedback of its own
+        "backprop"      the error goes back through the kernel itself; the uses say why
+        "no effect"     no error is sent back here: a first layer, whose input is data
+        "error"         `with_feedback` refuses the feedback that it has
+
     Nothing is computed: `fun` is traced with the types of its arguments, and so is its gradient by
     `params`, with a cotangent for every output, or with `has_aux` for the first alone.
 
@@ -159,6 +150,11 @@ def explain(
     )
     kernels = {path for use in found.uses if not use.problem for path in use.paths}
     kernels |= given or set()
+    apart = {  # weights that meet no activation in a product: matrices, other than biases, tables
+        path: use._replace(problem="which is exact, as in backprop")
+        for path, use in found.activations.items()
+        if len(leaves[path].shape) > 1 and use.primitive not in ("add", "add_any", "sub", "gather")
+    }
     named = (path for path in leaves if path[-1:] and path[-1] in trees.KERNEL_NAMES)
     kernels |= {path for path in named if len(leaves[path].shape) > 1}
 
@@ -192,13 +188,15 @@ def explain(
     _trace(gradient, params, args, kwargs)
     rows = tuple(
         _row(path, leaf, [use for use in walk.uses if path in use.paths], flows, given)
-        for path, leaf in leaves.items()
         if path in kernels
+        else Row(path, "backprop", (apart[path],), tuple(leaf.shape), leaf.dtype, 0)
+        for path, leaf in leaves.items()
+        if path in kernels or path in apart
     )
     others = {
-        path: Other(len(leaf.shape), found.activations.get(path))
-        for path, leaf in leaves.items()
-        if path not in kernels
+        path: found.activations[path].primitive if path in found.activations else "unused"
+        for path in leaves
+        if path not in kernels and path not in apart
     }
     return Explanation(rows, others)
 
@@ -298,12 +296,8 @@ def _table(explanation: Explanation) -> str:
     stored = filesize.decimal(sum(row.nbytes for row in explanation))
     number = f"{len(explanation)} kernel{'s' if len(explanation) != 1 else ''}"
     lines = [f"{number}: {counts or 'none'}; {stored} of feedback."]
-    kinds: collections.Counter[str] = collections.Counter()
-    for keys, other in explanation.others.items():
-        if other.rank > 1 and other.primitive not in ("add", "sub", "gather", "unused"):
-            notes.append(f"{'/'.join(keys)}: {other.use}, exact, as in backprop.")
-        else:
-            kinds[f"{_short(keys)} ({other.primitive})"] += 1
+    others = explanation.others.items()
+    kinds = collections.Counter(f"{_short(keys)} ({primitive})" for keys, primitive in others)
     if kinds:
         kinds_text = ", ".join(f"{times} {kind}" for kind, times in kinds.items())
         lines.append(f"No kernels, exact gradients: {kinds_text}.")

@@ -79,10 +79,10 @@ def init_feedback(
         where: which leaves of `params` get feedback: what `soap_jax.explain` returned; glob
             patterns over paths such as "Dense_1/kernel"; or a predicate `(path, leaf) -> bool`. By
             default the leaves named kernel, w or weight that have two axes or more.
-        initializer: `(key, shape, dtype) -> array`, best the one of the kernels; or "matched":
-            normal, of each kernel's own root mean square, whatever its library and layout. Feedback
-            that is larger than its kernel multiplies the learning rate of the layers below, which
-            easily passes for a better method. Or a mapping from path patterns to initialisers, of
+        initializer: `(key, shape, dtype) -> array`, best the one of the kernels; by default Glorot's
+            normal one. Or "matched": normal, of each kernel's own root mean square, whatever its
+            library and layout. Feedback that is larger than its kernel multiplies the learning rate
+            of the layers below, which easily passes for a better method. Or a mapping from path patterns to initialisers, of
             which the first that matches a leaf counts.
         feedback: feedback weights to adopt instead, such as Linen's `variables["feedback"]`,
             `nnx.state(model, soap_jax.nnx.Feedback)`, or a second draw of `params`; with `where`,
@@ -109,6 +109,7 @@ def init_feedback(
         >>> state.rule, int(state.period)
         (SignSync(period=1, magnitude='unit'), 10)
     """
+    static, period = _split_period(rule)
     feedback_key, rule_key = jax.random.split(key)
     if feedback is None or where is not None:
         chosen = trees.select(params, where)
@@ -116,7 +117,7 @@ def init_feedback(
             initializers = _initializers(initializer, chosen)
 
             def make(path, kernel):
-                return _draw(initializers[path], _fold_in_path(feedback_key, path), kernel)
+                return _draw(initializers[path], _fold_in_path(feedback_key, path), kernel, path)
         else:
             given = trees.by_kernel(params, feedback)
             if missing := sorted(chosen - given.keys()):
@@ -134,7 +135,6 @@ def init_feedback(
 
         feedback = jax.tree_util.tree_map_with_path(one, params)
     feedback = trees.map_pairs(lambda path, w, b: rules.shard_like(b, w), params, feedback)
-    static, period = _split_period(rule)
     try:
         hash(static)
     except TypeError as error:
@@ -256,11 +256,22 @@ def _rules_of(static, paths, *, complete=False):
     return out
 
 
-def _draw(initializer, key, kernel):
+def _draw(initializer, key, kernel, path):
     if initializer == "matched":
         scale = jnp.sqrt(jnp.mean(jnp.square(kernel.astype(jnp.float32))))
         return (scale * jax.random.normal(key, kernel.shape)).astype(kernel.dtype)
-    return initializer(key, kernel.shape, kernel.dtype)
+    if not callable(initializer):
+        raise ValueError(
+            f"initializer is {initializer!r}; expected a function (key, shape, dtype) -> array, "
+            "'matched', or a mapping from path patterns to these."
+        )
+    try:
+        return initializer(key, kernel.shape, kernel.dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"the initializer cannot draw feedback of shape {kernel.shape} for {trees.show(path)}: "
+            f"{error} Is that leaf a kernel? Say with `where` which are, or give another one."
+        ) from error
 
 
 def _initializers(initializer, paths):

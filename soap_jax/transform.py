@@ -161,6 +161,7 @@ class Walk:
 
     def __call__(self, fun, params, twins: Mapping[trees.Path, Any], *args, **kwargs):
         """Evaluates `fun(params, *args, **kwargs)`; `twins` is feedback by its kernel's path."""
+        _refuse_modules(params, *args, *kwargs.values())
         keyed, tree = jax.tree_util.tree_flatten_with_path((params, args, kwargs))
         arrays = {i: leaf for i, (_, leaf) in enumerate(keyed) if isinstance(leaf, _ARRAYS)}
         out_tree, out_static = None, []  # what `flat` returns besides arrays
@@ -333,7 +334,8 @@ class Walk:
         first = held[0].kernel.paths
         combined = any(value.kernel.paths != first for value in held)
         lost = next((value.kernel.lost for value in held if value.kernel.lost), None)
-        use = self.describe(eqn, values, tw.paths(held), _COMBINED if combined else _NO_PRODUCT)
+        problem = _CHANGED if lost and name in PRODUCTS else _NO_PRODUCT
+        use = self.describe(eqn, values, tw.paths(held), _COMBINED if combined else problem)
         if lost:
             what = "" if lost.problem == _NO_PRODUCT else f", {lost.problem}"
             use = use._replace(problem=f"{use.problem}, after {lost}{what}")
@@ -406,7 +408,21 @@ class Walk:
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
 _CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 _NO_PRODUCT = "which is no product that could go through feedback"
+_CHANGED = "where other weights than this kernel meet it"
 _COMBINED = "where kernels with feedback are combined before they meet an activation"
+
+
+def _refuse_modules(*args):
+    """An NNX module's changes (batch statistics, keys of dropout) would be lost in a trace."""
+    for arg in args:
+        for base in type(arg).__mro__:
+            if base.__name__ == "Module" and base.__module__.startswith("flax.nnx"):
+                raise ValueError(
+                    f"an argument is the NNX module {type(arg).__name__}, whose variables could "
+                    "not be updated. Split it, graphdef, params, rest = nnx.split(model, "
+                    "nnx.Param, ...); merge inside the function, nnx.merge(graphdef, params, "
+                    "rest); and return what changes, such as nnx.state(model, nnx.BatchStat)."
+                )
 
 
 def _vary_like(twin, kernel):
@@ -508,7 +524,8 @@ def _check_uses(path, uses):
             f"{own[0].line}. Put None at its path: the layer's own is used."
         )
     if all(use.problem for use in mine):
-        places = "; in ".join(list(dict.fromkeys(f"{use}, {use.problem}" for use in mine))[:3])
+        at_last = [use for use in mine[1:] if use.primitive in PRODUCTS]
+        places = "; then in ".join(f"{use}, {use.problem}" for use in [*mine[:1], *at_last[:1]])
         raise ValueError(
             f"feedback at {trees.show(path)} would do nothing: its kernel meets no activation in "
             f"{' or '.join(PRODUCTS)}. It is {f'used in {places}' if places else 'not used'}. Put "

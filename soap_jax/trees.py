@@ -69,7 +69,8 @@ def map_pairs(
             )
         if kernel is None:
             raise ValueError(
-                f"feedback at {show(path)} has no kernel: params has no leaf there. Feedback lies "
+                f"feedback at {show(path)} has no kernel: params has no leaf there. (Was feedback "
+                "left out of the call, or swapped with params?) Feedback lies "
                 "at its kernel's path (in NNX: is called 'feedback' beside a 'kernel'). The "
                 f"leaves of params: {', '.join(map(show, kernels)) or 'none'}."
             )

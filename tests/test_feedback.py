@@ -679,6 +679,16 @@ def test_feedback_without_a_rule_raises():
         init({"a/*": rules.SignSync()})
 
 
+def test_an_initialiser_that_is_none_raises():
+    with pytest.raises(ValueError, match=r"initializer is 'match'; expected .*'matched'"):
+        init_feedback(KEY, PARAMS, initializer="match")
+
+
+def test_a_leaf_that_cannot_be_drawn_is_named():
+    with pytest.raises(ValueError, match=r"shape \(8,\) for \['a'\]\['bias'\].*Say with `where`"):
+        init_feedback(KEY, PARAMS, where="a/*")
+
+
 def test_where_selects_among_adopted_feedback():
     other = jax.tree.map(lambda leaf: 2 * leaf, PARAMS)
     state = init_feedback(KEY, PARAMS, where="b/*", feedback=other)

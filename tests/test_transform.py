@@ -1480,6 +1480,13 @@ def test_feedback_left_out_of_the_call_raises():
         with_feedback(mlp)(MLP, draw(4, 3))
 
 
+def test_an_nnx_module_raises():
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Linear(3, 5, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"NNX module Linear.*nnx\.split\(model"):
+        with_feedback(lambda model, x: model(x))(model, {}, draw(4, 3))
+
+
 def test_feedback_at_an_unknown_path_raises():
     with pytest.raises(ValueError, match=re.escape("['x'] has no kernel")):
         with_feedback(mlp)(MLP, {"x": draw(3, 5)}, draw(4, 3))
