@@ -79,11 +79,11 @@ def init_feedback(
         where: which leaves of `params` get feedback: what `soap_jax.explain` returned; glob
             patterns over paths such as "Dense_1/kernel"; or a predicate `(path, leaf) -> bool`. By
             default the leaves named kernel, w or weight that have two axes or more.
-        initializer: `(key, shape, dtype) -> array`, best the one of the kernels; by default Glorot's
-            normal one. Or "matched": normal, of each kernel's own root mean square, whatever its
-            library and layout. Feedback that is larger than its kernel multiplies the learning rate
-            of the layers below, which easily passes for a better method. Or a mapping from path patterns to initialisers, of
-            which the first that matches a leaf counts.
+        initializer: `(key, shape, dtype) -> array`, best the one of the kernels; by default
+            Glorot's normal one. Or "matched": normal, of each kernel's own root mean square,
+            whatever its library and layout. Feedback that is larger than its kernel multiplies the
+            learning rate of the layers below, which easily passes for a better method. Or a mapping
+            from path patterns to initialisers, of which the first that matches a leaf counts.
         feedback: feedback weights to adopt instead, such as Linen's `variables["feedback"]`,
             `nnx.state(model, soap_jax.nnx.Feedback)`, or a second draw of `params`; with `where`,
             only the leaves that it selects. The state shares its buffers, so donating the state
