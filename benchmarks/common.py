@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import pathlib
@@ -25,6 +26,18 @@ def interleave(runners: Mapping[str, Callable[[], object]], rounds: int) -> dict
             runners[name]()
             times[name].append(time.perf_counter() - begin)
     return times
+
+
+def interleave_blocks(
+    runners: Mapping[str, Callable[[int], object]], rounds: int, seconds: float, reference: str
+) -> dict[str, list[float]]:
+    """Times blocks of `n` steps, of about so many seconds: `{name: seconds per step by round}`."""
+    begin = time.perf_counter()
+    runners[reference](10)
+    n = max(3, round(seconds / ((time.perf_counter() - begin) / 10)))
+    blocks = {name: functools.partial(run, n) for name, run in runners.items()}
+    times = interleave(blocks, rounds)
+    return {name: [spent / n for spent in values] for name, values in times.items()}
 
 
 def ratio(times: Mapping[str, list[float]], name: str, reference: str) -> tuple[float, list[float]]:

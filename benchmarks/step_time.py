@@ -11,10 +11,8 @@ ratio to backprop within a round with their quartiles.
 from __future__ import annotations
 
 import argparse
-import functools
 import pathlib
 import statistics
-import time
 
 import jax
 import numpy as np
@@ -73,12 +71,7 @@ def measure(features, batch_size, rounds, seconds_per_block):
     runners = {name: make_runner(rule, features, batch_size) for name, rule in METHODS.items()}
     for run in runners.values():
         run(5)  # compile and warm up
-    begin = time.perf_counter()
-    runners["bp"](10)
-    steps = max(3, round(seconds_per_block / ((time.perf_counter() - begin) / 10)))
-    blocks = {name: functools.partial(run, steps) for name, run in runners.items()}
-    times = common.interleave(blocks, rounds)
-    return {name: [seconds / steps for seconds in values] for name, values in times.items()}
+    return common.interleave_blocks(runners, rounds, seconds_per_block, "bp")
 
 
 def summarise(times):

@@ -14,7 +14,6 @@ import argparse
 import functools
 import pathlib
 import statistics
-import time
 
 import flax.linen as nn
 import jax
@@ -119,12 +118,7 @@ def measure_steps(steps, args, rounds, seconds_per_block):
         return run
 
     runners = {name: make_runner(step) for name, step in steps.items()}
-    begin = time.perf_counter()
-    runners["bp"](10)
-    n = max(3, round(seconds_per_block / ((time.perf_counter() - begin) / 10)))
-    blocks = {name: functools.partial(run, n) for name, run in runners.items()}
-    times = common.interleave(blocks, rounds)
-    return {name: [seconds / n for seconds in values] for name, values in times.items()}
+    return common.interleave_blocks(runners, rounds, seconds_per_block, "bp")
 
 
 def measure_traces(steps, args, rounds):

@@ -1,7 +1,7 @@
 """Equations that hold jaxprs of their own, made again around rewritten ones.
 
 Each is called by the public function that made it (`jax.jit`, `jax.lax.scan`, ...), whose body
-hands arrays and their twins to the walk of `soap_jax.transform`. So structure is kept: a scan
+hands arrays and their twins to `soap_jax.walk`. So structure is kept: a scan
 stays one scan, and what is scanned over has its twins scanned over beside it.
 """
 

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from soap_jax import ops, transform, trees
+from soap_jax import ops, trees, walk
+from soap_jax import twins as tw
 from soap_jax.twins import Use
 
 Effect = Literal["feedback", "own feedback", "backprop", "no effect", "error"]
@@ -144,7 +145,7 @@ def explain(
         if _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
     }
 
-    found = transform.Walk(lambda x, use: x, lookup=True)
+    found = walk.Walk(lambda x, use: x, lookup=True)
     _trace(
         lambda *a, **k: found(fun, a[0], _twins(a[0], leaves), *a[1:], **k), params, args, kwargs
     )
@@ -161,25 +162,16 @@ def explain(
     flows: set[Use] = set()
 
     def observe(x, use):
-        @jax.custom_vjp
-        def f(x):
-            return x
+        return tw.on_cotangent(x, lambda: flows.add(use))
 
-        def f_bwd(_, x_bar):
-            flows.add(use)
-            return (x_bar,)
-
-        f.defvjp(lambda x: (x, None), f_bwd)
-        return f(x)
-
-    walk = transform.Walk(observe)
+    second = walk.Walk(observe)
 
     def gradient(params, *args, **kwargs):
         inexact, rebuild = _inexact(params)
 
         def outputs(inexact):
             params = rebuild(inexact)
-            out = walk(fun, params, _twins(params, kernels), *args, **kwargs)
+            out = second(fun, params, _twins(params, kernels), *args, **kwargs)
             return _inexact(out[0] if has_aux else out)[0]
 
         out, vjp = jax.vjp(outputs, inexact)
@@ -187,7 +179,7 @@ def explain(
 
     _trace(gradient, params, args, kwargs)
     rows = tuple(
-        _row(path, leaf, [use for use in walk.uses if path in use.paths], flows, given)
+        _row(path, leaf, [use for use in second.uses if path in use.paths], flows, given)
         if path in kernels
         else Row(path, "backprop", (apart[path],), tuple(leaf.shape), leaf.dtype, 0)
         for path, leaf in leaves.items()

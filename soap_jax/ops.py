@@ -43,7 +43,7 @@ FeedbackBar = Literal["kernel"] | FeedbackBarFn | None
 """What feedback's cotangent is: zeros (`None`), the kernel's cotangent, or a function's value."""
 
 SCOPE = "through_feedback"
-"""The name under which profiles show it, and `soap_jax.transform` knows it."""
+"""The name under which profiles show it, and `soap_jax.walk` knows it."""
 
 FeedbackOp = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 """`(x, kernel, feedback) -> y`."""

@@ -1,4 +1,4 @@
-"""Values of a traced function, and what `soap_jax.transform` knows of them.
+"""Values of a traced function, and what `soap_jax.walk` knows of them.
 
 A value that derives from params with feedback carries a `Kernel`: from which params, and whether
 it still has its *twin*, the feedback in the same layout. All else is an activation or a constant.
@@ -6,7 +6,7 @@ it still has its *twin*, the feedback in the same layout. All else is an activat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -124,6 +124,21 @@ def is_float(value: Value) -> bool:
 def paths(values: Sequence[Value]) -> tuple[trees.Path, ...]:
     """The params from which kernels derive."""
     return tuple(dict.fromkeys(path for v in values if v.kernel for path in v.kernel.paths))
+
+
+def on_cotangent(x: jax.Array, callback: Callable[[], object]) -> jax.Array:
+    """The identity, which calls back when a cotangent is sent back through it, and only then."""
+
+    @jax.custom_vjp
+    def f(x):
+        return x
+
+    def f_bwd(_, x_bar):
+        callback()
+        return (x_bar,)
+
+    f.defvjp(lambda x: (x, None), f_bwd)
+    return f(x)
 
 
 def split(values: Sequence[Value]) -> tuple[list, list]:
