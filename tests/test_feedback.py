@@ -181,8 +181,8 @@ def test_init_under_jit_equals_eager(rule):
     # Fused under jit, an initialiser may round the last bit differently.
     chex.assert_trees_all_close(state.feedback, eager.feedback, rtol=1e-6)
     chex.assert_trees_all_equal(
-        (state.period, jax.random.key_data(state.key)),
-        (eager.period, jax.random.key_data(eager.key)),
+        (state.period, state.key_data),
+        (eager.period, eager.key_data),
     )
 
 
@@ -294,7 +294,7 @@ def test_structure_shapes_dtypes_and_weak_types_never_change(rule):
         assert jax.tree.structure(synced) == jax.tree.structure(state)
         assert types(synced) == types(state)
     chex.assert_trees_all_equal(synced.period, state.period)
-    chex.assert_trees_all_equal(*(jax.random.key_data(s.key) for s in (synced, state)))
+    chex.assert_trees_all_equal(synced.key_data, state.key_data)
 
 
 def test_types_never_change_in_double_precision():
@@ -434,22 +434,13 @@ def test_lowers_for_every_platform(rule):
 # Checkpoints
 
 
-def is_key(leaf):
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def save(state):
     """The state's leaves as plain arrays, as a checkpoint holds them."""
-    leaves = jax.tree.leaves(state)
-    return [np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf) for leaf in leaves]
+    return list(map(np.asarray, jax.tree.leaves(state)))
 
 
 def load(saved, like):
-    leaves, structure = jax.tree.flatten(like)
-    pairs = zip(saved, leaves, strict=True)
-    return structure.unflatten(
-        jax.random.wrap_key_data(array) if is_key(leaf) else array for array, leaf in pairs
-    )
+    return jax.tree.structure(like).unflatten(map(jnp.asarray, saved))
 
 
 @every_rule
@@ -565,7 +556,7 @@ def test_shard_map_over_seeds_equals_each_alone(auto_mesh, rule):
 def test_shard_map_over_parts_of_kernels_equals_the_whole(auto_mesh, magnitude):
     state = init(rules.SignSync(magnitude=magnitude))
     feedback_specs = {"a": {"kernel": P(None, "data"), "bias": None}, "b": SPECS["b"]}
-    specs = FeedbackState(feedback_specs, P(), P(), state.rule)
+    specs = FeedbackState(feedback_specs, P(), P(), state.rule, state.key_impl)
     split = jax.shard_map(
         lambda params, state: sync_feedback(params, state, 0),
         mesh=auto_mesh,

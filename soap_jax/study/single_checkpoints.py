@@ -1,6 +1,6 @@
 """Checkpoints of one model in training, with Orbax: written in the background, checked when read.
 
-    checkpoints/EPOCH/state          the `TrainState`, feedback and typed keys included
+    checkpoints/EPOCH/state          the `TrainState`, feedback and its key included
     checkpoints/EPOCH/progress       the rule of feedback, and the curves until then
     checkpoints/EPOCH/sha256.json    checksums of the files of both
 
