@@ -138,7 +138,7 @@ def explain(
     Raises:
         ValueError: if feedback does not fit `params`.
     """
-    given = None if feedback is None else set(trees.by_kernel(params, feedback))
+    given = None if feedback is None else trees.by_kernel(params, feedback)
     leaves = {
         trees.path_of(keys): leaf
         for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -150,7 +150,7 @@ def explain(
         lambda *a, **k: found(fun, a[0], _twins(a[0], leaves), *a[1:], **k), params, args, kwargs
     )
     kernels = {path for use in found.uses if not use.problem for path in use.paths}
-    kernels |= given or set()
+    kernels |= set(given or ())
     apart = {  # weights that meet no activation in a product: matrices, other than biases, tables
         path: use._replace(problem="which is exact, as in backprop")
         for path, use in found.activations.items()
@@ -211,7 +211,8 @@ def _row(path, leaf, uses, flows, given):
     else:
         effect = "no effect"
     stored = effect == "feedback" if given is None else asked
-    nbytes = math.prod(leaf.shape) * leaf.dtype.itemsize if stored else 0
+    dtype = leaf.dtype if given is None or not asked else given[path].dtype
+    nbytes = math.prod(leaf.shape) * dtype.itemsize if stored else 0
     uses = tuple(dict.fromkeys([*products, *obstacles]))
     return Row(path, effect, uses, tuple(leaf.shape), leaf.dtype, nbytes)
 

@@ -20,7 +20,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from soap_jax import rules, trees
 
@@ -67,6 +67,7 @@ def init_feedback(
     where: trees.Where = None,
     initializer: Initializer | Mapping[str, Initializer] = glorot_normal,
     feedback: chex.ArrayTree | None = None,
+    dtype: DTypeLike | None = None,
 ) -> FeedbackState:
     """Makes feedback weights for a model's kernels, or adopts the model's own.
 
@@ -75,7 +76,7 @@ def init_feedback(
     has feedback of its own: adopt it with `feedback=`.
 
     A layer's draw depends on `key` and its path alone, so that runs with different rules, or with
-    feedback on different layers, are paired. Feedback has its kernel's shape, dtype and sharding.
+    feedback on different layers, are paired. Feedback has its kernel's shape and sharding.
     The first layer needs none: nobody uses its input's cotangent.
 
     Args:
@@ -96,6 +97,13 @@ def init_feedback(
             `nnx.state(model, soap_jax.nnx.Feedback)`, or a second draw of `params`; with `where`,
             only the leaves that it selects. The state shares its buffers, so donating the state
             uses them up.
+        dtype: of what is stored; by default the kernel's, or the adopted feedback's own. A floating
+            dtype stores the weights rounded (bfloat16: half of float32's memory). A signed integer
+            dtype stores their signs (int8: a quarter), for rules whose values are whole numbers:
+            `Fixed`, `SignSync` with "unit" or "preserve", or one of your own that returns integers.
+            Products are taken in the kernel's dtype all the same: signs train as they do in
+            float32, bit for bit on CPU, and so do rounded weights. Rules that move feedback in
+            small steps lose those that are below its resolution.
 
     Returns:
         The state. Leaves of `params` without feedback have `None` in `state.feedback`, which has
@@ -105,8 +113,9 @@ def init_feedback(
     Raises:
         ValueError: if `rule` is neither a rule nor a mapping of rules, if a pattern matches
             nothing or a leaf has no rule or initialiser, if a rule is not hashable, if nothing is
-            selected, if a kernel is not floating point, or if adopted feedback does not fit
-            `params`.
+            selected, if a kernel is not floating point, if adopted feedback does not fit `params`,
+            or if `dtype` is neither floating point nor a signed integer, or an integer one for a
+            rule that returns floats.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -116,8 +125,12 @@ def init_feedback(
         {'out': {'bias': None, 'kernel': (3, 2)}}
         >>> state.rule, int(state.period)
         (SignSync(period=1, magnitude='unit'), 10)
+        >>> state = init_feedback(jax.random.key(0), params, rules.SignSync(), dtype=jnp.int8)
+        >>> sync_feedback(params, state, 0).feedback["out"]["kernel"][0]
+        Array([1, 1], dtype=int8)
     """
     static, period = _split_period(rule)
+    _check_dtype(dtype)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     feedback_key, rule_key = jax.random.split(key)
@@ -144,7 +157,9 @@ def init_feedback(
             return make(path, kernel) if path in chosen else None
 
         feedback = jax.tree_util.tree_map_with_path(one, params)
-    feedback = trees.map_pairs(lambda path, w, b: rules.shard_like(b, w), params, feedback)
+    feedback = trees.map_pairs(
+        lambda path, w, b: rules.shard_like(_stored(b, dtype), w), params, feedback
+    )
     try:
         hash(static)
     except TypeError as error:
@@ -154,7 +169,10 @@ def init_feedback(
         ) from error
     _rules_of(static, list(trees.pairs(params, feedback)), complete=True)
     data, impl = jax.random.key_data(rule_key), jax.random.key_impl(rule_key)
-    return FeedbackState(feedback, period, data, static, impl)
+    state = FeedbackState(feedback, period, data, static, impl)
+    if any(map(_is_integer, jax.tree.leaves(feedback))):
+        jax.eval_shape(lambda: sync_feedback(params, state, 0))  # raises where a rule needs floats
+    return state
 
 
 def sync_feedback(params: chex.ArrayTree, state: FeedbackState, step: ArrayLike) -> FeedbackState:
@@ -176,7 +194,7 @@ def sync_feedback(params: chex.ArrayTree, state: FeedbackState, step: ArrayLike)
 
     Raises:
         ValueError: if `state` is not a `FeedbackState`, if its feedback does not fit `params`, or
-            if a rule returns another shape.
+            if a rule returns another shape, or floats for feedback of an integer dtype.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -211,19 +229,27 @@ def sync_feedback(params: chex.ArrayTree, state: FeedbackState, step: ArrayLike)
 @functools.partial(jax.jit, static_argnums=0)  # a call outside `jit` then compiles only once
 def _sync(rule, kernels, feedback, period, key, step):
     """Applies one rule to feedback by path, if its turn has come."""
-    key = jax.random.fold_in(key, step)
 
-    def one(path, leaf):
+    def one(path, leaf, key):
         new = rule(lax.stop_gradient(kernels[path]), leaf, _fold_in_path(key, path))
         if jnp.shape(new) != leaf.shape:
             raise ValueError(
                 f"{rule} returned feedback of shape {jnp.shape(new)} for {trees.show(path)}; "
                 f"expected {leaf.shape}, the shape of its kernel."
             )
+        if _is_integer(leaf) and not _is_integer(new):
+            raise ValueError(
+                f"{rule} returned {jnp.result_type(new)} for {trees.show(path)}, whose feedback is "
+                f"stored as {leaf.dtype}, which would cut them off to whole numbers. Store it as "
+                "floating point (bfloat16, say), or use Fixed(), or SignSync with 'unit' or "
+                "'preserve'. A rule of your own whose values are whole numbers returns them "
+                "`.astype(feedback.dtype)`."
+            )
         return jnp.asarray(new, leaf.dtype)
 
     def apply(feedback):
-        return {path: one(path, leaf) for path, leaf in feedback.items()}
+        now = jax.random.fold_in(key, step)
+        return {path: one(path, leaf, now) for path, leaf in feedback.items()}
 
     return lax.cond(step % period == 0, apply, lambda feedback: feedback, feedback)
 
@@ -265,6 +291,26 @@ def _rules_of(static, paths, *, complete=False):
             "pattern '*'."
         )
     return out
+
+
+def _check_dtype(dtype):
+    signed = (jnp.floating, jnp.signedinteger)
+    if dtype is not None and not any(jnp.issubdtype(dtype, kind) for kind in signed):
+        raise ValueError(
+            f"dtype is {dtype!r}; expected a floating-point dtype such as jax.numpy.bfloat16, a "
+            "signed integer one such as jax.numpy.int8 for signs, or None for the kernel's."
+        )
+
+
+def _stored(leaf, dtype):
+    """Feedback as `dtype` holds it: rounded, or its signs."""
+    if dtype is None:
+        return leaf
+    return jnp.asarray(jnp.sign(leaf) if jnp.issubdtype(dtype, jnp.integer) else leaf, dtype)
+
+
+def _is_integer(leaf):
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.integer)
 
 
 def _draw(initializer, key, kernel, path):

@@ -75,7 +75,7 @@ def kolen_pollack(
 
     Raises:
         ValueError: if decay is not in (0, 1), or, when it is used, if `(params, feedback)` is not
-            such a pair.
+            such a pair, or feedback is not floating point.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -101,7 +101,12 @@ def kolen_pollack(
 
     def init(learnt):
         params, feedback = _pair(learnt)
-        trees.pairs(params, feedback)  # raises where they do not fit
+        for path, (_, leaf) in trees.pairs(params, feedback).items():
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+                raise ValueError(
+                    f"feedback at {trees.show(path)} has dtype {leaf.dtype}; expected floating "
+                    "point, since Kolen-Pollack adds the kernel's updates to it."
+                )
         return KolenPollackState(jnp.zeros((), jnp.int32), of_params.init(params))
 
     def update(updates, state, params=None, **extra_args):

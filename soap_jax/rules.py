@@ -32,7 +32,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
+
+from soap_jax import draws
 
 Magnitude = Literal["unit", "preserve", "norm", "glorot", "redraw"]
 
@@ -62,7 +65,8 @@ class Rule:
             key: differs from layer to layer and step to step.
 
         Returns:
-            The new B, of the same shape; it is cast to B's dtype.
+            The new B, of the same shape; it is cast to B's dtype. Where B is stored as integers
+            (`init_feedback(dtype=...)`), integers.
         """
         raise NotImplementedError(f"{type(self).__name__} must define __call__.")
 
@@ -98,7 +102,7 @@ class SignSync(Rule):
         "glorot"    sqrt(2 / (fan_in + fan_out)): uSF as BioTorch scales it. sign(0) = 0
         "preserve"  abs(B), so abs(B0) forever: SOAP's remedy, and frSF at period 1
         "norm"      norm(B) / sqrt(size), so norm(B) = norm(B0) forever: the clean control
-        "redraw"    abs of a fresh normal draw of Glorot's deviation at every sync: brSF
+        "redraw"    abs of a fresh draw at every sync, Glorot's uniform one: brSF
 
     In the last three a zero weight counts as positive, so that no magnitude is ever lost.
 
@@ -138,7 +142,7 @@ class SignSync(Rule):
         """Returns the magnitudes with the signs of `kernel`."""
         match self.magnitude:
             case "unit":
-                return jnp.sign(kernel)
+                return jnp.sign(kernel).astype(feedback.dtype)  # whole numbers, also as integers
             case "glorot":
                 return _glorot_deviation(kernel.shape) * jnp.sign(kernel)
             case "preserve":
@@ -146,8 +150,9 @@ class SignSync(Rule):
             case "norm":
                 magnitude = _root_mean_square(feedback)
             case "redraw":
-                draw = jax.random.normal(key, kernel.shape, kernel.dtype)
-                magnitude = shard_like(_glorot_deviation(kernel.shape) * jnp.abs(draw), kernel)
+                largest = math.sqrt(3) * _glorot_deviation(kernel.shape)
+                draw = largest * (1 - draws.uniform(key, kernel.shape))  # never 0
+                magnitude = shard_like(draw.astype(kernel.dtype), kernel)
         return jnp.where(kernel < 0, -magnitude, magnitude)
 
 
@@ -271,10 +276,11 @@ class WeightMirror(Rule):
             )
         wide = jnp.promote_types(kernel.dtype, jnp.float32)  # half precision rounds 1 - decay
         matrix = _replicated(kernel).reshape(-1, kernel.shape[-1]).astype(wide)
-        noise = self.scale * jax.random.normal(key, (self.batch_size, len(matrix)), wide)
+        noise = self.scale * draws.normal(key, (self.batch_size, len(matrix))).astype(wide)
         seen = noise.T @ (noise @ matrix) / self.batch_size
         step = shard_like(self.rate * seen.reshape(kernel.shape), kernel)
-        return ((1 - self._decay) * feedback.astype(wide) + step).astype(feedback.dtype)
+        new = (1 - self._decay) * feedback.astype(wide) + step
+        return new.astype(jnp.result_type(kernel, feedback))
 
 
 def check_period(name: str, period: ArrayLike) -> None:
@@ -294,18 +300,17 @@ def shard_like(x: jax.Array, kernel: jax.Array) -> jax.Array:
         if isinstance(x, jax.Array) and x.sharding == kernel.sharding:
             return x  # device_put would commit it, even if the kernel is not
         return jax.device_put(x, kernel.sharding)
-    sharding = jax.typeof(kernel).sharding
-    if jax.sharding.AxisType.Explicit not in (sharding.mesh.axis_types or ()):
-        return x
-    return jax.sharding.reshard(x, sharding)
+    return jax.sharding.reshard(x, jax.typeof(kernel).sharding) if _is_explicit(kernel) else x
 
 
 def _replicated(x):
     """`x`, whole on every device where an explicit mesh has it in shards."""
-    sharding = jax.typeof(x).sharding
-    if jax.sharding.AxisType.Explicit not in (sharding.mesh.axis_types or ()):
-        return x
-    return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
+    return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if _is_explicit(x) else x
+
+
+def _is_explicit(x):
+    """Whether the array's type says how it lies on a mesh."""
+    return jax.sharding.AxisType.Explicit in (jax.typeof(x).sharding.mesh.axis_types or ())
 
 
 def _glorot_deviation(shape: tuple[int, ...]) -> float:
@@ -319,12 +324,24 @@ def _glorot_deviation(shape: tuple[int, ...]) -> float:
 
 
 def _root_mean_square(x: jax.Array) -> jax.Array:
-    """`sqrt(mean(x²))`; exactly abs(x) where all abs(x) are equal, so that syncs never drift."""
-    x = jnp.abs(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
-    largest = jnp.max(x)
-    scaled = x / jnp.where(largest > 0, largest, 1)
-    mean = largest * jnp.sqrt(jnp.mean(jnp.square(scaled)))
-    return jnp.where(jnp.min(x) == largest, largest, mean)
+    """`sqrt(mean(x²))`, in one pass; exactly abs(x) where all abs(x) are equal: no sync drifts."""
+
+    def magnitude(x):
+        return jnp.abs(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+
+    def relative_to(scale):
+        scale = jnp.where(scale > 0, scale, 1)
+        return scale * jnp.sqrt(jnp.mean(jnp.square(magnitude(x) / scale)))
+
+    def relative_to_largest():
+        return relative_to(jnp.max(magnitude(x)))
+
+    # An explicit mesh gives no single element, only a second pass.
+    one = jnp.max(magnitude(x)) if _is_explicit(x) else magnitude(x[(0,) * x.ndim])
+    quick = relative_to(one)
+    # Not finite only where the first element is the smallest by far.
+    mean = lax.cond(jnp.isfinite(quick), lambda: quick, relative_to_largest)
+    return jnp.where(jnp.abs(mean - one) <= 1e-5 * one, one, mean)
 
 
 def _is_period(period) -> bool:

@@ -129,7 +129,8 @@ def at_kernels(params: chex.ArrayTree, feedback: chex.ArrayTree) -> chex.ArrayTr
 
     Args:
         params: as in `map_pairs`.
-        feedback: as in `map_pairs`; gives the structure and dtypes, its values are not used.
+        feedback: as in `map_pairs`; gives the structure. Its values are not used, nor are its
+            dtypes, in which kernels would be rounded.
 
     Returns:
         A tree of feedback's structure that holds the kernels.
@@ -142,7 +143,7 @@ def at_kernels(params: chex.ArrayTree, feedback: chex.ArrayTree) -> chex.ArrayTr
         >>> at_kernels({"kernel": jnp.eye(2)}, {"kernel": jnp.zeros((2, 2))})["kernel"].trace()
         Array(2., dtype=float32)
     """
-    return map_pairs(lambda path, kernel, leaf: kernel.astype(leaf.dtype), params, feedback)
+    return map_pairs(lambda path, kernel, leaf: kernel, params, feedback)
 
 
 def select(params: chex.ArrayTree, where: Where) -> set[Path]:

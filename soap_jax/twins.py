@@ -64,7 +64,7 @@ class Value(NamedTuple):
 
     Attributes:
         array: the value.
-        twin: feedback in the kernel's present layout, or None.
+        twin: feedback in the kernel's present layout, in the dtype that it is stored in; or None.
         kernel: None for what is no kernel with feedback.
         data: whether it depends on an argument other than `params`.
         params: whether it depends on `params`.
@@ -80,6 +80,13 @@ class Value(NamedTuple):
     def known(self) -> Value:
         """What is known of the value, without it: static."""
         return self._replace(array=None, twin=None)
+
+    @property
+    def widened(self) -> Value:
+        """The value, its twin cast to its own dtype."""
+        if self.twin is None:
+            return self
+        return self._replace(twin=self.twin.astype(jnp.result_type(self.array)))
 
     @property
     def held(self) -> bool:

@@ -28,6 +28,9 @@ LAYOUTS = (
 )
 """Primitives that lay out a kernel anew; their other operands are indices."""
 
+COMPUTING = ("conj", "neg", "reduce_precision")
+"""Those of them that compute, for which a twin in fewer bits than its kernel is cast."""
+
 JOINS = ("concatenate", "dynamic_update_slice", "pad", "scatter", "select_n", "stack")
 """Primitives that lay out several values together; one without a twin stands for itself."""
 
@@ -88,7 +91,10 @@ class Walk:
         path = trees.path_of(keys[1:])
         if path not in twins:
             return tw.Value(leaf, params=True)
-        twin = _vary_like(jnp.asarray(twins[path]).astype(leaf.dtype), leaf)
+        twin = _vary_like(jnp.asarray(twins[path]), leaf)
+        # Fewer bits are cast where they are used: a scan would save a stack in the kernel's dtype.
+        if self.feedback_bar or jnp.promote_types(twin.dtype, leaf.dtype) != leaf.dtype:
+            twin = twin.astype(leaf.dtype)
         if not self.feedback_bar:
             twin = ops.detach(twin)
         return tw.Value(
@@ -129,6 +135,8 @@ class Walk:
             return self._own_feedback(eqn, values)
         if name in PRODUCTS or (name in _CUSTOM and not self.feedback_bar and _bilinear(eqn)):
             return self._product(eqn, values)
+        if name not in LAYOUTS or name in COMPUTING:
+            values = [value.widened for value in values]
         if name == "gather" or (name == "dynamic_slice" and any(v.data for v in values[1:])):
             return self._lookup(eqn, values)
         if name in LAYOUTS or name in JOINS:
@@ -154,14 +162,14 @@ class Walk:
         use = self.used(eqn, values, kernel.kernel.paths)
         x = self.watch(other.array, use)
         if eqn.primitive.name in _CUSTOM:
-            y = _through_own_rule(op, x, kernel.array, kernel.twin)
+            y = _through_own_rule(op, x, kernel.array, kernel.widened.twin)
         else:
             feedback_bar = self.feedback_bar
             y = ops.through_feedback(op, x, kernel.array, kernel.twin, feedback_bar=feedback_bar)
         (out,) = tw.derived([y], values)
         product = tw.Kernel(kernel.kernel.paths, lookup="product")
         if other.constant:  # data that `fun` closes over, or a fixed matrix: one cannot tell
-            return [out._replace(twin=op(other.array, kernel.twin), kernel=product)]
+            return [out._replace(twin=op(other.array, kernel.widened.twin), kernel=product)]
         if not other.data and not other.kernel and kernel.held:  # a learned input, or a factor
             lost = use._replace(problem="where a param without feedback is multiplied to it")
             return [out._replace(kernel=product._replace(lost=lost))]

@@ -252,6 +252,9 @@ def test_nothing_is_computed():
     found = explain(loss, shapes, jax.ShapeDtypeStruct((7, 10**6), jnp.bfloat16))
     assert effects(found) == {"a": "no effect", "b": "feedback"}
     assert found["b"].nbytes == 12 * 10**6 and found["a"].dtype == jnp.bfloat16
+    signs = {"b": jax.ShapeDtypeStruct((10**6, 3), jnp.int8)}
+    found = explain(loss, shapes, jax.ShapeDtypeStruct((7, 10**6), jnp.bfloat16), feedback=signs)
+    assert found["b"].nbytes == 3 * 10**6 and found["a"].nbytes == 0
 
 
 def test_rows_are_found_by_name():

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax import lax
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import soap_jax.linen
 import soap_jax.nnx
-from soap_jax import ops, rules
+from soap_jax import ops, rules, training
 from soap_jax.feedback import FeedbackState, init_feedback, sync_feedback
 
 KEY = jax.random.key(7)
@@ -52,6 +53,11 @@ EVERY_RULE = all_rules(3) | {
     "NoisySign": NoisySign(period=3, flip=0.25),
     "mapping": {"a/*": rules.SignSync(period=3, magnitude="norm"), "*": rules.Transport(period=3)},
 }
+INTEGER_RULES = (
+    rules.Fixed(),
+    rules.SignSync(period=3),
+    rules.SignSync(period=3, magnitude="preserve"),
+)
 every_rule = pytest.mark.parametrize("rule", EVERY_RULE.values(), ids=EVERY_RULE.keys())
 some_rules = pytest.mark.parametrize(
     "rule", [EVERY_RULE["mapping"], *list(all_rules(3).values())[4:6]], ids=str
@@ -99,6 +105,10 @@ def loop(state, steps):
 
 def types(tree):
     return jax.tree.map(jax.typeof, tree)
+
+
+def dtypes(state):
+    return {leaf.dtype.name for leaf in jax.tree.leaves(state.feedback)}
 
 
 def at(tree, index):
@@ -343,11 +353,11 @@ def test_three_thousand_syncs_leak_nothing():
 
 @every_library_rule
 def test_adopted_feedback_keeps_its_dtype(rule):
-    for dtype in (jnp.bfloat16, jnp.int8):
+    for dtype in ("bfloat16", "int8") if rule in INTEGER_RULES else ("bfloat16",):
         feedback = jax.tree.map(lambda leaf, dtype=dtype: np.sign(leaf).astype(dtype), PARAMS)
         feedback["a"]["bias"] = None
         state = init_feedback(KEY, PARAMS, rule, feedback=feedback)
-        assert {leaf.dtype for leaf in jax.tree.leaves(state.feedback)} == {jnp.dtype(dtype)}
+        assert dtypes(state) == {dtype}
         assert types(jax.eval_shape(sync, PARAMS, state, 0)) == types(state)
 
 
@@ -795,3 +805,186 @@ def test_syncing_what_is_not_a_state_is_refused():
     for wrong in ((state, params), (params, state.feedback)):
         with pytest.raises(ValueError, match="expected the FeedbackState that init_feedback"):
             sync_feedback(*wrong, 0)
+
+
+# Stored in another dtype than the kernel's
+
+
+def wide(state):
+    """The same state, stored in float32."""
+    feedback = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state.feedback)
+    return dataclasses.replace(state, feedback=feedback)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_floating_dtype_rounds_what_is_drawn_or_adopted(dtype):
+    drawn = init(rules.Fixed())
+    expected = jax.tree.map(lambda leaf: leaf.astype(dtype), drawn.feedback)
+    states = [init_feedback(KEY, PARAMS, dtype=dtype)]
+    states += [init_feedback(KEY, PARAMS, dtype=dtype, feedback=drawn.feedback)]
+    for state in states:
+        assert dtypes(state) == {dtype}
+        assert jax.tree.structure(state) == jax.tree.structure(drawn)
+        chex.assert_trees_all_equal(state.feedback, expected)
+    synced = sync(PARAMS, init_feedback(KEY, PARAMS, rules.Transport(), dtype=dtype), 0)
+    copied = {name: {"kernel": layer["kernel"].astype(dtype)} for name, layer in PARAMS.items()}
+    chex.assert_trees_all_equal(synced.feedback, copied | {"a": copied["a"] | {"bias": None}})
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int32", "int4", "int2"])
+def test_an_integer_dtype_stores_the_signs_of_what_is_drawn_or_adopted(dtype):
+    drawn = init(rules.Fixed())
+    adopted = {"b": {"kernel": np.array([[0.3, -2.5, 0.0, -0.0]] * 8, np.float32)}}
+    for rule in INTEGER_RULES if dtype == "int8" else INTEGER_RULES[:2]:
+        state = init_feedback(KEY, PARAMS, rule, dtype=dtype)
+        assert dtypes(state) == {dtype}
+        chex.assert_trees_all_equal(wide(state).feedback, jax.tree.map(jnp.sign, drawn.feedback))
+        state = init_feedback(KEY, PARAMS, rule, feedback=adopted, dtype=dtype)
+        assert dtypes(state) == {dtype}
+        assert wide(state).feedback["b"]["kernel"][0].tolist() == [1, -1, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+@pytest.mark.parametrize("rule", [*INTEGER_RULES[1:], "mapping"], ids=str)
+def test_signs_sync_as_they_do_in_float32(rule, dtype):
+    if rule == "mapping":
+        rule = {"a/*": rules.SignSync(period=2), "*": INTEGER_RULES[2]}
+    signs = init_feedback(KEY, PARAMS, rule, dtype="int8").feedback
+    state = init_feedback(KEY, PARAMS, rule, feedback=signs, dtype=dtype)
+    last, history = run(state, np.arange(STEPS))
+    assert types(last) == types(state)
+    _, expected = run(wide(state), np.arange(STEPS))
+    chex.assert_trees_all_equal(jax.tree.map(jnp.float32, history), expected)
+    assert {-1, 1} == set(np.unique(history["b"]["kernel"].astype(jnp.float32)))
+
+
+def test_integer_signs_of_zero_are_as_documented():
+    params = {"w": jnp.array([[0.0, -0.0, 0.0, 2.0, -2.0]])}
+    start = {"w": jnp.array([[-0.5, 0.5, 0.0, 0.0, 0.5]])}
+    for magnitude, expected in (("unit", [0, 0, 0, 1, -1]), ("preserve", [1, 1, 0, 0, -1])):
+        rule = rules.SignSync(magnitude=magnitude)
+        state = init_feedback(KEY, params, rule, feedback=start, dtype=jnp.int8)
+        assert sync(params, state, 0).feedback["w"][0].tolist() == expected
+
+
+def test_a_rule_of_ones_own_may_return_integers():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Ternary(rules.Rule):
+        def __call__(self, kernel, feedback, key):
+            return jnp.round(3 * kernel).astype(feedback.dtype)
+
+    state = sync(PARAMS, init_feedback(KEY, PARAMS, Ternary(), dtype=jnp.int8), 0)
+    assert dtypes(state) == {"int8"}
+    expected = np.round(3 * PARAMS["b"]["kernel"])
+    chex.assert_trees_all_equal(state.feedback["b"]["kernel"].astype(jnp.float32), expected)
+
+
+def train(state, *, scanned):
+    """Params, feedback and losses after a dozen donated steps of a 5-8-7-3 net of ops."""
+    rng = np.random.default_rng(0)
+    data = rng.standard_normal((48, 5), np.float32), rng.integers(0, 3, 48, np.int32)
+
+    def apply_fn(params, feedback, x):
+        for name, w in params.items():
+            b = feedback[name]
+            x = ops.feedback_dense(x if name == "a" else jnp.tanh(x), w, b)
+        return x
+
+    optimizer = optax.sgd(0.5, momentum=0.9)
+    step = training.make_train_step(apply_fn, optimizer)
+    copy = jax.tree.map(jnp.array, (NET, state))  # donated
+    carry = training.init_train_state(copy[0], optimizer, feedback=copy[1])
+    if scanned:
+        carry, losses = training.train_epoch(step, carry, data, KEY, batch_size=4)
+        return carry.params, wide(carry.feedback).feedback, losses
+    step = jax.jit(step, donate_argnums=0)
+    for i in range(12):
+        before = carry
+        carry, loss = step(carry, jax.tree.map(lambda leaf, i=i: leaf[4 * i : 4 * i + 4], data))
+        assert before.feedback.feedback["b"].is_deleted()
+    return carry.params, wide(carry.feedback).feedback, loss
+
+
+NET = {
+    name: jnp.asarray(np.random.default_rng(i).standard_normal(shape, np.float32) / 2)
+    for i, (name, shape) in enumerate({"a": (5, 8), "b": (8, 7), "c": (7, 3)}.items())
+}
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+@pytest.mark.parametrize("rule", INTEGER_RULES, ids=str)
+def test_stored_in_fewer_bits_it_trains_as_the_same_values_in_float32(rule, dtype, scanned):
+    where = ["b", "c"]
+    state = init_feedback(KEY, NET, rule, where=where, dtype=dtype)
+    assert dtypes(state) == {dtype}
+    narrow, expected = train(state, scanned=scanned), train(wide(state), scanned=scanned)
+    for got, same in zip(jax.tree.leaves(narrow), jax.tree.leaves(expected), strict=True):
+        assert got.dtype == same.dtype
+        np.testing.assert_array_equal(got, same)
+    assert not np.allclose(narrow[0]["a"], NET["a"], atol=0.1)  # it has learnt
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_the_dtype_is_kept_under_jit_vmap_and_sharding(explicit_mesh, dtype):
+    rule = rules.SignSync(period=3)
+
+    def both(key):
+        state = init_feedback(key, PARAMS, rule, dtype=dtype)
+        return state, sync_feedback(PARAMS, state, 3)
+
+    alone = [both(key) for key in jax.random.split(KEY, 2)]
+    together = jax.jit(jax.vmap(both))(jax.random.split(KEY, 2))
+    for i in range(2):
+        chex.assert_trees_all_equal(at(together, i), alone[i])
+        assert types(at(together, i)) == types(alone[i])
+    with jax.set_mesh(explicit_mesh):
+        params = sharded_params(explicit_mesh)
+        state = init_feedback(KEY, params, rule, dtype=dtype)
+        for one in (state, sync(params, state, 3)):
+            assert lie_alike(one.feedback, params) and dtypes(one) == {dtype}
+
+
+def test_boxed_and_flax_feedback_is_stored_in_another_dtype():
+    boxed = nn.with_partitioning(nn.initializers.ones, ("in", "out"))
+    layer = soap_jax.linen.FeedbackDense(2, kernel_init=boxed, feedback_init=boxed)
+    variables = layer.init(KEY, np.ones((5, 4), np.float32))
+    for feedback in (variables["feedback"], None):
+        state = init_feedback(
+            KEY, variables["params"], rules.SignSync(), feedback=feedback, dtype=jnp.int8
+        )
+        synced = sync(variables["params"], state, 0)
+        assert synced.feedback["kernel"].names == ("in", "out") and dtypes(synced) == {"int8"}
+
+
+FLOAT_RULES = [rule for rule in all_rules(3).values() if rule not in INTEGER_RULES]
+FLOAT_RULES += [NoisySign(period=3, flip=0.25), rules.WeightMirror(period=3)]
+
+
+@pytest.mark.parametrize("rule", FLOAT_RULES, ids=str)
+def test_integer_feedback_under_a_rule_of_floats_raises_when_made_and_when_synced(rule):
+    static = re.escape(str(dataclasses.replace(rule, period=1)))
+    message = rf"{static} returned float32 for \['.'\].*stored as int8.*SignSync with 'unit'"
+    feedback = {"b": {"kernel": jnp.ones((8, 4), jnp.int8)}}
+    for more in ({"dtype": jnp.int8}, {"dtype": jnp.int8, "where": "b/*"}, {"feedback": feedback}):
+        with pytest.raises(ValueError, match=message):
+            init_feedback(KEY, PARAMS, rule, **more)
+    state = dataclasses.replace(init(rule), feedback=feedback)
+    with pytest.raises(ValueError, match=message):
+        sync(PARAMS, state, 1)
+
+
+def test_each_rule_of_a_mapping_is_asked_for_integers():
+    rule = {"a/*": rules.SignSync(magnitude="glorot"), "*": rules.SignSync()}
+    with pytest.raises(ValueError, match=r"glorot.* returned float32 for \['a'\]\['kernel'\]"):
+        init_feedback(KEY, PARAMS, rule, dtype=jnp.int8)
+    feedback = init(rules.Fixed()).feedback  # in float32 at "a"
+    feedback["b"] = {"kernel": jnp.sign(feedback["b"]["kernel"]).astype(jnp.int8)}
+    synced = sync(PARAMS, init_feedback(KEY, PARAMS, rule, feedback=feedback), 0)
+    assert dtypes(synced) == {"int8", "float32"}
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.bool_, jnp.complex64])
+def test_a_dtype_that_holds_no_signs_raises(dtype):
+    with pytest.raises(ValueError, match=r"dtype is .*; expected a floating-point dtype .*int8"):
+        init_feedback(KEY, PARAMS, dtype=dtype)

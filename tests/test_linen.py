@@ -332,6 +332,29 @@ def test_feedback_of_another_float_dtype_works(name):
     equal(y, measured.exact[0])
 
 
+@one_of_each
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("stored", [jnp.int8, jnp.bfloat16])
+def test_feedback_stored_in_fewer_bits_gives_the_bits_of_its_values(name, dtype, stored):
+    measured = measure(name)
+    params, x, y_bar = measured.params, measured.x, measured.y_bar.astype(dtype or jnp.float32)
+    state = init_feedback(jax.random.key(0), params, feedback=measured.feedback, dtype=stored)
+    values = jax.tree.map(lambda b: b.astype(jnp.float32), state.feedback)
+
+    @jax.jit
+    def x_and_params_bar(params, feedback, x, y_bar):
+        model = CASES[name].ours(dtype=dtype)
+
+        def apply(params, x):
+            return model.apply({"params": params, "feedback": feedback}, x)
+
+        return jax.vjp(apply, params, x)[1](y_bar)
+
+    got, expected = (x_and_params_bar(params, b, x, y_bar) for b in (state.feedback, values))
+    equal(got, expected)
+    assert differ(got[1], 0)
+
+
 @pytest.fixture
 def x64():
     before = jax.config.jax_enable_x64
@@ -788,6 +811,19 @@ def test_layer_shared_by_vmapped_members_is_the_layer_over_a_batch():
     y_one, (grads_one, _, x_bar_one) = pull_back(Lifted(None))(*one, x, y_bar)
     close((y, x_bar), (y_one, x_bar_one))
     close(grads["blocks"], grads_one["block"])
+
+
+def test_int8_feedback_of_a_rematerialised_stack_gives_the_bits_of_its_values():
+    model, x = Stack(remat=True), draw(0, (4, 3))
+    variables = model.init(jax.random.key(0), x)
+    signs = jax.tree.map(lambda b: jnp.sign(b).astype(jnp.int8), variables["feedback"])
+
+    def loss(params, feedback):
+        return jnp.sum(jnp.sin(model.apply({"params": params, "feedback": feedback}, x)))
+
+    gradient = jax.jit(jax.grad(loss))
+    values = jax.tree.map(lambda b: b.astype(jnp.float32), signs)
+    equal(gradient(variables["params"], signs), gradient(variables["params"], values))
 
 
 @pytest.mark.parametrize("lift", [nn.jit, nn.remat], ids=["jit", "remat"])

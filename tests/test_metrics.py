@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import flax.linen as nn
 import hypothesis
 import jax
@@ -215,6 +216,32 @@ def test_metrics_of_half_precision_weights_are_those_of_their_values():
         got = COLUMNS[name](params, feedback)["w"]
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16, jnp.float16])
+def test_metrics_of_feedback_stored_in_fewer_bits_are_those_of_its_values(dtype):
+    params = {"w": normal(0, 300, 301)}  # 90,000 ones: more than float16 can sum
+    stored = {"w": jnp.sign(normal(1, 300, 301) + params["w"]).astype(dtype)}
+    values = {"w": stored["w"].astype(jnp.float32)}
+    for name, metric in COLUMNS.items():
+        got, expected = metric(params, stored)["w"], metric(params, values)["w"]
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, expected, rtol=1e-6, err_msg=name)
+    error = normal(2, 7, 301)
+    for metric in (cotangent_angle, descent_condition):
+        got, expected = (metric(error, params["w"], b["w"]) for b in (stored, values))
+        chex.assert_trees_all_close(got, expected, rtol=1e-6)
+
+    def gradient(params, feedback):
+        def loss(below, top):
+            return jnp.sum(jnp.sin(ops.feedback_dense(jnp.tanh(x @ below), top, feedback["w"])))
+
+        return jax.grad(loss)(below, params["w"])
+
+    x, below = normal(3, 7, 5), normal(4, 5, 300)
+    of_gradient = jax.jit(functools.partial(metrics.gradient_angle, gradient))
+    assert float(of_gradient(params, stored)) == pytest.approx(float(of_gradient(params, values)))
+    assert float(of_gradient(params, {"w": params["w"]})) < 0.01
 
 
 def test_zero_weights_do_not_count_for_sign_concordance():

@@ -376,6 +376,33 @@ def test_feedback_has_the_dtype_of_the_params(name):
 
 
 @one_of_each
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("stored", [jnp.int8, jnp.bfloat16])
+def test_feedback_stored_in_fewer_bits_gives_the_bits_of_its_values(name, dtype, stored):
+    model = CASES[name].ours(dtype=dtype)
+    params, feedback = params_of(model), feedback_of(model)
+    state = init_feedback(jax.random.key(0), params, feedback=feedback, dtype=stored)
+    values = jax.tree.map(lambda b: b.astype(jnp.float32), state.feedback)
+    x, y_bar = measure(name).x, measure(name).y_bar.astype(dtype or jnp.float32)
+
+    @nnx.jit
+    def params_bar_and_x_bar(model, x):
+        def product(model, x):
+            return jnp.sum(model(x) * y_bar)
+
+        return nnx.grad(product, argnums=(0, 1))(model, x)
+
+    bars = []
+    for leaves in (state.feedback, values):
+        nnx.update(model, leaves)
+        assert isinstance(model.feedback, soap_nnx.Feedback)
+        assert model.feedback.dtype == jax.tree.leaves(leaves)[0].dtype
+        bars.append(params_bar_and_x_bar(model, x))
+    equal(*bars)
+    assert differ(bars[0][1], 0)
+
+
+@one_of_each
 def test_precision_reaches_every_product(name):
     measured, layer = measure(name), CASES[name].ours(precision="highest")
     args = measured.params, measured.feedback, measured.x, measured.y_bar

@@ -357,6 +357,12 @@ def test_what_is_not_a_pair_raises():
         optimizer.init((params, feedback, None))
 
 
+def test_feedback_of_integers_raises():
+    params, signs = {"kernel": jnp.ones((3, 2))}, {"kernel": jnp.ones((3, 2), jnp.int8)}
+    with pytest.raises(ValueError, match=r"\['kernel'\] has dtype int8; expected floating point"):
+        kolen_pollack(optax.sgd(0.1), decay=0.5).init((params, signs))
+
+
 def test_a_pair_that_does_not_fit_raises():
     (params, feedback), _ = plain()
     with pytest.raises(ValueError, match="has no kernel"):

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from soap_jax import Transport, init_feedback, metrics, ops, recording
+from soap_jax import SignSync, Transport, init_feedback, metrics, ops, recording
 from soap_jax.recording import record_alignment, recorded
 
 
@@ -54,6 +54,21 @@ def test_rows_are_the_metrics_at_every_period_and_nan_elsewhere(period, start):
             expected = expected["b"]["kernel"] if due else np.nan
             np.testing.assert_allclose(got["b"]["kernel"][i], expected, rtol=1e-5, atol=1e-5)
         feedback = jax.tree.map(lambda b: 2 * b + 1, feedback)
+
+
+def test_feedback_stored_in_fewer_bits_is_synced_and_measured():
+    params, _ = make_pair()
+    expected = weight_angle(params, jax.tree.map(jnp.sign, params))
+    for dtype in (jnp.int8, jnp.bfloat16):
+        state = init_feedback(jax.random.key(0), params, SignSync(), dtype=dtype)
+        row = jax.jit(functools.partial(record_alignment, {"angle": weight_angle}, period=5))(
+            params, state, 10
+        )
+        chex.assert_trees_all_close(
+            jax.tree.leaves(row.values["angle"]),
+            [expected[name]["kernel"] for name in "ab"],
+            rtol=1e-6,
+        )
 
 
 def test_between_the_periods_nothing_is_computed():

@@ -1102,6 +1102,33 @@ def test_feedback_of_another_dtype_is_cast_to_its_kernels(dtype):
     assert_close(actual, reference(loss_of(mlp))(MLP, cast, draw(4, 3)))
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, BF16])
+def test_feedback_stored_in_fewer_bits_is_laid_out_as_its_values(dtype):
+    def model(params, x):  # the lookup first, so that its rows are not taken for activations
+        rows = lax.dynamic_slice(params["w"], (jnp.int32(jnp.sum(x) > 0), 0), (2, 8))
+        products = [x @ layout(params["w"]) for layout in LAYOUTS.values()]
+        half = x.astype(BF16) @ params["w"].astype(BF16)
+        return sum(jnp.sum(jnp.sin(y.astype(F32))) for y in (x[:, :2] @ rows, half, *products))
+
+    stored = {"w": jnp.sign(draw(3, 8, seed=1)).astype(dtype)}
+    values = {"w": stored["w"].astype(F32)}
+    f, params, x = fa(model), {"w": draw(3, 8)}, draw(5, 3)
+    chex.assert_trees_all_equal(f(params, stored, x), f(params, values, x))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, BF16])
+def test_feedback_of_a_scanned_stack_is_cast_layer_by_layer(dtype):
+    def loss(params, x):
+        return jnp.sum(lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["w"])[0])
+
+    params = {"w": draw(7, 3, 3)}
+    stored = {"w": jnp.sign(draw(7, 3, 3, seed=1)).astype(dtype)}
+    program = jax.make_jaxpr(jax.grad(with_feedback(loss)))(params, stored, draw(4, 3))
+    made = [var.aval for eqn in program.eqns for var in eqn.outvars]
+    stacks = [aval for aval in made if (aval.shape, aval.dtype) == ((7, 3, 3), F32)]
+    assert len(stacks) == 1  # the gradient by kernels; no copy of feedback
+
+
 def test_gradient_by_feedback_is_zero_or_float0():
     by_feedback = jax.jit(jax.grad(with_feedback(loss_of(mlp)), 1, allow_int=True))
     for bar in jax.tree.leaves(by_feedback(MLP, like(MLP, 3), draw(4, 3))):

@@ -154,12 +154,12 @@ def test_an_empty_feedback_tree_has_no_pairs(tree):
     assert trees.at_kernels(params, tree) == tree
 
 
-def test_at_kernels_keeps_feedbacks_dtype_and_takes_the_kernels_values():
-    params = {"kernel": jnp.array([[1.0, -2.5]])}
-    exact = trees.at_kernels(params, {"kernel": jnp.zeros((1, 2), jnp.bfloat16)})
-    chex.assert_trees_all_equal(
-        exact, {"kernel": jnp.array([[1.0, -2.5]], jnp.bfloat16)}, strict=True
-    )
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+def test_at_kernels_takes_the_kernels_as_they_are_whatever_feedback_is_stored_in(dtype):
+    params = {"kernel": jnp.array([[0.1, -2.5]])}
+    exact = trees.at_kernels(params, {"kernel": jnp.zeros((1, 2), dtype)})
+    assert exact["kernel"].dtype == jnp.float32
+    chex.assert_trees_all_equal(exact, params)
 
 
 def test_map_pairs_works_under_jit():
