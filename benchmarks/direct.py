@@ -1,6 +1,6 @@
 """What does a step of direct feedback alignment cost beside backprop, by depth and width?
 
-    python -m benchmarks.direct [--rounds 30] [--quick] [--out benchmarks/results]
+    python -m benchmarks.direct [--rounds 15] [--quick] [--out benchmarks/results]
 
 A stack of equal tanh layers of one width, between a first and an output layer, trained by SGD in
 jitted, donated steps. Two ways to run the stack by backprop, as a scan and as a Python loop
@@ -16,9 +16,7 @@ quartiles. `limit` is the share of backprop's arithmetic that DFA needs.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import pathlib
 import statistics
 
 import jax
@@ -145,34 +143,30 @@ def limit(depth, width):
 
 
 def main():
-    """Runs the benchmark, prints the table, writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--quick", action="store_true", help="one small network, few rounds")
-    parser.add_argument("--out", type=pathlib.Path, default=common.OUT)
-    args = parser.parse_args()
+    """Runs the benchmark, prints the table, writes JSON, table and figure."""
+    args = common.arguments(__doc__, rounds=15).parse_args()
     networks, rounds, seconds = (QUICK, 5, 0.02) if args.quick else (NETWORKS, args.rounds, 0.5)
 
-    results = []
-    print("| network | limit | method | ms/step | ratio to the faster bp [quartiles] |")
-    print("| ------- | ----- | ------ | ------- | ---------------------------------- |")
+    rows = []
     for network, (depth, width, batch_size) in networks.items():
-        times = common.interleave_blocks(
-            make_runners(depth, width, batch_size), rounds, seconds, "bp, scan"
-        )
+        runners = make_runners(depth, width, batch_size)
+        times = common.interleave_blocks(runners, rounds, seconds, "bp, scan")
         faster = min(REFERENCES, key=lambda name: statistics.median(times[name]))
-        for method, values in times.items():
-            row = {"network": network, "method": method, "limit": limit(depth, width)}
-            row["ms"] = 1e3 * statistics.median(values)
-            middle, quartiles = common.ratio(times, method, faster)
-            row |= {"ratio_to_bp": middle, "ratio_quartiles": quartiles, "bp": faster}
-            shown = "{:.3f} [{:.3f}, {:.3f}]".format(middle, *quartiles)
-            print(
-                f"| {network} | {row['limit']:.2f} | {method} | {row['ms']:.2f} | {shown} |",
-                flush=True,
-            )
-            results.append(row)
-    common.write("direct", args.out, results, rounds=rounds, dtype="float32")
+        for method, row in common.summary(times, faster).items():
+            where = {"network": network, "limit": limit(depth, width), "method": method}
+            rows.append(where | {"bp": faster} | row)
+        print(f"{network}: done", flush=True)
+    columns = {
+        "network": "network",
+        "limit": lambda row: f"{row['limit']:.2f}",
+        "method": "method",
+        "ms/step": common.show_ms,
+        "ratio to the faster bp [quartiles]": common.show_ratio,
+    }
+    figure = common.dot_plot(
+        rows, panel="network", label="method", xlabel="time of a step, of the faster backprop's"
+    )
+    common.publish("direct", args.out, rows, columns, figure=figure, rounds=rounds)
 
 
 if __name__ == "__main__":

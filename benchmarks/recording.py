@@ -10,10 +10,7 @@ which takes both of them). Ratios to never, within a round; medians over rounds,
 
 from __future__ import annotations
 
-import argparse
 import functools
-import pathlib
-import statistics
 
 import jax
 import jax.numpy as jnp
@@ -92,29 +89,29 @@ def make_runner(features, period, of_gradients, steps):
 
 
 def main():
-    """Runs the benchmark, prints the table, writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--quick", action="store_true", help="the small network, few rounds")
-    parser.add_argument("--out", type=pathlib.Path, default=common.OUT)
-    args = parser.parse_args()
+    """Runs the benchmark, prints the table, writes JSON, table and figure."""
+    args = common.arguments(__doc__, rounds=30).parse_args()
     networks = dict(list(NETWORKS.items())[:1]) if args.quick else NETWORKS
     rounds, steps = (5, 20) if args.quick else (args.rounds, 500)
 
-    results = []
-    print("| network | recorded | ms/step | ratio to never [quartiles] |")
-    print("| ------- | -------- | ------- | -------------------------- |")
+    rows = []
     for network, features in networks.items():
         runners = {name: make_runner(features, *how, steps) for name, how in RECORDED.items()}
         times = common.interleave(runners, rounds)
-        for name, values in times.items():
-            middle, quartiles = common.ratio(times, name, "never")
-            row = {"network": network, "recorded": name, "ratio": middle, "quartiles": quartiles}
-            row["ms"] = 1e3 * statistics.median(values) / steps
-            shown = "{:.3f} [{:.3f}, {:.3f}]".format(middle, *quartiles)
-            print(f"| {network} | {name} | {row['ms']:.3f} | {shown} |", flush=True)
-            results.append(row)
-    common.write("recording", args.out, results, rounds=rounds, steps=steps, batch=BATCH_SIZE)
+        per_step = {name: [spent / steps for spent in values] for name, values in times.items()}
+        for name, row in common.summary(per_step, "never").items():
+            rows.append({"network": network, "recorded": name, **row})
+    columns = {
+        "network": "network",
+        "recorded": "recorded",
+        "ms/step": common.show_ms,
+        "ratio to never [quartiles]": common.show_ratio,
+    }
+    figure = common.dot_plot(
+        rows, panel="network", label="recorded", xlabel="time of a step, of one that never records"
+    )
+    more = {"rounds": rounds, "steps": steps, "batch": BATCH_SIZE}
+    common.publish("recording", args.out, rows, columns, figure=figure, **more)
 
 
 if __name__ == "__main__":

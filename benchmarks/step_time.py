@@ -1,115 +1,148 @@
-"""What does a feedback-alignment step cost beside a backprop step of the same Flax model?
+"""What does a step of each method cost beside a backprop step of the same Flax model?
 
-    python -m benchmarks.step_time [--rounds 60] [--quick] [--out benchmarks/results]
+    python -m benchmarks.step_time [--rounds 15] [--quick] [--out benchmarks/results]
 
+Each method trains by SGD in two ways: a jitted, donated step called from Python (`call`), and
+epochs as one scan over data on the device, shuffled inside (`epoch`, `training.train_epoch`).
 Within one process, each round times every method once, in an order drawn anew, so that whatever
-else the machine does falls on all alike. A timing is a block of steps of the jitted, donated train
-step, called from Python and waited for. The table gives medians over rounds, and medians of the
-ratio to backprop within a round with their quartiles.
+else the machine does falls on all alike. Medians over rounds, and of ratios to backprop within a
+round, with their quartiles. "bp, again" is backprop compiled and allocated a second time: how far
+its ratio is off 1 is what the benchmark cannot resolve. Where a step is short that is most due to
+where buffers happen to lie, so every method runs in two instances there, timed together.
+Methods "per example" are written for one example and taken to the batch by `vmap`; their ratios
+are to backprop written likewise.
 """
 
 from __future__ import annotations
 
-import argparse
-import pathlib
-import statistics
+import dataclasses
+import functools
 
 import jax
-import numpy as np
-import optax
 
-import soap_jax
-from benchmarks import common
-from soap_jax import models, training
+from benchmarks import common, methods
+from soap_jax import training
 
-METHODS = {
-    "bp": None,
-    "fa": soap_jax.Fixed(),
-    "sign, T=1": soap_jax.SignSync(period=1),
-    "sign_preserve, T=1": soap_jax.SignSync(period=1, magnitude="preserve"),
-    "sign, T=100": soap_jax.SignSync(period=100),
-}
-NETWORKS = {"784-256-10": (256, 10), "784-1024-1024-1024-10": (1024, 1024, 1024, 10)}
-BATCH_SIZES = (64, 512)
+MLP = ("bp", "bp, again", "fa", "fa, with_feedback", "sign, T=1", "sign, T=10", "sign, T=100",
+       "sign_preserve, T=1", "sign_norm, T=1", "sign_redraw, T=1", "weight_mirror, T=1",
+       "kp", "dfa", "bp, per example", "fa, per example")  # fmt: skip
+OTHER = ("bp", "bp, again", "fa", "fa, with_feedback", "sign, T=1", "sign, T=10",
+         "sign_preserve, T=1", "sign_redraw, T=1", "dfa")  # fmt: skip
 
 
-def make_runner(rule, features, batch_size):
-    """Compiles one method's train step; returns a function that does `n` steps and waits."""
-    model = models.MLP(features, feedback=rule is not None)
-    rng = np.random.default_rng(0)
-    batch = jax.device_put(
-        (
-            rng.standard_normal((batch_size, 784), np.float32),
-            rng.integers(0, features[-1], batch_size, np.int32),
-        )
-    )
-    variables = model.init(jax.random.key(0), batch[0])
-    feedback = None
-    if rule is not None:
-        feedback = soap_jax.init_feedback(
-            jax.random.key(1), variables["params"], rule, feedback=variables["feedback"]
-        )
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network at a batch size.
 
-    def apply_fn(params, weights, x):
-        return model.apply({"params": params} | ({"feedback": weights} if weights else {}), x)
+    Attributes:
+        network: of `methods.NETWORKS`.
+        batch: examples per step.
+        names: of methods.
+        steps: of an epoch, and of a block of calls.
+        instances: of each method.
+    """
 
-    optimizer = optax.sgd(0.01)
-    step = jax.jit(training.make_train_step(apply_fn, optimizer), donate_argnums=0)
-    state = training.init_train_state(variables["params"], optimizer, feedback=feedback)
+    network: str
+    batch: int
+    names: tuple[str, ...]
+    steps: int
+    instances: int = 1
 
-    def run(n):
+
+CASES = (
+    Case("784-256-10", 64, MLP, 50, 2),
+    Case("784-256-10", 512, MLP, 20),
+    Case("784-1024-1024-1024-10", 64, MLP, 20),
+    Case("784-1024-1024-1024-10", 512, MLP, 6),
+    Case("conv 32-64", 64, OTHER, 20),
+    Case("transformer, 2 blocks of 128", 16, OTHER, 6),
+)
+QUICK = (
+    Case("784-256-10", 64, ("bp", "fa", "sign, T=1", "dfa"), 10),
+    Case("conv 32-64", 2, ("bp", "fa, with_feedback"), 2),
+)
+
+
+def reference(name: str) -> str:
+    """The method that a method is compared with."""
+    return "bp, per example" if name.endswith("per example") else "bp"
+
+
+def make_call(case: Case, name: str):
+    """A function that calls the jitted step from Python, an epoch's number of times, and waits."""
+    step, state, batch = methods.make(name.removesuffix(", again"), case.network, case.batch)
+    step = jax.jit(step, donate_argnums=0)
+
+    def run():
         nonlocal state
-        for _ in range(n):
+        for _ in range(case.steps):
             state, loss = step(state, batch)
-        jax.block_until_ready((state.params, loss))
+        jax.block_until_ready((state, loss))
 
     return run
 
 
-def measure(features, batch_size, rounds, seconds_per_block):
-    """Times all methods; returns `{method: [seconds per step, one a round]}`."""
-    runners = {name: make_runner(rule, features, batch_size) for name, rule in METHODS.items()}
-    for run in runners.values():
-        run(5)  # compile and warm up
-    return common.interleave_blocks(runners, rounds, seconds_per_block, "bp")
+def make_epoch(case: Case, name: str):
+    """A function that trains an epoch as one scan, and waits."""
+    step, state, _ = methods.make(name.removesuffix(", again"), case.network, case.batch)
+    data = methods.random_batch(methods.NETWORKS[case.network].shape, case.steps * case.batch)
+    epoch = functools.partial(training.train_epoch, step, batch_size=case.batch)
+
+    def run():
+        nonlocal state
+        state, losses = epoch(state, data, jax.random.key(0))
+        jax.block_until_ready((state, losses))
+
+    return run
 
 
-def summarise(times):
-    """Median milliseconds per method, and the ratio to backprop within a round."""
-    rows = {}
-    for name, values in times.items():
-        middle, quartiles = common.ratio(times, name, "bp")
-        rows[name] = {
-            "ms": 1e3 * statistics.median(values),
-            "ratio_to_bp": middle,
-            "ratio_quartiles": quartiles,
-        }
-    return rows
+def measure(case: Case, make, rounds: int):
+    """Times all methods: `{method: seconds per step, by round}`."""
+
+    def make_runner(name):
+        instances = [make(case, name) for _ in range(case.instances)]
+
+        def run():
+            for instance in instances:
+                instance()
+
+        run()  # compile
+        run()  # warm up
+        return run
+
+    times = common.interleave({name: make_runner(name) for name in case.names}, rounds)
+    steps = case.steps * case.instances
+    return {name: [spent / steps for spent in values] for name, values in times.items()}
 
 
 def main():
-    """Runs the benchmark, prints the table, writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--quick", action="store_true", help="few short rounds, to see it run")
-    parser.add_argument("--out", type=pathlib.Path, default=common.OUT)
-    args = parser.parse_args()
-    rounds, seconds = (5, 0.02) if args.quick else (args.rounds, 0.25)
+    """Runs the benchmark, prints the table, writes JSON, table and figure."""
+    args = common.arguments(__doc__, rounds=15).parse_args()
+    cases, rounds = (QUICK, 3) if args.quick else (CASES, args.rounds)
+    rows = []
+    for case in cases:
+        loops = {}
+        for loop, make in {"call": make_call, "epoch": make_epoch}.items():
+            times = measure(case, make, rounds)
+            loops[loop] = {to: common.summary(times, to) for to in map(reference, case.names)}
+        for name in case.names:
+            row = {"network": case.network, "batch": case.batch, "method": name}
+            rows.append(row | {loop: by[reference(name)][name] for loop, by in loops.items()})
+        print(f"{case.network}, batch {case.batch}: done", flush=True)
 
-    results = []
-    print(f"| {'network':<22} | batch | {'method':<18} | ms/step | ratio to bp [quartiles] |")
-    print(f"| {'-' * 22} | ----- | {'-' * 18} | ------- | ----------------------- |")
-    for network, features in NETWORKS.items():
-        for batch_size in BATCH_SIZES:
-            rows = summarise(measure(features, batch_size, rounds, seconds))
-            for method, row in rows.items():
-                low, high = row["ratio_quartiles"]
-                print(
-                    f"| {network:<22} | {batch_size:>5} | {method:<18} | {row['ms']:>7.3f} "
-                    f"| {row['ratio_to_bp']:.3f} [{low:.3f}, {high:.3f}]    |"
-                )
-                results.append({"network": network, "batch": batch_size, "method": method, **row})
-    common.write("step_time", args.out, results, rounds=rounds, dtype="float32")
+    columns = {"network": "network", "batch": "batch", "method": "method"}
+    for loop in ("call", "epoch"):
+        columns[f"{loop}, ms"] = lambda row, loop=loop: common.show_ms(row[loop])
+        columns[f"{loop}, of backprop's"] = lambda row, loop=loop: common.show_ratio(row[loop])
+    dots = [
+        row[loop] | {"panel": f"{row['network']}, batch {row['batch']}, {loop}"} | row
+        for row in rows
+        for loop in ("call", "epoch")
+    ]
+    figure = common.dot_plot(
+        dots, panel="panel", label="method", xlabel="time of a step, of backprop's"
+    )
+    common.publish("step_time", args.out, rows, columns, figure=figure, rounds=rounds)
 
 
 if __name__ == "__main__":

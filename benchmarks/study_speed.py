@@ -1,4 +1,4 @@
-"""How many trainings per second does the study do, method by method, and what does memory cost?
+"""How many trainings per second does the study do, method by method?
 
     python -m benchmarks.study_speed [--data-dir DIR] [--rounds 5] [--quick] [--out ...]
 
@@ -9,7 +9,6 @@ them: on all devices, evaluations and angles included. The table gives medians o
 
 from __future__ import annotations
 
-import argparse
 import os
 import pathlib
 import random
@@ -17,6 +16,7 @@ import statistics
 import time
 
 import jax
+from matplotlib.figure import Figure
 
 from benchmarks import common
 from soap_jax import data
@@ -53,13 +53,30 @@ def measure(config, dataset, rounds):
     return rows
 
 
+def draw(rows) -> Figure:
+    """Bars of trainings per second, a panel per data set, with the range over rounds."""
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    figure = Figure(figsize=(1.5 + 3.5 * len(datasets), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(datasets), sharey=True, squeeze=False)[0]
+    for ax, dataset in zip(axes, datasets, strict=True):
+        chosen = [row for row in rows if row["dataset"] == dataset]
+        methods, speeds = zip(*((row["method"], row["runs_per_s"]) for row in chosen), strict=True)
+        errors = [
+            [abs(row["runs_per_s"] - row["runs_per_s_range"][end]) for row in chosen]
+            for end in (0, 1)
+        ]
+        ax.barh(methods, speeds, xerr=errors, color="#b9c6d6", ecolor="#1f5a99")
+        ax.set_title(dataset, fontsize=10)
+        ax.set_xlabel("trainings per second")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    return figure
+
+
 def main():
-    """Runs the benchmark, prints the table, writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Runs the benchmark, prints the table, writes JSON, table and figure."""
+    parser = common.arguments(__doc__, rounds=5)
     parser.add_argument("--data-dir", type=pathlib.Path, help="MNIST's published files")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one round of two methods on digits")
-    parser.add_argument("--out", type=pathlib.Path, default=common.OUT)
     args = parser.parse_args()
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
@@ -69,19 +86,20 @@ def main():
     if args.data_dir:
         configs.append(StudyConfig(dataset="mnist", epochs=2))
     rounds = 1 if args.quick else args.rounds
-    results = []
-    print("| data   | method         | compile s | trainings/s | ms per run and step |")
-    print("| ------ | -------------- | --------- | ----------- | ------------------- |")
+    rows = []
     for config in configs:
         data_dir = args.data_dir if config.dataset == "mnist" else None
         dataset = data.load(config.dataset, data_dir=data_dir)
         for method, row in measure(config, dataset, rounds).items():
-            print(
-                f"| {config.dataset:<6} | {method:<14} | {row['compile_s']:>9.1f} "
-                f"| {row['runs_per_s']:>11.2f} | {row['ms_per_run_step']:>19.3f} |"
-            )
-            results.append({"dataset": config.dataset, "method": method, **row})
-    common.write("study_speed", args.out, results, rounds=rounds)
+            rows.append({"dataset": config.dataset, "method": method, **row})
+    columns = {
+        "data": "dataset",
+        "method": "method",
+        "compile s": lambda row: f"{row['compile_s']:.1f}",
+        "trainings/s": lambda row: f"{row['runs_per_s']:.2f}",
+        "ms per run and step": lambda row: f"{row['ms_per_run_step']:.3f}",
+    }
+    common.publish("study_speed", args.out, rows, columns, figure=draw(rows), rounds=rounds)
 
 
 if __name__ == "__main__":

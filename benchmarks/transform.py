@@ -1,6 +1,6 @@
 """What does `with_feedback` cost beside layers written for feedback, and to trace?
 
-    python -m benchmarks.transform [--rounds 40] [--quick] [--out benchmarks/results]
+    python -m benchmarks.transform [--rounds 30] [--quick] [--out benchmarks/results]
 
 Each network exists twice, with the same params and feedback: of the layers of `soap_jax.linen`, and
 of Flax's own, through `soap_jax.with_feedback`. The table gives the milliseconds of a jitted,
@@ -10,10 +10,7 @@ by backprop and through the transform, and theirs. Medians over rounds, of ratio
 
 from __future__ import annotations
 
-import argparse
 import functools
-import pathlib
-import statistics
 
 import flax.linen as nn
 import jax
@@ -133,34 +130,39 @@ def measure_traces(steps, args, rounds):
 
 
 def main():
-    """Runs the benchmark, prints the table, writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--quick", action="store_true", help="few short rounds, to see it run")
-    parser.add_argument("--out", type=pathlib.Path, default=common.OUT)
-    args = parser.parse_args()
+    """Runs the benchmark, prints the table, writes JSON, table and figure."""
+    args = common.arguments(__doc__, rounds=30).parse_args()
     rounds, seconds = (3, 0.02) if args.quick else (args.rounds, 0.25)
 
-    results = []
-    columns = "step by hand, ms", "with_feedback", "ratio", "trace bp, ms", "with_feedback", "ratio"
-    print(f"| network | {' | '.join(columns)} |")
-    print(f"| --- | {' | '.join('---' for _ in columns)} |")
+    rows = []
     networks = list(NETWORKS.items())
     for network, (make_network, shape) in networks[:: len(networks) - 1 if args.quick else 1]:
         steps, step_args = make_steps(make_network, shape)
-        cells, row = [], {"network": network}
-        for what, times, reference in (
-            ("step", measure_steps(steps, step_args, rounds, seconds), "by hand"),
-            ("trace", measure_traces(steps, step_args, rounds), "bp"),
-        ):
-            middle, (low, high) = common.ratio(times, "with_feedback", reference)
-            ms = {name: 1e3 * statistics.median(values) for name, values in times.items()}
-            cells += [f"{ms[reference]:.3g}", f"{ms['with_feedback']:.3g}"]
-            cells += [f"{middle:.3f} [{low:.3f}, {high:.3f}]"]
-            row[what] = {"ms": ms, f"ratio_to_{reference}": middle, "quartiles": [low, high]}
-        print(f"| {network} | {' | '.join(cells)} |", flush=True)
-        results.append(row)
-    common.write("transform", args.out, results, rounds=rounds, dtype="float32")
+        by_hand = common.summary(measure_steps(steps, step_args, rounds, seconds), "by hand")
+        traces = common.summary(measure_traces(steps, step_args, rounds), "bp")
+        rows.append({"network": network, "step": by_hand, "trace": traces})
+        print(f"{network}: done", flush=True)
+
+    def cell(what, method, show):
+        return lambda row: show(row[what][method])
+
+    columns = {
+        "network": "network",
+        "step by hand, ms": cell("step", "by hand", common.show_ms),
+        "with_feedback": cell("step", "with_feedback", common.show_ms),
+        "of by hand": cell("step", "with_feedback", common.show_ratio),
+        "trace bp, ms": cell("trace", "bp", common.show_ms),
+        "with_feedback, ms": cell("trace", "with_feedback", common.show_ms),
+        "of bp": cell("trace", "with_feedback", common.show_ratio),
+    }
+    titles = {"step": "step, of layers by hand", "trace": "trace, of backprop"}
+    dots = [
+        row[what]["with_feedback"] | {"panel": title, "network": row["network"]}
+        for what, title in titles.items()
+        for row in rows
+    ]
+    figure = common.dot_plot(dots, panel="panel", label="network", xlabel="time of with_feedback")
+    common.publish("transform", args.out, rows, columns, figure=figure, rounds=rounds)
 
 
 if __name__ == "__main__":

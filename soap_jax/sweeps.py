@@ -71,8 +71,8 @@ def sweep(
     """Runs every combination of period, learning rate and seed.
 
     Args:
-        run: `(seed, learning_rate, period, *args) -> results`, traced once (more often to
-            keep to a memory limit).
+        run: `(seed, learning_rate, period, *args) -> results`, hashable, as functions are. It is
+            traced once (more often to keep to a memory limit), also if it is swept again.
         seeds: integers.
         learning_rates: positive numbers.
         periods: integers of at least 1.
@@ -281,8 +281,9 @@ def _to_host(results):
     return multihost_utils.process_allgather(results, tiled=True)
 
 
-def _compile(run, mesh, chunk, args, *, one_by_one):
-    """The program that does one chunk of runs, its axis spread over the devices."""
+@functools.partial(jax.jit, static_argnames=("run", "mesh", "one_by_one"))
+def _program(run, mesh, one_by_one, seeds, rates, counts, period, *args):
+    """Does one chunk of runs, its axis spread over the devices."""
 
     def share(seeds, rates, counts, period, *args):
         if not one_by_one:
@@ -302,13 +303,19 @@ def _compile(run, mesh, chunk, args, *, one_by_one):
         return lax.fori_loop(0, counts[0], add, empty)
 
     runs, everywhere = PartitionSpec("runs"), PartitionSpec()
-    program = jax.shard_map(
+    spread = jax.shard_map(
         share,
         mesh=mesh,
         in_specs=(runs, runs, runs, everywhere, *(everywhere for _ in args)),
         out_specs=runs,
         check_vma=False,  # runs never talk to one another
     )
+    return spread(seeds, rates, counts, period, *args)
+
+
+def _compile(run, mesh, chunk, args, *, one_by_one):
+    """The program for one chunk of runs; JAX keeps it, so the same sweep compiles only once."""
+    runs, everywhere = PartitionSpec("runs"), PartitionSpec()
 
     def scalars(dtype, shape, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -319,4 +326,4 @@ def _compile(run, mesh, chunk, args, *, one_by_one):
         scalars(jnp.int32, (mesh.size,), runs),
         scalars(jnp.int32, (), everywhere),
     )
-    return jax.jit(program).lower(*types, *args).compile()
+    return _program.lower(run, mesh, one_by_one, *types, *args).compile()

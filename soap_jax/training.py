@@ -256,6 +256,9 @@ def train_epoch(
     Data stay on the device as they are stored, a copy on each (on an explicit mesh, replicated); a
     last, incomplete batch is left out.
 
+    On CPU XLA runs a convolution's gradient in a loop ten times slower than outside
+    (https://github.com/jax-ml/jax/issues/12868): call the jitted, donated step from Python there.
+
     Args:
         step: from `make_train_step`.
         state: the state before; it is donated, so use the returned one from then on.

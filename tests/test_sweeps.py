@@ -183,6 +183,33 @@ def test_a_run_is_traced_once(chunk_size):
     assert traces == 1
 
 
+def test_the_same_sweep_compiles_once():
+    """Other seeds, rates, periods and data, and as many runs: what JAX compiled serves again."""
+    compiled = []
+
+    def run(seed, learning_rate, period, data):
+        return seed + learning_rate * period + data.sum()
+
+    def listen(event, duration, **more):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration)
+
+    def sweep(seeds, rates, value):
+        return training.sweep(
+            run, seeds=seeds, learning_rates=rates, args=(jnp.full(3, value),), chunk_size=2
+        )
+
+    first = sweep([1, 2], [0.5], 1.0)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        again = sweep([3, 4], [0.25], 2.0)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert first.tolist() == [[[4.5, 5.5]]]
+    assert again.tolist() == [[[9.25, 10.25]]]
+    assert compiled == []
+
+
 @pytest.mark.parametrize("num_devices", [1, 4])
 def test_args_are_shared_by_all_runs(num_devices):
     def run(seed, learning_rate, period, table, nested):

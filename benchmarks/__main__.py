@@ -1,0 +1,58 @@
+"""Runs the benchmarks of speed and memory, one after the other, each in a process of its own.
+
+    python -m benchmarks [NAME ...] [--quick] [--out benchmarks/results]
+
+What each asks is the first line of its docstring; `benchmarks/README.md` says how to read what
+comes out. With `--quick` all of them take about a minute, and their figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pathlib
+import subprocess
+import sys
+
+from benchmarks import common
+
+SUITE = (
+    "step_time",
+    "transform",
+    "direct",
+    "recording",
+    "sweeps",
+    "study_speed",
+    "precision",
+    "memory",
+    "startup",
+    "limits",
+    "peers",
+)
+
+
+def main() -> int:
+    """Runs the benchmarks; returns how many failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SUITE)}")
+    parser.add_argument("--quick", action="store_true", help="small and short, to see them run")
+    parser.add_argument("--out", type=pathlib.Path, default=common.OUT)
+    args = parser.parse_args()
+    if unknown := [name for name in args.names if name not in SUITE]:
+        parser.error(f"no benchmark is called {', '.join(unknown)}; expected {', '.join(SUITE)}")
+    failed = []
+    for name in args.names or SUITE:
+        question = importlib.import_module(f"benchmarks.{name}").__doc__.split("\n")[0]
+        print(f"\n=== {name}: {question}\n", flush=True)
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(args.out)]
+        if subprocess.run(command + ["--quick"] * args.quick).returncode:
+            failed.append(name)
+    if failed:
+        print(f"\nFailed: {', '.join(failed)}.", file=sys.stderr)
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""The benchmarks' results: where they come from, and what the README says of them."""
+
+import ast
+import json
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1] / "benchmarks"
+RESULTS = ROOT / "results"
+
+
+def suite():
+    """The names in `benchmarks/__main__.py`, read without importing what it needs."""
+    for node in ast.parse((ROOT / "__main__.py").read_text()).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "SUITE":
+            return ast.literal_eval(node.value)
+    raise AssertionError("benchmarks/__main__.py has no SUITE")
+
+
+def tables():
+    return sorted(path.stem for path in RESULTS.glob("*.md"))
+
+
+@pytest.mark.parametrize("name", suite())
+def test_every_benchmark_asks_a_question_that_the_readme_lists(name):
+    question = ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text())).split("\n")[0]
+    readme = (ROOT / "README.md").read_text()
+    assert question.endswith("?")
+    assert f"| {question} | `python -m benchmarks.{name}" in readme
+    assert f"(results/{name}.json)" in readme
+
+
+@pytest.mark.parametrize("name", suite())
+def test_every_result_says_where_it_comes_from(name):
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    assert result["benchmark"] == name
+    assert result["device"] and result["cores"] >= 1 and result["results"]
+    assert {"soap_jax", "jax", "jaxlib", "flax", "optax"} <= set(result["versions"])
+
+
+@pytest.mark.parametrize("name", tables())
+def test_the_readme_has_the_tables_as_they_were_written(name):
+    """All of a table, or the file's link where it is long."""
+    readme = (ROOT / "README.md").read_text()
+    assert (RESULTS / f"{name}.md").read_text() in readme or f"(results/{name}.md)" in readme
+
+
+def test_figures_shown_exist():
+    readme = (ROOT / "README.md").read_text()
+    shown = [part.split(")")[0] for part in readme.split("](results/")[1:]]
+    assert shown
+    assert [name for name in shown if not (RESULTS / name).exists()] == []
