@@ -3,7 +3,7 @@
     python -m benchmarks [NAME ...] [--quick] [--out benchmarks/results]
 
 What each asks is the first line of its docstring; `benchmarks/README.md` says how to read what
-comes out. With `--quick` all of them take about a minute, and their figures mean nothing.
+comes out. With `--quick` all of them take about two minutes, and their figures mean nothing.
 """
 
 from __future__ import annotations

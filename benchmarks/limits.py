@@ -220,9 +220,9 @@ def main():
     for name, size in sizes_of.items():
         moved = SYNCS[name] * size
         row = {"magnitude": name, "ms": 1e3 * statistics.median(times[name]) / 10}
-        sync_rows.append(row | {"megabytes": moved / 2**20, "floor_ms": 1e3 * moved / speed})
+        sync_rows.append(row | {"megabytes": moved / 1e6, "floor_ms": 1e3 * moved / speed})
 
-    print(f"A pass over {sizes_of['unit'] / 2**20:.1f} MB moves {speed / 1e9:.1f} GB/s.")
+    print(f"A pass over {sizes_of['unit'] / 1e6:.1f} MB moves {speed / 1e9:.1f} GB/s.")
     publish = functools.partial(common.publish, out=args.out, rounds=rounds)
     publish(
         "limits",

@@ -1,9 +1,8 @@
 """Uniform and normal numbers, the same as `jax.random`'s, drawn fast on CPU too.
 
 JAX compiles its generator for CPU as a loop over arrays in memory, to compile sooner. At every step
-of training that is most of what a rule with fresh numbers costs: ten nanoseconds for each number, a
-tenth of that here, where the rounds of the generator are written one after the other, and XLA fuses
-them with what uses the numbers.
+of training that is most of what a rule with fresh numbers costs. Here the rounds of the generator
+are written one after the other, and XLA fuses them with what uses the numbers.
 
 References:
     John K. Salmon, Mark A. Moraes, Ron O. Dror, David E. Shaw. Parallel random numbers: as easy as

@@ -339,8 +339,9 @@ def _root_mean_square(x: jax.Array) -> jax.Array:
     # An explicit mesh gives no single element, only a second pass.
     one = jnp.max(magnitude(x)) if _is_explicit(x) else magnitude(x[(0,) * x.ndim])
     quick = relative_to(one)
-    # Not finite only where the first element is the smallest by far.
-    mean = lax.cond(jnp.isfinite(quick), lambda: quick, relative_to_largest)
+    # Not so only where the first element is the smallest by far, or zero and the others tiny.
+    fits = jnp.isfinite(quick) & (quick > 0)
+    mean = lax.cond(fits, lambda: quick, relative_to_largest)
     return jnp.where(jnp.abs(mean - one) <= 1e-5 * one, one, mean)
 
 

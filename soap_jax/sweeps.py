@@ -72,7 +72,9 @@ def sweep(
 
     Args:
         run: `(seed, learning_rate, period, *args) -> results`, hashable, as functions are. It is
-            traced once (more often to keep to a memory limit), also if it is swept again.
+            traced once (more often to keep to a memory limit), also if it is swept again, so it
+            must not read what changes. JAX keeps it with its program until `jax.clear_caches()`:
+            give it data as `args` rather than by closure.
         seeds: integers.
         learning_rates: positive numbers.
         periods: integers of at least 1.

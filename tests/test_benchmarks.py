@@ -46,8 +46,9 @@ def test_the_readme_has_the_tables_as_they_were_written(name):
     assert (RESULTS / f"{name}.md").read_text() in readme or f"(results/{name}.md)" in readme
 
 
-def test_figures_shown_exist():
-    readme = (ROOT / "README.md").read_text()
-    shown = [part.split(")")[0] for part in readme.split("](results/")[1:]]
+@pytest.mark.parametrize("readme, prefix", [("", ""), ("..", "benchmarks/")], ids=["own", "root"])
+def test_what_is_shown_exists(readme, prefix):
+    text = (ROOT / readme / "README.md").read_text()
+    shown = [part.split(")")[0] for part in text.split(f"]({prefix}results/")[1:]]
     assert shown
     assert [name for name in shown if not (RESULTS / name).exists()] == []

@@ -49,6 +49,6 @@ def test_double_precision_mode_changes_nothing():
 def test_no_loop_is_compiled():
     text = jax.jit(draws.normal, static_argnums=1).lower(jax.random.key(0), (64, 64)).as_text()
     assert "while" not in text
-    # What it replaces has one on CPU.
+    # What it replaces has one on CPU; if this fails, `draws` is no longer needed.
     plain = jax.jit(lambda key: jax.random.normal(key, (64, 64)))
     assert "while" in plain.trace(jax.random.key(0)).lower(lowering_platforms=("cpu",)).as_text()

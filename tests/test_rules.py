@@ -412,10 +412,11 @@ def test_zeros_everywhere_give_no_nan(rule, dtype):
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_norm_neither_underflows_nor_overflows(size):
-    feedback = np.float32(size) * np.array([[3, 4]], np.float32)
-    synced = sign_sync("norm", np.array([[1, -1]], np.float32), feedback)
-    expected = np.float32(size) * np.sqrt(np.float32(12.5)) * np.array([[1, -1]], np.float32)
-    chex.assert_trees_all_close(synced, expected, rtol=1e-6)
+    for first, rms in ((3, 12.5**0.5), (0, 8**0.5), (1e-25, 8**0.5)):
+        feedback = np.float32(size) * np.array([[first, 4]], np.float32)
+        synced = sign_sync("norm", np.array([[1, -1]], np.float32), feedback)
+        expected = np.float32(size) * np.float32(rms) * np.array([[1, -1]], np.float32)
+        chex.assert_trees_all_close(synced, expected, rtol=1e-6)
 
 
 # Dtypes
