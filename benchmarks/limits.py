@@ -187,9 +187,8 @@ def draw(rows) -> Figure:
 def main():
     """Runs the benchmark, prints the tables, writes JSON, tables and figure."""
     args = common.arguments(__doc__, rounds=20).parse_args()
-    on_gpu = jax.default_backend() == "gpu"
     cases, sizes, rounds = CASES, (1024, 2048), args.rounds
-    if on_gpu:
+    if jax.default_backend() == "gpu":
         cases, sizes = CASES + ON_GPU, (4096, 8192, 16384)
     if args.quick:
         cases, sizes, rounds = QUICK, (256,), 3
@@ -210,7 +209,7 @@ def main():
         row["products_of_ceiling"] = flops(case) / products / best
         rows.append(row | {"of_ceiling": flops(case) / step / best})
 
-    widths = cases[-1 - on_gpu].widths
+    widths = (QUICK if args.quick else CASES)[-1].widths
     runners = {magnitude: make_sync(magnitude, widths) for magnitude in SYNCS}
     sizes_of = {name: size for name, (_, size) in runners.items()}
     passes = {"pass": make_pass(sizes_of["unit"])}

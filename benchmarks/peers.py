@@ -13,8 +13,7 @@ of W (BioTorch scales them, which is the one difference); frSF, signs with the f
 magnitudes; brSF, with magnitudes drawn at every step; and DFA. Systems:
 
     PyTorch           modules and `torch.optim.SGD`; FA and uSF by an `autograd.Function` of the
-                      formula, which is what one writes without a library. (On the CPU its
-                      `foreach`, its `fused` and `torch.compile` made no step faster.)
+                      formula, which is what one writes without a library.
     BioTorch          its layers after a plain first one, in PyTorch's loop
     soap_jax, step    a jitted, donated step, called from Python
     soap_jax, scan    `soap_jax.training.train_epoch`: data on the device, the epoch one program
