@@ -226,7 +226,7 @@ class Tape:
         if made == ROWS_OF:
             if operand.made == ACT:
                 return factor.feedback, touched
-            if operand.made in (WEIGHTS, BROKEN):
+            if operand.made in (WEIGHTS, BROKEN, PARAM):
                 return factor.val, touched
             self.may_refuse = True
             return factor.val, "murky"

@@ -16,6 +16,7 @@ import numpy as np
 import oracle
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from soap_jax import with_feedback
@@ -59,9 +60,7 @@ own_jvp.defjvps(lambda x_dot, y, x: jnp.where(x > 0, x_dot, 0.1 * x_dot))
 CALLS = {
     "jit": jax.jit,
     "remat": jax.checkpoint,
-    "checkpoint name": lambda f: (
-        lambda *ins: jax.ad_checkpoint.checkpoint_name(f(*ins), "kept")
-    ),
+    "checkpoint name": lambda f: lambda *ins: checkpoint_name(f(*ins), "kept"),
 }
 
 
@@ -275,11 +274,10 @@ def evaluate(jaxpr, consts, *args):
 
 def evaluate_equation(eqn, ins):
     name, params = eqn.primitive.name, eqn.params
-    if name in ("jit", "pjit", "closed_call", "core_call"):
-        return evaluate(params["jaxpr"].jaxpr, params["jaxpr"].consts, *ins)
-    if name in ("custom_jvp_call", "custom_vjp_call"):
-        return evaluate(params["call_jaxpr"].jaxpr, params["call_jaxpr"].consts, *ins)
-    if name in ("checkpoint", "remat", "remat2"):
+    if name in ("jit", "closed_call", "custom_jvp_call", "custom_vjp_call"):
+        body = params["jaxpr" if name == "jit" else "call_jaxpr"]
+        return evaluate(body.jaxpr, body.consts, *ins)
+    if name in ("checkpoint", "remat2"):
         return evaluate(params["jaxpr"], (), *ins)
     if name == "cond":
         branch = params["branches"][int(ins[0])]
@@ -301,6 +299,9 @@ def evaluate_scan(params, ins):
         out = evaluate(body.jaxpr, body.consts, *consts, *carry, *(x[i] for x in xs))
         carry, ys[i] = out[:m], out[m:]
     return [*carry, *(np.stack([np.asarray(ys[i][k]) for i in steps]) for k in range(len(ys[0])))]
+
+
+BACKEND = Jax()
 
 
 class Case(NamedTuple):
@@ -364,6 +365,26 @@ def points():
     return params, others, feedback, args
 
 
+def finite(grads):
+    return all(np.max(np.abs(g), initial=0) < 1e4 for g in grads.values())  # not where NaN
+
+
+def check_tape(case):
+    """The tape's exact backpropagation is JAX's own, whatever the transform does."""
+    params, _, feedback, args = points()
+    feedback = {k: feedback[k] for k in case.with_feedback}
+    plain = oracle.judge(case.build, params, feedback, args, case.by_x, plain=True)
+    equal = oracle.judge(case.build, params, {k: params[k] for k in feedback}, args, case.by_x)
+    if not finite(plain.grads):
+        return
+    loss = lambda params, args: case.build(BACKEND, {**params, **args})  # noqa: E731
+    value, exact = gradients(loss, params, [args], case.by_x)(params, args)
+    tight = LOOSE if plain.loose else TIGHT
+    assert np.allclose(value, plain.value, rtol=tight, atol=tight), case.text
+    assert relative_error(exact, plain.grads) < tight, case.text
+    assert equal.refused or relative_error(equal.grads, plain.grads) < 1e-9, case.text
+
+
 def check(case, report):
     """Compares one program with the definition; returns what happened."""
     params, others, feedback, args = points()
@@ -371,21 +392,14 @@ def check(case, report):
     judged = functools.partial(oracle.judge, case.build, args=args, by_x=case.by_x)
     verdict = judged(params, feedback)
     plain = judged(params, feedback, plain=True)
-    if not all(np.all(np.isfinite(g)) and np.max(np.abs(g)) < 1e4 for g in plain.grads.values()):
+    if not finite(plain.grads):
         return "not finite"
     tight = LOOSE if verdict.loose else TIGHT
 
     def loss(params, args):
-        return case.build(Jax(), {**params, **args})
+        return case.build(BACKEND, {**params, **args})
 
-    def loss_fa(params, feedback, args):
-        return with_feedback(lambda params, args: loss(params, args))(params, feedback, args)
-
-    value, exact = gradients(loss, params, [args], case.by_x)(params, args)
-    # The tape itself, before anything else.
-    assert np.allclose(value, plain.value, rtol=tight, atol=tight), case.text
-    assert relative_error(exact, plain.grads) < tight, ("the tape is wrong", case.text)
-
+    loss_fa = with_feedback(loss)
     try:
         at = gradients(loss_fa, params, [feedback, args], case.by_x)
     except ValueError as error:
@@ -407,7 +421,7 @@ def check(case, report):
         report("not refused", case)
         return "LEAK: not refused"
     equal = {k: params[k] for k in feedback}
-    if not compare("from backprop at equal feedback", params, equal, exact):
+    if not compare("from backprop at equal feedback", params, equal, plain.grads):
         return "WRONG at equality"
     if verdict.either:
         return "accepted, room left"
@@ -422,17 +436,318 @@ def check(case, report):
     return "accepted" if good else "LEAK: other gradients"
 
 
-def survey(cases, sample=0):
-    """Checks programs; prints counts, and the first refused needlessly. Returns the counts."""
-    counts, texts = {}, []
+def survey(cases):
+    """Checks programs. Returns how often what happened, and notes of what should be looked at.
+
+    With `SHOW_REFUSED=50` in the environment, prints the first 50 programs refused with room left.
+    """
+    counts, notes = {}, []
     with enable_x64(True):
         for case in cases:
-            notes = []
-            what = check(case, lambda note, case, notes=notes: notes.append((note, case.text)))
+            what = check(case, lambda note, case: notes.append(f"{note}\n{case.text}"))
             counts[what] = counts.get(what, 0) + 1
-            if notes and what not in ("accepted", "refused rightly"):
-                texts += [f"{what}\n{note}\n{text}" for note, text in notes]
     print(counts)
-    for text in texts[:sample]:
-        print("\n" + text)
-    return counts, texts
+    for note in notes[: int(os.environ.get("SHOW_REFUSED", 0))]:
+        print("\n" + note)
+    bad = [what for what in counts if what.isupper() or what.split()[0] in ("LEAK:", "WRONG")]
+    assert not bad, (counts, *notes[:3])
+    return counts, notes
+
+
+# Random programs
+
+FAST, SLOW, CHUNK = 40, 3000, 20  # programs; of SLOW, a tenth or so in a chunk
+
+
+@pytest.mark.parametrize("wild", [False, True], ids=["core", "wild"])
+@pytest.mark.parametrize("start", range(0, FAST, CHUNK))
+def test_the_tape_is_backprop_where_nothing_is_replaced(start, wild):
+    with enable_x64(True):
+        for seed in range(start, start + CHUNK):
+            check_tape(random_case(seed, wild))
+
+
+@pytest.mark.parametrize("start", range(0, 3 * FAST, CHUNK))
+def test_random_programs_of_layers_get_the_pseudo_gradients_of_the_definition(start):
+    counts, notes = survey(random_case(seed, False) for seed in range(start, start + CHUNK))
+    assert "refused needlessly" not in counts and "refused rightly" not in counts, notes[:3]
+
+
+@pytest.mark.parametrize("start", range(0, 3 * FAST, CHUNK))
+def test_random_programs_that_change_kernels_are_refused_or_as_defined(start):
+    survey(random_case(seed, True) for seed in range(start, start + CHUNK))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", range(10_000, 10_000 + SLOW, SLOW // 10))
+def test_thousands_of_random_programs_leak_nothing(start):
+    half = SLOW // 20
+    cases = [random_case(seed, seed % 2 == 1) for seed in range(start, start + 2 * half)]
+    with enable_x64(True):
+        for case in cases:
+            check_tape(case)
+    survey(cases)
+
+
+# Programs that people write: `(backend, values, activation) -> activation`
+
+
+def layer(m, h, w):
+    return m.unary(m.dot(h, w), "tanh")
+
+
+def over(f, how="plain", before=None):
+    """A scan over the stacked kernels, perhaps laid out before."""
+
+    def build(m, v, h):
+        s = v["s"] if before is None else m.vmap_both(lambda w: before(m, v, w), v["s"])
+        return m.scan_over(how, lambda h, w: layer(m, h, f(m, v, w)), h, s)
+
+    return build
+
+
+def constant(f, how="scan_constant"):
+    return lambda m, v, h: m.scan_constant(how, lambda h: layer(m, h, f(m, v, v["a"])), h)
+
+
+def outside(f, how="scan_constant"):
+    """Laid out before the loop."""
+
+    def build(m, v, h):
+        w = f(m, v, v["a"])
+        return m.scan_constant(how, lambda h: layer(m, h, w), h)
+
+    return build
+
+
+def carried(f):
+    return lambda m, v, h: m.scan_carry(
+        lambda h, w: layer(m, h, w), lambda w: f(m, v, w), h, v["a"]
+    )
+
+
+def once(f):
+    return lambda m, v, h: m.dot(h, f(m, v, v["a"]))
+
+
+def in_call(kind, f):
+    return lambda m, v, h: m.call(kind, lambda h, w: layer(m, h, f(m, v, w)), h, v["a"])
+
+
+def chosen_by_cond(f):
+    return lambda m, v, h: layer(
+        m, h, m.cond(lambda w: f(m, v, w), lambda w: m.scale(w, 0.5), v["d"], v["a"])
+    )
+
+
+def in_branches(f):
+    return lambda m, v, h: m.cond(
+        lambda h, w: layer(m, h, f(m, v, w)), lambda h, w: m.dot(h, w), v["d"], h, v["a"]
+    )
+
+
+def per_example(f):
+    return lambda m, v, h: m.vmap(lambda row, w: layer(m, row, f(m, v, w)), h, v["a"])
+
+
+def recurrent(f):
+    return lambda m, v, h: m.scan_rows(
+        lambda h, row, w, u: m.unary(m.add(m.dot(h, f(m, v, w)), m.dot(row, u)), "tanh"),
+        h,
+        v["a"],
+        v["b"],
+    )
+
+
+def elementwise(f):
+    return lambda m, v, h: m.mul(h, m.rows(f(m, v, v["a"])))
+
+
+def elementwise_carried(f):
+    return lambda m, v, h: m.scan_constant(
+        "scan_constant", lambda h: m.add(m.mul(h, m.rows(f(m, v, v["a"]))), h), h
+    )
+
+
+LAYOUTS = {name: functools.partial(lambda name, m, v, w: m.layout(w, name), name)
+           for name in oracle.LAYOUTS} | {
+    "itself": lambda m, v, w: w,
+    "scaled": lambda m, v, w: m.scale(w, -0.7),
+    "constant factor": lambda m, v, w: m.constant_factor(w),
+    "quotient": lambda m, v, w: m.quotient(w),
+    "constant's product": lambda m, v, w: m.basis(w),
+    "cast": lambda m, v, w: m.cast(w, "float32"),
+    "bfloat16": lambda m, v, w: m.cast(w, "bfloat16"),
+    "mask as an argument": lambda m, v, w: m.masked(w, v["mask"]),
+    "selected by an argument": lambda m, v, w: m.where(v["mask"], w, m.layout(w, "flip")),
+    "gather by data": lambda m, v, w: m.ordered(w, v["d"]),
+    "slice by data": lambda m, v, w: m.cut(w, v["d"]),
+    "map": lambda m, v, w: m.map_layout(w),
+    "jit": lambda m, v, w: m.under("jit", w, "transpose"),
+    "remat": lambda m, v, w: m.under("remat", w, "transpose"),
+    "vmap": lambda m, v, w: m.under("vmap", w, "transpose"),
+    "cond": lambda m, v, w: m.cond(
+        lambda w: m.layout(w, "transpose"), lambda w: m.scale(w, 2.0), v["d"], w
+    ),
+    "with another": lambda m, v, w: m.join(w, v["b"], "rows of both"),
+    "stopped": lambda m, v, w: m.stop(w),
+    "order by a while loop": lambda m, v, w: m.ordered(w, m.halved(v["d"])),
+}  # fmt: skip
+BROKEN = {
+    "tanh": lambda m, v, w: m.unary(w, "tanh"),
+    "relu": lambda m, v, w: m.unary(w, "relu"),
+    "leaky relu": lambda m, v, w: m.gate(w),
+    "own derivative": lambda m, v, w: m.own_jvp(w),
+    "softmax": lambda m, v, w: m.softmax(w),
+    "normalised": lambda m, v, w: m.normalised(w),
+    "centred": lambda m, v, w: m.centred(w),
+    "gram": lambda m, v, w: m.gram(w),
+    "sum of kernels": lambda m, v, w: m.add(w, v["b"]),
+    "symmetric": lambda m, v, w: m.add(w, m.layout(w, "transpose")),
+    "product of kernels": lambda m, v, w: m.product(w, v["b"]),
+    "product with a param": lambda m, v, w: m.product(w, v["p"]),
+    "scaled by a param": lambda m, v, w: m.mul(w, v["p"]),
+    "plus a param": lambda m, v, w: m.add(w, v["p"]),
+    "plus data": lambda m, v, w: m.add(w, v["mask"]),
+    "masked by itself": lambda m, v, w: m.mul(w, m.positive(w)),
+    "masked by another": lambda m, v, w: m.where(m.positive(v["b"]), w, m.scale(w, 2.0)),
+    "its mask": lambda m, v, w: m.positive(w),
+    "square": lambda m, v, w: m.unary(w, "square"),
+    "stopped": lambda m, v, w: m.stop(m.unary(w, "tanh")),
+}
+WAYS = {
+    "once": once,
+    "jit": functools.partial(in_call, "jit"),
+    "remat": functools.partial(in_call, "remat"),
+    "scanned over": over,
+    "scanned over in reverse": functools.partial(over, how="reverse"),
+    "scanned over, before": lambda f: over(LAYOUTS["itself"], before=f),
+    "a scan's constant": constant,
+    "before a scan": outside,
+    "a fori's constant": functools.partial(constant, how="fori"),
+    "a scan's carry": carried,
+    "a branch": in_branches,
+    "returned by cond": chosen_by_cond,
+    "under vmap": per_example,
+    "recurrent": recurrent,
+    "elementwise": elementwise,
+    "elementwise in a scan": elementwise_carried,
+}
+OTHER = {
+    **{
+        f"product: {form}": functools.partial(lambda form, m, v, h: m.dot(h, v["a"], form), form)
+        for form in ("right", "left", "einsum", "conv", "general")
+    },
+    "a bias": lambda m, v, h: m.add(layer(m, h, v["a"]), v["r"]),
+    "residual": lambda m, v, h: m.dot(m.add(h, layer(m, h, v["a"])), v["b"]),
+    "layer norm": lambda m, v, h: m.dot(m.layer_norm(layer(m, h, v["a"]), v["r"]), v["b"]),
+    "layer norm's scale": lambda m, v, h: m.layer_norm(h, m.row(v["a"])),
+    "attention": lambda m, v, h: m.attention(m.dot(h, v["a"]), m.dot(h, v["b"]), m.dot(h, v["c"])),
+    "shared": lambda m, v, h: layer(m, layer(m, h, v["a"]), v["a"]),
+    "tied": lambda m, v, h: m.dot(layer(m, h, v["a"]), m.layout(v["a"], "transpose")),
+    "tied embedding": lambda m, v, h: m.dot(
+        layer(m, m.add(h, m.lookup(v["a"], v["ids"])), v["b"]), v["a"], "einsum"
+    ),
+    "embedding": lambda m, v, h: m.add(layer(m, m.lookup(v["a"], v["ids"]), v["b"]), h),
+    "embedding without feedback": lambda m, v, h: m.add(
+        layer(m, m.lookup(v["p"], v["ids"]), v["b"]), h
+    ),
+    "experts": lambda m, v, h: m.experts(layer(m, h, v["a"]), v["s"], v["ids"]),
+    "an expert by data": lambda m, v, h: m.dot(h, m.chosen(v["s"], v["d"])),
+    "mixed precision": lambda m, v, h: m.low_precision_dot(m.low_precision_dot(h, v["a"]), v["b"]),
+    "own derivative that saves w.T": lambda m, v, h: m.own_derivative_dot(h, v["a"]),
+    "fused layer that saves w.T": lambda m, v, h: m.fused(m.fused(h, v["a"]), v["b"]),
+    "the same in a scan": lambda m, v, h: m.scan_over("plain", m.fused, h, v["s"]),
+    "the same in a scan, the kernel constant": lambda m, v, h: m.scan_constant(
+        "scan_constant", lambda h: m.fused(h, m.layout(v["a"], "roll")), h
+    ),
+    "the same under remat": lambda m, v, h: m.call("remat", m.fused, h, v["a"]),
+    "the same under vmap": lambda m, v, h: m.vmap(m.fused, h, v["a"]),
+    "the same in a branch": lambda m, v, h: m.cond(
+        m.fused, lambda h, w: m.own_derivative_dot(h, w), v["d"], h, v["a"]
+    ),
+    "own derivative": lambda m, v, h: m.dot(m.own_jvp(m.dot(h, v["a"])), v["b"]),
+    "sum with an activation": lambda m, v, h: m.dot(m.add(h, m.rows(v["a"])), v["a"]),
+    "sum with an activation in a scan": lambda m, v, h: m.scan_constant(
+        "scan_constant", lambda h: m.add(m.dot(h, v["a"]), m.rows(v["a"])), h
+    ),
+    "kernel over activation": lambda m, v, h: m.div(m.rows(v["a"]), m.unary(h, "exp")),
+    "scale by a norm": lambda m, v, h: m.mul(m.dot(h, v["b"]), m.stop(m.norm_row(v["a"]))),
+}
+OWN = {  # terms of the loss, of kernels alone
+    "squares": lambda m, v: m.sum_of_squares(v["a"]),
+    "norm": lambda m, v: m.norm(v["a"]),
+    "orthogonality": lambda m, v: m.orthogonality(v["a"]),
+    "squares of a constant's product": lambda m, v: m.sum_of_squares(m.basis(v["a"])),
+    "squares, masked": lambda m, v: m.sum_of_squares(m.masked(v["a"], v["mask"])),
+    "squares, laid out": lambda m, v: m.sum_of_squares(m.layout(v["a"], "roll")),
+    "tanh": lambda m, v: m.sum(m.unary(v["a"], "tanh")),
+    "squares of two": lambda m, v: m.add(m.sum_of_squares(v["a"]), m.sum_of_squares(v["b"])),
+    "norm of two": lambda m, v: m.unary(
+        m.add(m.sum_of_squares(v["a"]), m.sum_of_squares(v["b"])), "sqrt"
+    ),
+    "softmax": lambda m, v: m.sum_of_squares(m.softmax(v["a"])),
+    "normalised": lambda m, v: m.sum(m.unary(m.normalised(v["a"]), "sin")),
+    "squares of sums": lambda m, v: m.sum_of_squares(m.centred(v["a"])),
+}
+
+
+def model(middle, *, first=False, own=None):
+    """A loss: `middle` between a first layer and the sum of sines, and proper uses of kernels."""
+
+    def build(m, v):
+        z = m.unary(m.dot(v["x"], v["p"]), "tanh")
+        loss = m.sum(m.unary(middle(m, v, v["x"] if first else z), "sin"))
+        if own is not None:
+            loss = m.add(loss, own(m, v))
+        for name in oracle.KERNELS:
+            loss = m.add(loss, m.proper_use(z, v[name]))
+        return loss
+
+    return build
+
+
+def case(middle, *, by_x=True, names=tuple(oracle.KERNELS), **options):
+    return Case(model(middle, **options), names, by_x)
+
+
+CORE = {
+    **{f"{way}: {name}": WAYS[way](f) for way in WAYS for name, f in LAYOUTS.items()},
+    **OTHER,
+}
+
+
+def assert_all(what, cases):
+    with enable_x64(True):
+        for name, case in cases.items():
+            notes = []
+            happened = check(case, lambda note, case, notes=notes: notes.append(note))
+            assert happened in what, (name, happened, notes)
+
+
+@pytest.mark.parametrize("way", [*WAYS, "other"])
+def test_kernels_in_any_layout_get_the_pseudo_gradients_of_the_definition(way):
+    cases = OTHER if way == "other" else {k: WAYS[way](f) for k, f in LAYOUTS.items()}
+    assert_all(["accepted"], {k: case(middle) for k, middle in cases.items()})
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_kernels_changed_otherwise_are_refused(way):
+    assert_all(["refused rightly"], {k: case(WAYS[way](f)) for k, f in BROKEN.items()})
+
+
+def test_terms_of_kernels_alone_are_exact():
+    middle = OTHER["shared"]
+    assert_all(["accepted"], {k: case(middle, own=own) for k, own in OWN.items()})
+
+
+def test_kernels_changed_in_a_first_layer_are_refused_or_get_feedback():
+    """An activation multiplies their tangents, though `x` is not differentiated."""
+    allowed = ["accepted", "refused rightly", "refused, room left"]
+    cases = {k: case(once(f), first=True, by_x=False) for k, f in BROKEN.items()}
+    assert_all(allowed, cases)
+
+
+def test_one_kernel_with_feedback_beside_others_without():
+    cases = {k: case(m, names=("a",)) for k, m in OTHER.items()}
+    assert_all(["accepted"], cases)
