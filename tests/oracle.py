@@ -412,6 +412,8 @@ class Tape:
         f, df = UNARY[name]
         made = {WEIGHTS: BROKEN, ROWS_OF: ACT}.get(v.made, v.made)
         coefficient = Value(df(v.val), made, kernels=v.kernels, param=v.param, whole=v.whole)
+        if name == "square" and v.made == WEIGHTS:  # 2 w is a layout of w
+            coefficient.made, coefficient.feedback = WEIGHTS, df(v.feedback)
 
         def pull(kind, bar):
             array, kind = self.factor(coefficient, v, kind)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import linear_functions
 import numpy as np
 import oracle
 import pytest
@@ -751,3 +752,77 @@ def test_kernels_changed_in_a_first_layer_are_refused_or_get_feedback():
 def test_one_kernel_with_feedback_beside_others_without():
     cases = {k: case(m, names=("a",)) for k, m in OTHER.items()}
     assert_all(["accepted"], cases)
+
+
+# Functions that are linear in x
+
+
+def linear_points():
+    rng = np.random.RandomState(3)
+    x, w, other, b = (
+        rng.uniform(0.3, 1.1, shape) * rng.choice([-1, 1], shape)
+        for shape in ((3, 4), (4, 4), (4, 4), (4, 4))
+    )
+    return x, w, other, b
+
+
+def x_bars(f, by_params):
+    """`(w, b) -> x_bar`, and at plain backprop `w -> x_bar`; x is data, or a param."""
+
+    def loss(params, args):
+        x = params["x"] if by_params else args["x"]
+        y = f(x, params["w"])
+        weights = np.cos(np.arange(y.size)).reshape(y.shape)
+        return jnp.sum(y * weights) + jnp.sum(x @ params["w"])  # a proper use beside
+
+    def of(fun):
+        def at(*trees, x):
+            w = {"w": trees[0]}
+            if by_params:
+                by_x = lambda x: fun({**w, "x": x}, *trees[1:], {})  # noqa: E731
+            else:
+                by_x = lambda x: fun(w, *trees[1:], {"x": x})  # noqa: E731
+            return jax.grad(by_x)(x)
+
+        return at
+
+    return of(lambda params, args: loss(params, args)), of(
+        lambda params, b, args: with_feedback(loss)(params, {"w": b}, args)
+    )
+
+
+def check_linear(f, by_params):
+    x, w, other, b = linear_points()
+    plain, ours = x_bars(f, by_params)
+    with jax.numpy_rank_promotion("allow"):
+        try:
+            traced = jax.make_jaxpr(lambda w, b, x: ours(w, b, x=x))(w, b, x)
+        except ValueError:
+            return "refused", None
+        expected = jax.make_jaxpr(lambda w, x: plain(w, x=x))(w, x)
+    at = functools.partial(evaluate, traced.jaxpr, traced.consts)
+    exact = functools.partial(evaluate, expected.jaxpr, expected.consts)
+    (first,), (second,), (equal,), (none,) = at(w, b, x), at(other, b, x), at(b, b, x), at(w, 0 * b, x)
+    (backprop,), (zero,) = exact(b, x), exact(0 * b, x)
+    errors = {
+        "another kernel": relative_error({"x": second}, {"x": first}),
+        "backprop at equality": relative_error({"x": equal}, {"x": backprop}),
+        "backprop through feedback": relative_error({"x": first}, {"x": backprop}),
+    }
+    if np.all(np.isfinite(zero)):
+        errors["no feedback"] = relative_error({"x": none}, {"x": zero})
+    wrong = {k: e for k, e in errors.items() if not e < TIGHT}
+    return ("LEAK", wrong) if wrong else ("through feedback", None)
+
+
+@pytest.mark.parametrize("by_params", [False, True], ids=["x an argument", "x a param"])
+@pytest.mark.parametrize("group", ["through", "hidden"])
+def test_the_error_of_a_linear_function_does_not_depend_on_its_kernel(group, by_params):
+    functions = linear_functions.THROUGH if group == "through" else linear_functions.HIDDEN
+    with enable_x64(True):
+        happened = {name: check_linear(f, by_params) for name, f in functions.items()}
+    leaks = {name: what for name, what in happened.items() if what[0] == "LEAK"}
+    assert not leaks
+    if group == "through" and not by_params:
+        refused = [name for name, what in happened.items() if what[0] == "refused"]
+        assert not refused
