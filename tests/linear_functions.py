@@ -81,9 +81,7 @@ def saves_transposed(x, w):
     return x @ w
 
 
-saves_transposed.defvjp(
-    lambda x, w: (x @ w, (x, w.T)), lambda res, g: (g @ res[1], res[0].T @ g)
-)
+saves_transposed.defvjp(lambda x, w: (x @ w, (x, w.T)), lambda res, g: (g @ res[1], res[0].T @ g))
 
 
 @jax.custom_vjp
@@ -266,8 +264,9 @@ THROUGH = {  # what must pass through feedback
     "cond in a scan": lambda x, w: lax.fori_loop(
         0, 2, lambda i, h: lax.cond(i > 0, lambda h: h @ w, lambda h: h @ w.T, h), x
     ),
-    "switch of weights": lambda x, w: x
-    @ lax.switch(jnp.argmax(x[0]) % 3, [lambda w: w, jnp.transpose, lambda w: w[::-1]], w),
+    "switch of weights": lambda x, w: (
+        x @ lax.switch(jnp.argmax(x[0]) % 3, [lambda w: w, jnp.transpose, lambda w: w[::-1]], w)
+    ),
     "(x + w) @ w": lambda x, w: (x + w[:3]) @ w,
     "(x + w) * w": lambda x, w: (x + w[:3]) * w[:3],
     "(x @ w + w) * w": lambda x, w: (x @ w + w[:3]) * w[:3],
@@ -276,8 +275,9 @@ THROUGH = {  # what must pass through feedback
     "sorted": lambda x, w: x @ w + 0 * jnp.sort(lax.stop_gradient(x) @ w, 0),
     "a metric beside": lambda x, w: x @ w + lax.stop_gradient(jnp.sum(x @ jnp.tanh(w))),
     "scatter": lambda x, w: jnp.zeros((4, 4), x.dtype).at[ORDER[:3]].add(x @ w),
-    "dynamic update": lambda x, w: x
-    @ lax.dynamic_update_slice(w, jnp.zeros((1, 4), w.dtype), (1, 0)),
+    "dynamic update": lambda x, w: (
+        x @ lax.dynamic_update_slice(w, jnp.zeros((1, 4), w.dtype), (1, 0))
+    ),
 }
 HIDDEN = {  # what may be refused, and must not leak
     "tanh": lambda x, w: x @ jnp.tanh(w),
@@ -335,10 +335,9 @@ HIDDEN = {  # what may be refused, and must not leak
     "switch by w": lambda x, w: lax.switch(
         jnp.argmax(w[0]), [lambda x: x, lambda x: -x, lambda x: 2 * x, lambda x: x / 3], x
     ),
-    "steps by w": lambda x, w: lax.while_loop(
-        lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1]), (0, w)
-    )[1][:3]
-    * x,
+    "steps by w": lambda x, w: (
+        lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1]), (0, w))[1][:3] * x
+    ),
     "x / w": lambda x, w: x / w[:3],
     "x / (3 + w)": lambda x, w: x / (3 + w[:3]),
     "x @ (1 / w)": lambda x, w: x @ (1 / w),
@@ -359,10 +358,12 @@ HIDDEN = {  # what may be refused, and must not leak
     "carried, plus": carried(lambda w: w + 1),
     "rnn, tanh(w)": rnn(lambda h, row, w: h @ jnp.tanh(w) + row),
     "rnn, h * tanh(w)": rnn(lambda h, row, w: h * jnp.tanh(w[0]) + row),
-    "accumulated weights": lambda x, w: x
-    @ lax.fori_loop(0, 2, lambda i, a: a + w, jnp.zeros((4, 4), w.dtype)),
-    "scan that makes weights": lambda x, w: x
-    @ lax.scan(lambda c, row: (c, jnp.tanh(row)), 0.0, w)[1],
+    "accumulated weights": lambda x, w: (
+        x @ lax.fori_loop(0, 2, lambda i, a: a + w, jnp.zeros((4, 4), w.dtype))
+    ),
+    "scan that makes weights": lambda x, w: (
+        x @ lax.scan(lambda c, row: (c, jnp.tanh(row)), 0.0, w)[1]
+    ),
     "cond of broken": cond_of(jnp.tanh, lambda w: w),
     "cond with a broken branch": cond(lambda x, w: x @ w, lambda x, w: x @ jnp.tanh(w)),
     "a broken branch": cond(lambda x, w: x @ jnp.tanh(w), lambda x, w: x @ w),
@@ -393,8 +394,9 @@ HIDDEN = {  # what may be refused, and must not leak
     "hidden in a gather": lambda x, w: x @ jnp.tanh(w)[ORDER],
     "hidden in complex": lambda x, w: jnp.real(x @ lax.complex(jnp.tanh(w), w)),
     "absolute of complex": lambda x, w: x @ jnp.abs(lax.complex(w, w.T)),
-    "hidden in bits": lambda x, w: x
-    @ lax.bitcast_convert_type(lax.bitcast_convert_type(w, jnp.int64), w.dtype),
+    "hidden in bits": lambda x, w: (
+        x @ lax.bitcast_convert_type(lax.bitcast_convert_type(w, jnp.int64), w.dtype)
+    ),
     "hidden under grad": lambda x, w: x @ jax.grad(lambda w: jnp.sum(jnp.sin(w)))(w),
     "hidden under jvp": lambda x, w: jax.jvp(lambda w: x @ jnp.tanh(w), (w,), (w,))[1],
     "hessian": lambda x, w: jax.jvp(
@@ -402,9 +404,7 @@ HIDDEN = {  # what may be refused, and must not leak
     )[1],
     "hidden in a determinant": lambda x, w: x @ (w * jnp.linalg.det(w[:2, :2])),
     "hidden in one_hot": lambda x, w: x @ jax.nn.one_hot(jnp.argmax(w, 1), 4, dtype=x.dtype),
-    "hidden in scatter": lambda x, w: jnp.zeros((3, 4), x.dtype)
-    .at[:, jnp.argsort(w[0])]
-    .add(x),
+    "hidden in scatter": lambda x, w: jnp.zeros((3, 4), x.dtype).at[:, jnp.argsort(w[0])].add(x),
     "hidden in segments": lambda x, w: jax.ops.segment_sum(x.T, jnp.argsort(w[0]), 4),
     "reduce precision": lambda x, w: x @ lax.reduce_precision(w, 5, 7),
     "maximum with w, twice": lambda x, w: x @ jnp.maximum(w, w.T),

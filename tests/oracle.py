@@ -351,9 +351,7 @@ class Tape:
 
             return v, pull
 
-        return self.derived(
-            a.val * b.val, out, (a, b), [pull_to(a, b), pull_to(b, a)], feedback
-        )
+        return self.derived(a.val * b.val, out, (a, b), [pull_to(a, b), pull_to(b, a)], feedback)
 
     def div(self, a, b):
         if b.made != WEIGHTS or self.plain:
@@ -368,7 +366,9 @@ class Tape:
             def murky(pull):
                 return lambda kind, bar: ("murky", pull(kind, bar)[1])
 
-            inverse.parents = [(v, murky(lambda k, bar: (k, -bar * b.val**-2.0))) for v, _ in inverse.parents]
+            inverse.parents = [
+                (v, murky(lambda k, bar: (k, -bar * b.val**-2.0))) for v, _ in inverse.parents
+            ]
         else:
             self.either = True
         return out
@@ -391,7 +391,9 @@ class Tape:
         else:
             out = PARAM if made == {PARAM} else BROKEN
         if out == WEIGHTS:
-            feedback = np.einsum(spec, *(v.val if v.feedback is None else v.feedback for v in (a, b)))
+            feedback = np.einsum(
+                spec, *(v.val if v.feedback is None else v.feedback for v in (a, b))
+            )
 
         def pull_to(v, other, mine, its):
             missing = set(mine) - set(its) - set(out_spec)
@@ -666,9 +668,7 @@ class Tape:
     def scan_rows(self, f, a, *ins):
         """A recurrent net over the rows of `a`."""
         _, ys = self.loop(
-            lambda carry, i: (lambda h: ([h], h))(
-                f(*carry, self.slices(a, slice(i, i + 1)), *ins)
-            ),
+            lambda carry, i: (lambda h: ([h], h))(f(*carry, self.slices(a, slice(i, i + 1)), *ins)),
             [self.const(np.zeros((1, N)))],
             list(range(ROWS)),
         )
@@ -835,9 +835,12 @@ class Generator:
         if kind == 11 and self.data:
             return self.emit("add", w, "mask")
         if kind == 12:
-            return self.emit("call", w, static=(self.pick(["jit", "remat"]),), blocks=[
-                Program(("w",), (Eqn("t", "unary", ("w",), after=("tanh",)),), "t")
-            ])
+            return self.emit(
+                "call",
+                w,
+                static=(self.pick(["jit", "remat"]),),
+                blocks=[Program(("w",), (Eqn("t", "unary", ("w",), after=("tanh",)),), "t")],
+            )
         return self.emit("mul", w, self.emit("positive", w))
 
     def weights_block(self, inputs):
@@ -933,9 +936,7 @@ class Generator:
         if kind == "scan_over" and self.stacks:
             how = self.pick(["plain", "reverse", "unroll"])
             block = self.acts_block((inner[0], "wi", *inner[1:]))
-            return self.emit(
-                "scan_over", h, self.stack(), *names, static=(how,), blocks=[block]
-            )
+            return self.emit("scan_over", h, self.stack(), *names, static=(how,), blocks=[block])
         if kind in ("scan_constant", "fori"):
             block = self.acts_block(inner)
             return self.emit("scan_constant", h, *names, static=(kind,), blocks=[block])
@@ -1000,7 +1001,9 @@ def generate(seed, wild=False):
         else:
             loss = gen.emit("add", loss, term)
     if wild and rng.rand() < 0.15:
-        term = gen.emit("sum_of_squares", gen.emit("product", *(gen.pick(gen.weights) for _ in "ab")))
+        term = gen.emit(
+            "sum_of_squares", gen.emit("product", *(gen.pick(gen.weights) for _ in "ab"))
+        )
         loss = gen.emit("add", loss, term)
     z = gen.emit("unary", gen.emit("dot", "x", "p", after=("right",)), after=("tanh",))
     for name in with_feedback:  # a proper use of each, so that no feedback is without effect
