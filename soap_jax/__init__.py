@@ -29,21 +29,20 @@ if TYPE_CHECKING:
         trees,
     )
     from soap_jax.direct import direct_feedback, direct_target
-    from soap_jax.explanation import Explanation, explain
     from soap_jax.feedback import FeedbackState, init_feedback, sync_feedback
     from soap_jax.optimizers import kolen_pollack
     from soap_jax.recording import record_alignment
     from soap_jax.rules import Fixed, Rule, SignSync, Transport, WeightMirror
-    from soap_jax.transform import with_feedback
+    from soap_jax.transform import Explanation, explain, with_feedback
 
 __version__ = "0.1.0"
 
 _NAMES = {  # and the modules they come from; the other public names are modules
-    "Explanation": "explanation",
+    "Explanation": "transform",
     "FeedbackState": "feedback",
     "direct_feedback": "direct",
     "direct_target": "direct",
-    "explain": "explanation",
+    "explain": "transform",
     "init_feedback": "feedback",
     "sync_feedback": "feedback",
     "Fixed": "rules",

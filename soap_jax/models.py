@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from soap_jax import direct, linen, ops, twins
+from soap_jax import direct, linen, ops
 from soap_jax.feedback import glorot_normal
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -125,7 +125,7 @@ class DirectMLP(nn.Module):
         if target is None and self.is_initializing():
             target = jnp.zeros((x.shape[0], self.features[-1]))
         if target is None:
-            return twins.on_cotangent(x, self._raise_no_target)
+            return ops.on_cotangent(x, self._raise_no_target)
         return linen.DirectTarget(projection_init=self.projection_init)(x, target)
 
     def _raise_no_target(self):

@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
+import jax.ad_checkpoint
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -66,7 +67,10 @@ FeedbackBar = Literal["kernel"] | FeedbackBarFn | LocalLoss | None
 local loss's gradient."""
 
 SCOPE = "through_feedback"
-"""The name under which profiles show it, and `soap_jax.walk` knows it."""
+"""The name under which profiles show it."""
+
+MARK = "soap_jax.ops.through_feedback"
+"""The name that its kernel gets (`checkpoint_name`), by which `soap_jax.transform` knows it."""
 
 FeedbackOp = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 """`(x, kernel, feedback) -> y`."""
@@ -94,6 +98,31 @@ def _detach_jvp(primals, tangents):
     del tangents
     (x,) = primals
     return x, jax.custom_derivatives.zero_from_primal(x, symbolic_zeros=True)
+
+
+def check_feedback_bar(feedback_bar: FeedbackBar) -> None:
+    """Raises ValueError for what is no cotangent of feedback."""
+    is_function = callable(feedback_bar) and not isinstance(feedback_bar, type)
+    if not (feedback_bar is None or feedback_bar == "kernel" or is_function):
+        raise ValueError(
+            f"feedback_bar is {feedback_bar!r}; expected None, 'kernel', a local loss such as "
+            "soap_jax.local.SymmetricAlignment(), or a function of (x, y, kernel, feedback, y_bar)."
+        )
+
+
+def on_cotangent(x: jax.Array, callback: Callable[[], object]) -> jax.Array:
+    """The identity, which calls back when a cotangent is sent back through it, and only then."""
+
+    @jax.custom_vjp
+    def f(x):
+        return x
+
+    def f_bwd(_, x_bar):
+        callback()
+        return (x_bar,)
+
+    f.defvjp(lambda x: (x, None), f_bwd)
+    return f(x)
 
 
 def through_feedback(
@@ -135,12 +164,7 @@ def through_feedback(
         (Array([2., 2.], dtype=float32), Array([10., 10.], dtype=float32))
     """
     trees.check_feedback(feedback, kernel)
-    is_function = callable(feedback_bar) and not isinstance(feedback_bar, type)
-    if not (feedback_bar is None or feedback_bar == "kernel" or is_function):
-        raise ValueError(
-            f"feedback_bar is {feedback_bar!r}; expected None, 'kernel', a local loss such as "
-            "soap_jax.local.SymmetricAlignment(), or a function of (x, y, kernel, feedback, y_bar)."
-        )
+    check_feedback_bar(feedback_bar)
     x_type, kernel_type = jax.typeof(x), jax.typeof(kernel)
     if not _has_cotangent(feedback):
         feedback_bar = None
@@ -180,7 +204,7 @@ def through_feedback(
     f.defvjp(f_fwd, f_bwd)
     y = op(detach(x), kernel) if forward is None else forward(detach(x))
     with jax.named_scope(SCOPE):
-        return f(y, x, kernel, feedback)
+        return f(y, x, jax.ad_checkpoint.checkpoint_name(kernel, MARK), feedback)
 
 
 def feedback_op(op: BilinearOp, *, feedback_bar: FeedbackBar = None) -> FeedbackOp:

@@ -1,0 +1,401 @@
+"""Equations that hold jaxprs of their own.
+
+First one finds the labels of what they return, by reading their bodies without computing anything
+(a loop's, until nothing new is found). Where kernels with feedback are in it, they are then made
+again by the public function that made them (`jax.jit`, `jax.lax.scan`, ...), whose body is read
+with arrays and what stands beside them. So structure is kept: a scan stays one scan, and what is
+scanned over has its feedback scanned over beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from soap_jax.transform import labels as lb
+from soap_jax.transform import values as vals
+from soap_jax.transform.values import Value
+
+
+class Body(NamedTuple):
+    """How an equation with jaxprs is read.
+
+    Attributes:
+        labels: `(reader, eqn, labels) -> labels` of its outputs.
+        make: `(reader, eqn, values, labels) -> values`, made again; None: evaluated as it is.
+    """
+
+    labels: Callable[..., list[lb.Label]]
+    make: Callable[..., list[Value]] | None = None
+
+
+def read(reader, eqn: core.JaxprEqn, values: Sequence[Value]) -> list[Value]:
+    """Reads an equation with jaxprs."""
+    body = BODIES[eqn.primitive.name]
+    labels = [value.label for value in values]
+    if reader.abstract:
+        return [Value(label) for label in body.labels(reader, eqn, labels)]
+    with reader.only_labels():
+        outs = body.labels(reader, eqn, labels)
+    tangent = any(label.tangent for label in labels)
+    returned = any(label.two_forms for label in outs)
+    if body.make and any(label.kernels for label in labels) and (tangent or returned):
+        return body.make(reader, eqn, values, outs)
+    body.labels(reader, eqn, labels)  # with notes
+    arrays = vals.bind(eqn, [value.array for value in values])
+    twins = [None] * len(arrays)
+    if returned:
+        twins = vals.bind_wide(eqn, [value.with_feedback for value in values])
+    return [
+        Value(label, array, twin if label.two_forms else None)
+        for label, array, twin in zip(outs, arrays, twins, strict=True)
+    ]
+
+
+def _inner(reader, closed, labels):
+    """A jaxpr as a function of arrays and the forms with feedback beside them."""
+
+    def f(arrays, twins):
+        return reader.run(closed, list(map(Value, labels, arrays, twins)))
+
+    return f
+
+
+def _split(values, labels=None):
+    """What can be handed to a traced function; the forms that `labels` ask for."""
+    labels = [value.label for value in values] if labels is None else labels
+    twins = [
+        v.with_feedback if lab.two_forms else None for v, lab in zip(values, labels, strict=True)
+    ]
+    return [value.array for value in values], twins
+
+
+def _wide(values):
+    """Values as they are carried and returned: both forms of one dtype."""
+    return [v if v.twin is None else v._replace(twin=v.twin.astype(v.array.dtype)) for v in values]
+
+
+def _close(jaxpr):
+    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
+
+
+def _called(name):
+    return lambda reader, eqn, labels: reader.labels(_close(eqn.params[name]), labels)
+
+
+# jit and calls
+
+
+def _jit(reader, eqn, values, outs):
+    f = _inner(reader, eqn.params["jaxpr"], [value.label for value in values])
+    shardings = eqn.params["in_shardings"], eqn.params["out_shardings"]
+
+    def constrain(arrays, shardings):
+        return [
+            lax.with_sharding_constraint(array, sharding)
+            if array is not None and isinstance(sharding, jax.sharding.Sharding)
+            else array
+            for array, sharding in zip(arrays, shardings, strict=True)
+        ]
+
+    def constrained(arrays, twins):
+        found = f(constrain(arrays, shardings[0]), constrain(twins, shardings[0]))
+        arrays, twins = _split(found)
+        return constrain(arrays, shardings[1]), constrain(twins, shardings[1])
+
+    constrained.__name__ = eqn.params["name"]
+    made = jax.jit(constrained, inline=eqn.params["inline"])(*_split(values))
+    return list(map(Value, outs, *made))
+
+
+def _call(reader, eqn, values, outs):
+    name = "call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"
+    return reader.run(_close(eqn.params[name]), values)
+
+
+def _remat(reader, eqn, values, outs):
+    f = _inner(reader, _close(eqn.params["jaxpr"]), [value.label for value in values])
+    g = jax.checkpoint(
+        lambda *forms: _split(f(*forms)),
+        prevent_cse=eqn.params["prevent_cse"],
+        policy=eqn.params["policy"],
+    )
+    return list(map(Value, outs, *g(*_split(values))))
+
+
+def _shard_map(reader, eqn, values, outs):
+    f = _inner(reader, _close(eqn.params["jaxpr"]), [value.label for value in values])
+    in_specs, out_specs = (list(eqn.params[name]) for name in ("in_specs", "out_specs"))
+    arrays, twins = _split(values)
+    present = {i: twin for i, twin in enumerate(twins) if twin is not None}
+
+    def g(arrays, twins):
+        arrays, twins = _split(f(arrays, [twins.get(i) for i in range(len(arrays))]))
+        return arrays, {i: twin for i, twin in enumerate(twins) if twin is not None}
+
+    wanted = [i for i, label in enumerate(outs) if label.two_forms]
+    arrays, found = jax.shard_map(
+        g,
+        mesh=eqn.params["mesh"],
+        in_specs=(in_specs, {i: in_specs[i] for i in present}),
+        out_specs=(out_specs, {i: out_specs[i] for i in wanted}),
+        axis_names=eqn.params.get("newly_manual_axes", eqn.params.get("manual_axes")),
+        check_vma=eqn.params["check_vma"],
+    )(arrays, present)
+    return [
+        Value(lab, x, found.get(i)) for i, (lab, x) in enumerate(zip(outs, arrays, strict=True))
+    ]
+
+
+# Loops
+
+
+def _fixed(reader, eqn, init, body):
+    """The labels of what a loop carries: joined until nothing new is found.
+
+    First what depends on data and what is a tangent, since a kernel's product with a constant is
+    weights and with data an activation; then the rest.
+    """
+    changed = lb.Broken("which changes it", eqn.primitive.name, reader.line_of(eqn))
+    carry = list(init)
+    with reader.only_labels():
+        for joined in (lb.same_kind, functools.partial(lb.join, broken=changed)):
+            while True:
+                new = [joined(a, b) for a, b in zip(carry, body(carry), strict=False)]
+                if new == carry:
+                    break
+                carry = new
+    return carry
+
+
+def _scan_parts(eqn, values):
+    n, m = eqn.params["num_consts"], eqn.params["num_carry"]
+    return values[:n], values[n : n + m], values[n + m :]
+
+
+def _scan_body(reader, eqn, labels):
+    """The labels that a scan's body gets, when nothing new is found."""
+    consts, init, xs = _scan_parts(eqn, labels)
+    rows = [
+        label._replace(whole=False, number=not var.aval.ndim)
+        for label, var in zip(
+            xs, eqn.params["jaxpr"].jaxpr.invars[-len(xs) :] if xs else (), strict=True
+        )
+    ]
+
+    def body(carry):
+        return reader.labels(eqn.params["jaxpr"], [*consts, *carry, *rows])
+
+    return [*consts, *_fixed(reader, eqn, init, body), *rows]
+
+
+def _scan_labels(reader, eqn, labels):
+    inner = _scan_body(reader, eqn, labels)
+    _, carry, _ = _scan_parts(eqn, inner)
+    outs = reader.labels(eqn.params["jaxpr"], inner)
+    return [*carry, *(label._replace(whole=False) for label in outs[len(carry) :])]
+
+
+def _scan(reader, eqn, values, outs):
+    labels = _scan_body(reader, eqn, [value.label for value in values])
+    consts, init, xs = _scan_parts(eqn, values)
+    _, carried, rows = _scan_parts(eqn, labels)
+    f = _inner(reader, eqn.params["jaxpr"], labels)
+    names = "length", "reverse", "unroll", "_split_transpose"
+    options = {name: eqn.params[name] for name in names if name in eqn.params}
+    const_arrays, const_twins = _split(consts)
+    m = len(init)
+
+    def body(carry, x):
+        pairs = [
+            [*consts, *carried, *xs]
+            for consts, carried, xs in zip((const_arrays, const_twins), carry, x, strict=True)
+        ]
+        found = f(*pairs)
+        return _split(_wide(found[:m]), carried), _split(found[m:])
+
+    start = _split(_wide(init), carried)
+    (arrays, twins), (ys, y_twins) = lax.scan(body, start, _split(xs, rows), **options)
+    return list(map(Value, outs, [*arrays, *ys], [*twins, *y_twins]))
+
+
+def _while_parts(eqn, values):
+    n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    return values[:n], values[n : n + m], values[n + m :]
+
+
+def _while_labels(reader, eqn, labels):
+    cond_consts, body_consts, init = _while_parts(eqn, labels)
+
+    def body(carry):
+        return reader.labels(eqn.params["body_jaxpr"], [*body_consts, *carry])
+
+    carry = _fixed(reader, eqn, init, body)
+    body(carry)
+    (go_on,) = reader.labels(eqn.params["cond_jaxpr"], [*cond_consts, *carry])
+    return _chosen(reader, eqn, go_on, carry)
+
+
+def _while(reader, eqn, values, outs):
+    cond_consts, body_consts, init = _while_parts(eqn, values)
+    carried = _while_labels(reader, eqn, [value.label for value in values])
+    labels = [value.label for value in body_consts]
+    f = _inner(reader, eqn.params["body_jaxpr"], [*labels, *carried])
+    const_arrays, const_twins = _split(body_consts)
+    cond = core.jaxpr_as_fun(eqn.params["cond_jaxpr"])
+    cond_arrays = [value.array for value in cond_consts]
+
+    def body(carry):
+        arrays, twins = carry
+        return _split(_wide(f([*const_arrays, *arrays], [*const_twins, *twins])), carried)
+
+    start = _split(_wide(init), carried)
+    made = lax.while_loop(lambda carry: cond(*cond_arrays, *carry[0])[0], body, start)
+    return list(map(Value, outs, *made))
+
+
+# Branches
+
+
+def _chosen(reader, eqn, by, labels):
+    """Labels of what a value chooses or repeats, which may be made of weights itself."""
+    problem = lb.Broken("which it decides", eqn.primitive.name, reader.line_of(eqn))
+    found = []
+    for label in labels:
+        if by.kernels and label.tangent:
+            step = lb.Step(label, broken=dict.fromkeys(by.kernels, problem))
+            refused = label.refused or reader.refuse(eqn, step)
+            label = label._replace(refused=refused)
+        elif by.kernels:
+            label = label._replace(kernels={**label.kernels, **dict.fromkeys(by.kernels, problem)})
+        found.append(label._replace(data=label.data or by.data, floats=label.floats or by.floats))
+    return found
+
+
+def _cond_labels(reader, eqn, labels):
+    index, *operands = labels
+    either = lb.Broken("which returns it or something else", "cond", reader.line_of(eqn))
+    outs: list[lb.Label] = []
+    for branch in eqn.params["branches"]:
+        found = reader.labels(branch, operands)
+        outs = [lb.join(a, b, either) for a, b in zip(outs, found, strict=True)] if outs else found
+    return _chosen(reader, eqn, index, outs)
+
+
+def _cond(reader, eqn, values, outs):
+    labels = [value.label for value in values[1:]]
+    bodies = [_inner(reader, branch, labels) for branch in eqn.params["branches"]]
+    branches = [lambda *forms, f=f: _split(_wide(f(*forms)), outs) for f in bodies]
+    if eqn.params.get("branches_platforms"):
+        arrays, twins = _split(values[1:])
+        leaves, tree = jax.tree.flatten((arrays, twins))
+        closed = [
+            jax.make_jaxpr(lambda *leaves, f=f: f(*jax.tree.unflatten(tree, leaves)))(*leaves)
+            for f in branches
+        ]
+        params = eqn.params | {"branches": tuple(closed)}
+        flat = eqn.primitive.bind(values[0].array, *leaves, **params)
+        structure = jax.tree.structure(jax.eval_shape(branches[0], arrays, twins))
+        return list(map(Value, outs, *jax.tree.unflatten(structure, flat)))
+    made = lax.switch(values[0].array, branches, *_split(values[1:]))
+    return list(map(Value, outs, *made))
+
+
+# Derivatives that a function brings along
+
+
+def _backward(eqn):
+    """The backward pass of a `jax.custom_vjp` function: residuals and cotangents to cotangents."""
+    n, zeros = eqn.params["num_res"], eqn.params["in_zeros"]
+
+    def f(residuals, cotangents):
+        found = eqn.params["bwd"].call_wrapped(*residuals, *cotangents)
+        kept = [ct for ct, zero in zip(found, zeros, strict=True) if not zero]
+        return [
+            jnp.zeros(v.aval.shape, v.aval.dtype) if not isinstance(ct, jax.Array) else ct
+            for ct, v in zip(kept, eqn.invars[n:], strict=True)
+        ]
+
+    residuals, outs = ([_struct(v) for v in vs] for vs in (eqn.invars[:n], eqn.outvars))
+    return jax.make_jaxpr(f)(residuals, outs)
+
+
+def _struct(var) -> Any:
+    return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+
+
+def _custom_lin_labels(reader, eqn, labels):
+    n = eqn.params["num_res"]
+    residuals, tangents = labels[:n], labels[n:]
+    own = lb.owner(tangents)
+    made_of = lb.merged(residuals)
+    problem = lb.Broken("which has a derivative of its own", "custom_vjp", reader.line_of(eqn))
+    if own is not None and not any(label.data for label in residuals) and set(made_of) <= {own}:
+        kernels = dict.fromkeys([*made_of, *lb.merged(tangents)], problem)
+        label = lb.Label(tangent=True, own=own, kernels=kernels)
+    else:
+        label = lb.Label(tangent=True, data=True)
+        forms = lb.Step(label, broken={
+            i: s for i, s in lb.merged(tangents).items() if isinstance(s, lb.Broken)
+        })  # fmt: skip
+        refused = next((t.refused for t in tangents if t.refused), None)
+        if forms.broken:
+            refused = refused or reader.refuse(eqn, forms)
+        if made_of:
+            error = lb.Label(tangent=True, data=True)
+            back = reader.labels(_backward(eqn), [*residuals, *[error] * len(eqn.outvars)])
+            refused = refused or next((out.refused for out in back if out.refused), None)
+        label = label._replace(refused=refused)
+        for dot in tangents:
+            if dot.layer and not eqn.params["in_zeros"][1] and not reader.quiet:
+                reader.note(dot.own).served_by_layer = True
+    return [label] * len(eqn.outvars)
+
+
+def _custom_lin(reader, eqn, values, outs):
+    n = eqn.params["num_res"]
+    residuals, tangents = values[:n], values[n:]
+    if not any(value.label.kernels for value in residuals) or outs[0].own is not None:
+        with reader.only_labels(quiet=False):
+            _custom_lin_labels(reader, eqn, [value.label for value in values])
+        operands = [v.array if outs[0].own is not None else v.with_feedback for v in values]
+        return list(map(Value, outs, vals.bind(eqn, [*operands])))
+    closed = _backward(eqn)
+    error = lb.Label(tangent=True, data=True)
+    labels = [*(value.label for value in residuals), *[error] * len(outs)]
+
+    def transpose(forms, cotangents):
+        arrays, twins = forms
+        values = map(Value, labels, [*arrays, *cotangents], [*twins, *[None] * len(outs)])
+        return [value.array for value in reader.run(closed, list(values))]
+
+    made = jax.custom_derivatives.linear_call(
+        lambda forms, tangents: [jnp.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars],
+        transpose,
+        _split(_wide(residuals)),
+        [value.with_feedback for value in tangents],
+    )
+    return list(map(Value, outs, made))
+
+
+BODIES = {
+    "jit": Body(_called("jaxpr"), _jit),
+    "pjit": Body(_called("jaxpr"), _jit),
+    "closed_call": Body(_called("call_jaxpr"), _call),
+    "core_call": Body(_called("call_jaxpr"), _call),
+    "custom_jvp_call": Body(_called("call_jaxpr")),
+    "custom_vjp_call": Body(_called("call_jaxpr")),
+    "remat2": Body(_called("jaxpr"), _remat),
+    "checkpoint": Body(_called("jaxpr"), _remat),
+    "shard_map": Body(_called("jaxpr"), _shard_map),
+    "scan": Body(_scan_labels, _scan),
+    "while": Body(_while_labels, _while),
+    "cond": Body(_cond_labels, _cond),
+    "custom_lin": Body(_custom_lin_labels, _custom_lin),
+}

@@ -1,0 +1,285 @@
+"""`explain`: what feedback does for every param, found out before a run.
+
+The program that `with_feedback` evaluates is read without any arithmetic, as if every param had
+feedback. What the reader notes of each (where an error passes its feedback, where it would pass
+what has none) is the explanation; so the two cannot differ.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import partial_eval
+
+from soap_jax import trees
+from soap_jax.transform import reader, tracing
+from soap_jax.transform import values as vals
+from soap_jax.transform.reader import Use
+
+Effect = Literal["feedback", "own feedback", "backprop", "exact", "no effect", "error"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What feedback does for one param.
+
+    Attributes:
+        path: the param's path in params.
+        effect: one of those that `explain` lists.
+        uses: where it is used to this effect and, for "error" and "backprop", what stands in the
+            way.
+        shape: of the param, and of its feedback.
+        dtype: of the param; products are taken in it.
+        stored: the dtype in which feedback is stored.
+        nbytes: of the feedback, if there is any to be stored.
+    """
+
+    path: trees.Path
+    effect: Effect
+    uses: tuple[Use, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    stored: np.dtype
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: a table to print, and a `where` for `init_feedback`.
+
+    Attributes:
+        rows: one for each floating-point param, in order of first use.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from soap_jax import explain, init_feedback
+        >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2)), "c": jnp.ones(2)}
+        >>> def loss(params, x):
+        ...     return (jnp.tanh(x @ params["a"]) @ params["b"]).sum() + params["c"].sum()
+        >>> explanation = explain(loss, params, jnp.ones((5, 3)))
+        >>> [(row.path, row.effect) for row in explanation]
+        [(('a',), 'no effect'), (('b',), 'feedback'), (('c',), 'exact')]
+        >>> state = init_feedback(jax.random.key(0), params, where=explanation)
+        >>> jax.tree.map(jnp.shape, state.feedback)
+        {'a': None, 'b': (4, 2), 'c': None}
+    """
+
+    rows: tuple[Row, ...]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, path: str) -> Row:
+        """The row of a param, by its path as it is printed, "Dense_1/kernel"."""
+        rows = {"/".join(row.path): row for row in self.rows}
+        if path not in rows:
+            raise KeyError(f"{path!r} is none of the params: {', '.join(rows) or 'there are none'}")
+        return rows[path]
+
+    def __call__(self, path: str, leaf: jax.Array) -> bool:
+        """Whether feedback serves the kernel at the path: a predicate for `init_feedback`."""
+        return any("/".join(row.path) == path and row.effect == "feedback" for row in self.rows)
+
+    def __str__(self) -> str:
+        return _table(self)
+
+
+def explain(
+    fun: Callable,
+    params: chex.ArrayTree,
+    *args,
+    feedback: chex.ArrayTree | None = None,
+    has_aux: bool = False,
+    **kwargs,
+) -> Explanation:
+    """Says for every param of a function how the error passes it under `with_feedback`.
+
+    Its `effect` is
+
+        "feedback"      the error passes its feedback
+        "own feedback"  the same, of a layer of `soap_jax` that has feedback of its own
+        "backprop"      the error passes the param itself; the uses say why
+        "exact"         no error passes it: a bias, a table, a penalty, a norm used as a number
+        "no effect"     no error comes this far: a first layer, whose input is data
+        "error"         `with_feedback` refuses the feedback that it has
+
+    A param that only scales activations elementwise (of a normalisation, a gate) is "backprop" as
+    long as nobody asks; `with_feedback` gives it feedback if you name it in `where`.
+
+    Nothing is computed: `fun` is traced with the types of its arguments, and so is its gradient by
+    `params`, with a cotangent for every output, or with `has_aux` for the first alone.
+
+    Args:
+        fun: `(params, *args, **kwargs) -> outputs`, as for `with_feedback`.
+        params: its params; like `args`, arrays or `jax.ShapeDtypeStruct`s.
+        *args: its other arguments.
+        feedback: the feedback tree of which to ask. Without one: what feedback for each param
+            would do.
+        has_aux: whether `fun` returns `(outputs, aux)`, as in `jax.grad`.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        The explanation. Print it; or hand it to `init_feedback` as `where`, so that just the
+        kernels whose effect is "feedback" get any.
+
+    Raises:
+        ValueError: if feedback does not fit `params`.
+    """
+    given = {} if feedback is None else trees.by_kernel(params, feedback)
+    traced = tracing.trace(fun, params, args, kwargs)
+    inexact = [vals.inexact(x) for x in traced.operands]
+    leaves = [i for i, path in enumerate(traced.paths) if path is not None and inexact[i]]
+    found = _read(traced, leaves, has_aux)
+    if feedback is None:
+        rows = {i: _row(found.note(i)) for i in leaves}
+    else:
+        mine = [i for i in leaves if traced.paths[i] in given]
+        asked = _read(traced, mine, has_aux)
+        rows = {i: _given(asked.note(i)) if i in mine else _kept(found.note(i)) for i in leaves}
+    order = {i: None for i in [*(i for i in found.notes if found.notes[i].first), *leaves]}
+    return Explanation(
+        tuple(
+            _finished(traced.operands[i], traced.paths[i], *rows[i], given, feedback is None)
+            for i in order
+        )
+    )
+
+
+def _read(traced: tracing.Traced, kernels: Sequence[int], has_aux: bool) -> reader.Reader:
+    """Reads the derivative by params of the live outputs, these being kernels with feedback."""
+    active = [
+        path is not None and vals.inexact(x)
+        for path, x in zip(traced.paths, traced.operands, strict=True)
+    ]
+    twins = [x if i in kernels else None for i, x in enumerate(traced.operands)]
+    inputs = traced.inputs(traced.operands, twins, active)
+    inputs += [traced.tangent(i) for i, mine in enumerate(active) if mine]
+    program = traced.derivative(active, traced.operands)
+    dots = [
+        first or not has_aux
+        for first, aval in zip(traced.first, traced.closed.out_avals, strict=True)
+        if jnp.issubdtype(aval.dtype, jnp.inexact)
+    ]
+    used = [True] * traced.num_outputs + dots
+    live, _ = partial_eval.dce_jaxpr(program.jaxpr, used, instantiate=True)
+    found = reader.Reader(traced.paths, abstract=True)
+    found.run(program.replace(jaxpr=live), inputs)
+    return found
+
+
+ELEMENTWISE = ("div", "mul")
+
+Found = tuple[Effect, Sequence[Use]]
+
+
+def _row(notes: reader.Notes) -> Found:
+    """What feedback would do for a leaf."""
+    hard = [use for use in notes.broken if not use.mixed]
+    if notes.layer:
+        return ("own feedback" if notes.served_by_layer else "no effect"), [notes.layer]
+    if hard or (notes.broken and notes.served):
+        return "backprop", [*notes.served, *notes.broken]
+    if notes.served and all(use.primitive in ELEMENTWISE for use in notes.served):
+        problem = "which scales elementwise; name it in `where` to give it feedback"
+        return "backprop", [use._replace(problem=problem) for use in notes.served]
+    if notes.served:
+        return "feedback", [*notes.served]
+    if notes.met or not notes.first:
+        return "no effect", [*notes.met]
+    return "exact", [*notes.numbers, notes.first]
+
+
+def _given(notes: reader.Notes) -> Found:
+    """What feedback does for a leaf that has some."""
+    if notes.layer:
+        problem = "where its layer has feedback of its own"
+        return "error", [notes.layer._replace(problem=problem)]
+    if notes.broken:
+        return "error", [*notes.served, *notes.broken]
+    if notes.served:
+        return "feedback", [*notes.served]
+    if notes.met:
+        return "no effect", [*notes.met]
+    problem = "where it meets no activation while it has its feedback"
+    return "error", [notes.first._replace(problem=problem)] if notes.first else []
+
+
+def _kept(notes: reader.Notes) -> Found:
+    """What happens to a leaf that has no feedback."""
+    effect, uses = _row(notes)
+    return ("backprop" if effect == "feedback" else effect), uses
+
+
+def _finished(leaf, path, effect, uses, given, open_question) -> Row:
+    stored = effect == "feedback" if open_question else path in given
+    dtype = given[path].dtype if path in given else leaf.dtype
+    nbytes = leaf.size * vals.bits(dtype) // 8 if stored else 0
+    uses = tuple(dict.fromkeys(uses))
+    return Row(path, effect, uses, tuple(leaf.shape), leaf.dtype, np.dtype(dtype), nbytes)
+
+
+def _shape(operand: jax.ShapeDtypeStruct) -> str:
+    return "×".join(map(str, operand.shape)) or "scalar"
+
+
+def _table(explanation: Explanation) -> str:
+    """Rows that differ by numbers in their paths share a line, as the layers of a stack do."""
+    from rich import box, console, filesize, table, text  # here, since importing it takes a while
+
+    grid = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("param", "effect", "used in", "operands"):
+        grid.add_column(column, no_wrap=True)
+    grid.add_column("feedback", justify="right", no_wrap=True)
+    groups: dict[tuple, list[Row]] = {}
+    for row in explanation:
+        if row.effect != "exact":
+            pattern = re.sub(r"\d+", "*", "/".join(row.path))
+            groups.setdefault((pattern, row.effect, row.shape, row.stored), []).append(row)
+    notes = []
+    for (pattern, *_), rows in groups.items():
+        row = rows[0]
+        path = f"{pattern} ({len(rows)} times)" if len(rows) > 1 else "/".join(row.path)
+        places = [use for use in row.uses if not use.problem] or list(row.uses)
+        name = places[0].primitive if places else "-"
+        operands = " · ".join(map(_shape, places[0].operands)) if places else "-"
+        if len(places) > 1:
+            name = f"{name} and {len(places) - 1} more"
+        nbytes = sum(row.nbytes for row in rows)
+        stored = f"{filesize.decimal(nbytes)} {row.stored}" if nbytes else "-"
+        grid.add_row(*map(text.Text, (path, row.effect, name, operands, stored)))
+        problems = [f"{use}, {use.problem}." for use in row.uses if use.problem]
+        notes += [f"{path}: {problem}" for problem in dict.fromkeys(problems)][:2]
+    file = io.StringIO()
+    printer = console.Console(file=file, width=200, color_system=None)
+    printer.print(grid)
+    effects = [row.effect for row in explanation]
+    counts = ", ".join(f"{effects.count(effect)} {effect}" for effect in dict.fromkeys(effects))
+    nbytes = filesize.decimal(sum(row.nbytes for row in explanation))
+    number = f"{len(explanation)} param{'s' if len(explanation) != 1 else ''}"
+    lines = [f"{number}: {counts or 'none'}; {nbytes} of feedback."]
+    exact = collections.Counter(
+        f"{row.path[-1] if row.path else 'params'} ({row.uses[-1].primitive})"
+        for row in explanation
+        if row.effect == "exact"
+    )
+    if exact:
+        kinds = ", ".join(f"{times} {kind}" for kind, times in exact.items())
+        lines.append(f"Exact, since no error passes them: {kinds}.")
+    shown = [line.rstrip() for line in file.getvalue().splitlines() if line.strip()]
+    shown = [*shown, ""] if groups else []
+    for line in [*lines, *notes]:
+        shown += textwrap.wrap(line, max(80, len(shown[0]) if shown else 0), break_long_words=False)
+    return "\n".join(shown)

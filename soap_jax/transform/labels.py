@@ -1,0 +1,409 @@
+"""What is known of a value: is it weights, an activation, or a tangent, and of which params.
+
+A value is *weights* if it is made of kernels with feedback and of no activation. It still has its
+feedback if the kernels were only laid out on the way: then the same layout of feedback stands
+beside it. Here are the rules for one equation; `soap_jax.transform.reader` applies them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax.extend import core
+
+from soap_jax import ops
+
+PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general")
+"""Products: weights and data make an activation here."""
+
+LAYOUTS = (
+    *("all_gather", "all_gather_invariant", "all_to_all", "broadcast_in_dim", "conj", "copy"),
+    *("convert_element_type", "copy_p", "cumsum", "device_put", "dynamic_slice", "expand_dims"),
+    *("fft", "gather", "imag", "name", "neg", "optimization_barrier", "pcast", "ppermute", "psum"),
+    *("psum_invariant", "pvary", "real", "reduce_precision", "reduce_sum", "reshape", "reshard"),
+    *("rev", "sharding_constraint", "slice", "split", "squeeze", "stop_gradient", "tile"),
+    *("transpose", "unstack"),
+)
+"""Linear primitives of one array, whose other operands are indices: they lay out weights anew."""
+
+JOINS = (
+    *("complex", "concatenate", "dynamic_update_slice", "pad", "scatter", "select_n", "stack"),
+)
+"""Primitives that lay out several arrays together."""
+
+ELEMENTWISE = ("mul", "div")
+"""Elementwise products: weights and activations make activations; with a mask they stay weights."""
+
+SUMS = ("add", "add_any", "sub")
+
+LOOKUPS = ("gather", "dynamic_slice")
+
+PARTS = ("dynamic_slice", "gather", "slice", "split", "unstack")
+"""Layouts that take a part, after which weights are no longer the whole kernel."""
+
+
+class Broken(NamedTuple):
+    """Why weights have no feedback any more.
+
+    Attributes:
+        problem: what was done to them.
+        primitive: the primitive that did it.
+        line: file, line and function.
+        others: the params that were mixed into them, by number.
+        rows: whether rows of them were looked up since.
+    """
+
+    problem: str
+    primitive: str
+    line: str
+    others: frozenset[int] = frozenset()
+    rows: bool = False
+
+    def __str__(self):
+        """The place: "tanh at model.py:12:4 (loss)"."""
+        return f"{self.primitive} at {self.line}"
+
+
+Status = Broken | Literal["laid out", "looked up"]
+"""What became of a kernel: only its layout was changed; rows of it were looked up by an integer
+argument, as in an embedding; or it is broken."""
+
+
+class Label(NamedTuple):
+    """What is known of a value, without the value.
+
+    Attributes:
+        kernels: by the kernels' numbers: of weights, what became of each; of a tangent, the kernels
+            that multiplied it, though it is their own, so that it has two forms: one with the
+            kernels, for what is theirs alone, and one with their feedback.
+        data: whether it depends on an argument other than params.
+        params: the params of which it is made; empty if data are in it, too.
+        active: whether it carries a tangent.
+        floats: whether it depends on params or on an argument that is no integer.
+        number: whether it is a single number, or that number broadcast.
+        whole: whether each element depends on all of a kernel.
+        tangent: whether it is a tangent.
+        own: of a tangent, the one param of which it is a linear function, and of nothing else.
+        layer: whether it was just named by a layer that has feedback of its own.
+        refused: of a tangent that no error may come back through, why.
+    """
+
+    kernels: Mapping[int, Status] = {}
+    data: bool = False
+    params: frozenset[int] = frozenset()
+    active: bool = False
+    floats: bool = False
+    number: bool = False
+    whole: bool = False
+    tangent: bool = False
+    own: int | None = None
+    layer: bool = False
+    refused: str | None = None
+
+    @property
+    def activation(self) -> bool:
+        """Whether it is made of data and carries a tangent."""
+        return self.data and self.active
+
+    @property
+    def two_forms(self) -> bool:
+        """Whether the same of feedback stands beside it."""
+        return bool(self.kernels) and not any(
+            isinstance(status, Broken) for status in self.kernels.values()
+        )
+
+
+def worst(statuses: Iterable[Status]) -> Status:
+    """The status of a value that is made of several."""
+    found = list(statuses)
+    for status in found:
+        if isinstance(status, Broken):
+            return status
+    return "looked up" if "looked up" in found else "laid out"
+
+
+def merged(labels: Sequence[Label]) -> dict[int, Status]:
+    """The kernels of several labels."""
+    leaves = dict.fromkeys(leaf for label in labels for leaf in label.kernels)
+    return {i: worst(lab.kernels[i] for lab in labels if i in lab.kernels) for i in leaves}
+
+
+def derived(labels: Sequence[Label]) -> Label:
+    """What holds of whatever is computed of the values."""
+    data = any(label.data for label in labels)
+    return Label(
+        data=data,
+        params=frozenset() if data else frozenset().union(*(label.params for label in labels)),
+        active=any(label.active for label in labels),
+        floats=any(label.floats for label in labels),
+    )
+
+
+def join(a: Label, b: Label, broken: Broken) -> Label:
+    """The label of what is one value or the other: a loop's carry, or what `cond` returns.
+
+    Args:
+        a: one label.
+        b: the other.
+        broken: what becomes of weights that may also be something else.
+    """
+    if a == b:
+        return a
+    kernels = merged([a, b])
+    for i in kernels:
+        for mine, other in ((a, b), (b, a)):
+            if i in mine.kernels and i not in other.kernels and other.data and not mine.tangent:
+                kernels[i] = worst([mine.kernels[i], broken])
+    tangent = a.tangent or b.tangent
+    return derived([a, b])._replace(
+        kernels=kernels,
+        number=a.number and b.number,
+        whole=a.whole and b.whole,
+        tangent=tangent,
+        own=owner([label for label in (a, b) if label.tangent]),
+        refused=a.refused or b.refused,
+    )
+
+
+def plain(eqn: core.JaxprEqn, out: Label, labels: Sequence[Label], var) -> Label:
+    """The label of an output of an equation without kernels and tangents."""
+    return out._replace(
+        active=out.active and eqn.primitive.name != "stop_gradient" and is_float(var.aval),
+        number=_number(eqn, labels, var),
+    )
+
+
+def same_kind(a: Label, b: Label) -> Label:
+    """A loop's label `a`, as a tangent or made of data if the next round's, `b`, is."""
+    zeros = b.tangent and not a.tangent
+    return a._replace(
+        data=a.data or b.data,
+        params=frozenset() if a.data or b.data else a.params | b.params,
+        active=a.active or b.active,
+        floats=a.floats or b.floats,
+        number=a.number and b.number,
+        tangent=a.tangent or b.tangent,
+        own=ZERO if zeros else a.own,
+    )
+
+
+ZERO = -1
+"""The owner of a tangent that is zero, as loops start with: any."""
+
+
+def owner(tangents: Sequence[Label]) -> int | None:
+    """The one param of which all these tangents are linear functions."""
+    owns = {label.own for label in tangents} - {ZERO}
+    return owns.pop() if len(owns) == 1 else (None if owns else ZERO)
+
+
+class Met(NamedTuple):
+    """A kernel meets an activation: the result is one."""
+
+    leaf: int
+
+
+class Number(NamedTuple):
+    """A single number is made of a whole kernel."""
+
+    leaf: int
+
+
+def primal(eqn: core.JaxprEqn, labels: Sequence[Label], line: str) -> tuple[list[Label], list]:
+    """Labels of what an equation computes forwards.
+
+    Args:
+        eqn: the equation.
+        labels: of its operands; none is a tangent.
+        line: where it stands.
+
+    Returns:
+        Its outputs' labels; and what is to be noted, `Met` and `Number`.
+    """
+    name = eqn.primitive.name
+    out = derived(labels)._replace(layer=name == "name" and eqn.params["name"] == ops.MARK)
+    notes: list[Met | Number] = []
+    kernels: dict[int, Status] = {}
+    for i in merged(labels):
+        status, met = _status(i, eqn, labels, line)
+        if met:
+            notes.append(Met(i))
+        if status is not None:
+            kernels[i] = status
+    whole = bool(kernels) and _whole(name, labels)
+    outs = []
+    for var in eqn.outvars:
+        mine = {} if not is_float(var.aval) and not _broken(kernels) else kernels
+        label = plain(eqn, out, labels, var)._replace(kernels=mine, whole=whole)
+        if whole and _reduces(eqn, var) and is_float(var.aval):
+            notes += map(Number, kernels)
+            label = label._replace(kernels={}, params=frozenset())
+        outs.append(label)
+    return outs, notes
+
+
+def _status(i: int, eqn, labels, line) -> tuple[Status | None, bool]:
+    """What becomes of one kernel in an equation, as if no other param had feedback.
+
+    None for an activation. And whether the kernel meets another value in a product here.
+    """
+    name = eqn.primitive.name
+    mine = [k for k, label in enumerate(labels) if i in label.kernels]
+    others = [label for label in labels if i not in label.kernels]
+    status = worst(labels[k].kernels[i] for k in mine)
+    whole = not isinstance(status, Broken)
+    params = frozenset().union(*(label.params for label in labels)) - {i}
+    alone = len(mine) == 1
+
+    def lost(problem):
+        if looked_up(status):
+            return None
+        return Broken(problem, name, line, params) if whole else status
+
+    if name in (*PRODUCTS, *ELEMENTWISE):
+        made = _activation(others) if name in ELEMENTWISE else any(lab.data for lab in others)
+        met = alone and whole and (made or bool(params))
+        if alone and made:
+            return None, met
+        if not alone or params:
+            return lost("where other weights meet it"), met
+        divided = name == "div" and mine == [1]
+        return lost("where something is divided by it") if divided else status, False
+    if name in SUMS:
+        if alone and _activation(others):
+            return None, False
+        return lost("where it is summed with something else"), False
+    moved = all(is_float(eqn.invars[k].aval) for k in mine)
+    if name in JOINS and moved:
+        floats = [
+            is_float(v.aval) and i not in lab.kernels
+            for v, lab in zip(eqn.invars, labels, strict=True)
+        ]
+        apart = any(lab.data and is_a for lab, is_a in zip(labels, floats, strict=True))
+        return lost("where it is joined with data") if apart else status, False
+    if name in LAYOUTS and moved:
+        if not all(is_float(var.aval) for var in eqn.outvars):
+            return lost("which casts it to integers"), False
+        if name in LOOKUPS and _by_integers(labels):
+            return "looked up" if whole else status._replace(rows=True), False
+        return status, False
+    return lost("which does not only lay it out anew"), False
+
+
+def _activation(labels) -> bool:
+    return any(label.activation and not label.number for label in labels)
+
+
+def looked_up(status: Status) -> bool:
+    """Whether these are rows that an integer argument chose."""
+    return status.rows if isinstance(status, Broken) else status == "looked up"
+
+
+def _by_integers(labels) -> bool:
+    """Whether the indices, which come after the table, are made of integer arguments alone."""
+    index = derived(labels[1:])
+    return index.data and not index.floats
+
+
+def is_float(aval) -> bool:
+    """Whether values of this type can have a tangent."""
+    return jnp.issubdtype(aval.dtype, jnp.inexact)
+
+
+def _broken(kernels) -> bool:
+    return any(isinstance(status, Broken) for status in kernels.values())
+
+
+def _whole(name, labels) -> bool:
+    """Whether each element of an output depends on all of a kernel, if it is reduced."""
+    if name in PARTS or name in JOINS:
+        return False
+    return all(label.whole if label.kernels or label.tangent else label.number for label in labels)
+
+
+def _reduces(eqn, var) -> bool:
+    return var.aval.size == 1 and any(v.aval.size > 1 for v in eqn.invars)
+
+
+def _number(eqn, labels, var) -> bool:
+    moves = ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "pvary", "copy")
+    return not var.aval.ndim or (eqn.primitive.name in moves and labels[0].number)
+
+
+class Step(NamedTuple):
+    """How an equation on tangents is evaluated.
+
+    Attributes:
+        label: of its outputs.
+        exact: positions of operands that stay themselves where others are put in their feedback's
+            form.
+        decided: whether only the form with feedback goes on.
+        served: kernels whose feedback an error passes here.
+        broken: weights that an error would pass, and that have no feedback, by kernel.
+        mixed: those of them that data are mixed into.
+    """
+
+    label: Label
+    exact: frozenset[int] = frozenset()
+    decided: bool = True
+    served: tuple[int, ...] = ()
+    broken: Mapping[int, Broken] = {}
+    mixed: frozenset[int] = frozenset()
+
+
+def tangent(eqn: core.JaxprEqn, labels: Sequence[Label]) -> Step:
+    """What an equation does to tangents, which are linear in it.
+
+    Coefficients that are weights multiply in the form of their feedback, except where the tangent
+    is the kernel's own: then both forms go on, until an activation multiplies one of them.
+
+    Args:
+        eqn: the equation.
+        labels: of its operands.
+    """
+    name = eqn.primitive.name
+    tangents = [label for label in labels if label.tangent]
+    own = owner(tangents)
+    numbers = all(var.aval.size == 1 for var in (*eqn.invars, *eqn.outvars))
+    exact, mine, foreign, activation = set(), [], [], False
+    for k, label in enumerate(labels):
+        if label.tangent:
+            continue
+        if own is not None and set(label.kernels) == {own}:
+            mine.append(label)
+        elif own is not None and name in PRODUCTS and _rows(label):
+            exact.add(k)
+            activation = True
+        elif label.kernels:
+            foreign.append(label)
+        elif label.data and not numbers and (label.active or name in PRODUCTS):
+            activation = True
+    out = Label(
+        tangent=True,
+        data=any(label.data for label in labels),
+        whole=_whole(name, labels),
+        layer=name == "name" and eqn.params["name"] == ops.MARK,
+        refused=next((label.refused for label in tangents if label.refused), None),
+    )
+    forms = merged(tangents)
+    if not (activation or foreign):
+        kernels = merged([*tangents, *mine])
+        if out.whole and own in kernels and all(_reduces(eqn, var) for var in eqn.outvars):
+            kernels.pop(own)  # a number's
+        if name in LOOKUPS and _by_integers(labels):
+            kernels.pop(own, None)  # an embedding's
+        return Step(out._replace(own=own, kernels=kernels), decided=False)
+    passed = merged([*mine, *foreign])
+    return Step(
+        out,
+        exact=frozenset(exact),
+        served=tuple(i for i, status in passed.items() if not isinstance(status, Broken)),
+        broken={i: s for i, s in (forms | passed).items() if isinstance(s, Broken)},
+        mixed=frozenset(i for label in labels if label.data for i in label.kernels),
+    )
+
+
+def _rows(label) -> bool:
+    return bool(label.kernels) and all(map(looked_up, label.kernels.values()))

@@ -1,0 +1,100 @@
+"""Values of a program: what is known of each, its array, and the same made of feedback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from soap_jax.transform import labels as lb
+
+
+class Value(NamedTuple):
+    """A value of the program.
+
+    Attributes:
+        label: what is known of it.
+        array: the value; None where nothing is computed.
+        twin: the same made of feedback; None if there is no such form.
+    """
+
+    label: lb.Label
+    array: Any = None
+    twin: Any = None
+
+    @property
+    def with_feedback(self) -> Any:
+        """The form with feedback, where there is one."""
+        return self.array if self.twin is None else self.twin
+
+
+_MOVES = (*lb.PARTS, "broadcast_in_dim", "expand_dims", "name", "reshape", "rev", "squeeze")
+_MOVES = (*_MOVES, "copy", "copy_p", "optimization_barrier", "stop_gradient", "tile", "transpose")
+"""Layouts that do no arithmetic: feedback in fewer bits than its kernel stays as it is stored."""
+
+
+def constant(x: Any) -> Value:
+    """A value that the function closes over: a constant, unless it is traced outside."""
+    traced = isinstance(x, jax.core.Tracer)
+    label = lb.Label(data=traced, active=traced, floats=traced, number=not jnp.ndim(x))
+    return Value(label, x)
+
+
+def bind(eqn: core.JaxprEqn, arrays: Sequence[Any]) -> list:
+    """Applies an equation's primitive to other operands."""
+    got = eqn.primitive.get_bind_params(eqn.params)  # with JAX 0.8 functions, too
+    functions, params = got if isinstance(got, tuple) else ((), got)
+    out = eqn.primitive.bind(*functions, *arrays, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def bind_wide(eqn: core.JaxprEqn, arrays: Sequence[Any]) -> list:
+    """Applies an equation's primitive to operands of which some are stored in fewer bits.
+
+    They are cast where they are used, so that a scan saves what is stored.
+    """
+    dtypes = [var.aval.dtype for var in eqn.invars]
+    narrow = [jnp.result_type(x) != dtype for x, dtype in zip(arrays, dtypes, strict=True)]
+    if not any(narrow):
+        return bind(eqn, arrays)
+    name = eqn.primitive.name
+    if name == "convert_element_type" and lb.is_float(eqn.outvars[0].aval):
+        if bits(arrays[0].dtype) <= bits(eqn.outvars[0].aval.dtype):
+            return list(arrays)
+    elif name in _MOVES:
+        return bind(eqn, arrays)
+
+    def wide(*arrays):
+        return bind(
+            eqn,
+            [x.astype(d) if n else x for x, d, n in zip(arrays, dtypes, narrow, strict=True)],
+        )
+
+    return jax.checkpoint(wide, prevent_cse=False)(*arrays)
+
+
+def widen(value: Value, aval) -> Value:
+    """The value, its form with feedback in the value's own dtype."""
+    if value.twin is None or value.twin.dtype == aval.dtype:
+        return value
+    return value._replace(twin=value.twin.astype(aval.dtype))
+
+
+def bits(dtype: Any) -> int:
+    """The number of bits of an element."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return 8 * jnp.dtype(dtype).itemsize
+    return (jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo)(dtype).bits
+
+
+def inexact(x: Any) -> bool:
+    """Whether a value can have a tangent."""
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def zeros(aval: Any) -> jax.Array:
+    """Zeros of a type, its sharding included."""
+    return jnp.zeros(aval.shape, aval.dtype)

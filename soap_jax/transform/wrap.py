@@ -1,0 +1,256 @@
+"""`with_feedback`: a feedback argument for any JAX function of params."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from soap_jax import ops, trees
+from soap_jax.feedback import FeedbackState
+from soap_jax.transform import tracing
+from soap_jax.transform import values as vals
+from soap_jax.transform.reader import Reader
+
+Out = TypeVar("Out")
+
+
+def with_feedback(
+    fun: Callable[..., Out], *, feedback_bar: ops.FeedbackBar = None
+) -> Callable[..., Out]:
+    """Gives any function of a tree of params a feedback argument.
+
+    With `fun_fa = with_feedback(fun)`, `fun_fa(params, feedback, *args)` equals
+    `fun(params, *args)`. Backwards, wherever a kernel W that has a feedback leaf B meets an
+    activation x in a product y = x · W (or elementwise, y = x * W),
+
+        x_bar = y_bar · Bᵀ        through feedback: whatever came before gets a pseudo-gradient
+        W_bar = xᵀ · y_bar        W's own
+
+    and everything else is differentiated exactly. So feedback equal to the kernels is exact
+    backpropagation, and so is a missing or None leaf, for that kernel; None in place of the whole
+    tree is plain backpropagation.
+
+    The function may come from Linen, NNX (`nnx.split` and `nnx.merge`), Equinox, Haiku or nowhere.
+    It is traced, as under `jit`: arrays among its arguments are tracers, other arguments stay what
+    they are; arrays that it closes over are constants, so hand it its batch as an argument. The
+    result composes with `grad`, `value_and_grad`, `has_aux`, `jit`, `vmap`, `scan`, `checkpoint`
+    and `shard_map`, in reverse mode only, since a pseudo-gradient is defined by its backward pass.
+    Call it under `jit`: each call outside traces `fun` again.
+
+    What holds without exception, and what is refused, the docstring of `soap_jax.transform` says.
+    Use `soap_jax.explain` to see it for your function, before you run it.
+
+    Args:
+        fun: `(params, *args, **kwargs) -> outputs`; `params` is any pytree.
+        feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`: None, "kernel"
+            (Kolen-Pollack), or a function of one product's operands.
+
+    Returns:
+        `fun_fa(params, feedback, *args, **kwargs) -> outputs`, where `feedback` is a tree like
+        `params` (see `soap_jax.trees`), such as `init_feedback(...).feedback`. It raises
+        ValueError when it is traced, if a leaf's path or shape is not its kernel's or if its
+        kernel meets no activation; and when it is differentiated, if an error would flow back
+        through a kernel that has feedback after something else than its layout was changed: a
+        normalised kernel, two kernels combined, a mask made of weights.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from soap_jax import with_feedback
+        >>> def loss(params, x):
+        ...     return jnp.sum(jnp.tanh(x @ params["in"]) @ params["out"])
+        >>> params = {"in": jnp.eye(2), "out": jnp.ones((2, 1))}
+        >>> feedback = {"out": jnp.array([[5.0], [-1.0]])}
+        >>> jax.grad(with_feedback(loss))(params, feedback, jnp.array([0.01, 0.0]))["in"].round(2)
+        Array([[ 0.05, -0.01],
+               [ 0.  , -0.  ]], dtype=float32)
+
+    References:
+        Lillicrap et al. Random synaptic feedback weights support error backpropagation for deep
+        learning. Nature Communications, 2016. https://doi.org/10.1038/ncomms13276
+    """
+    ops.check_feedback_bar(feedback_bar)
+
+    def fun_fa(params: chex.ArrayTree, feedback: chex.ArrayTree, *args, **kwargs) -> Out:
+        if isinstance(feedback, FeedbackState):
+            raise ValueError("feedback is a FeedbackState; pass its tree, `state.feedback`.")
+        by_path = trees.by_kernel(params, feedback)
+        traced = tracing.trace(fun, params, args, kwargs)
+        _check_uses(traced, by_path)
+        twins = [
+            _as_stored(by_path[path], x, cast=feedback_bar is not None) if path in by_path else None
+            for path, x in zip(traced.paths, traced.operands, strict=True)
+        ]
+        return traced.rebuild(_through_feedback(traced, feedback_bar)(traced.operands, twins))
+
+    for name in ("__module__", "__name__", "__qualname__"):  # not `wraps`: another signature
+        if hasattr(fun, name):
+            setattr(fun_fa, name, getattr(fun, name))
+    return fun_fa
+
+
+def _through_feedback(traced: tracing.Traced, feedback_bar):
+    """`(operands, twins) -> outputs`, which equals the function; backwards, through feedback."""
+
+    @jax.custom_vjp
+    def f(operands, twins):
+        del twins
+        return traced.evaluate(operands)
+
+    def f_fwd(operands, twins):
+        values = [x.value for x in operands]
+        learns = [feedback_bar is not None and b is not None and b.perturbed for b in twins]
+        active = [
+            (x.perturbed or learn) and vals.inexact(x.value)
+            for x, learn in zip(operands, learns, strict=True)
+        ]
+        stored = [None if b is None else b.value for b in twins]
+        refused: list[str | None] = []
+
+        @jax.custom_jvp
+        def run(active_values, learned):
+            del learned
+            return traced.evaluate(_merged(active, active_values, values))
+
+        @run.defjvp
+        def run_jvp(primals, tangents):
+            operands = _merged(active, primals[0], values)
+            own = _merged(learns, primals[1], stored)
+            dots = iter(tangents[0])
+            twin_dots = iter(tangents[1])
+            inputs = traced.inputs(operands, own, active)
+            for i, (is_active, learn) in enumerate(zip(active, learns, strict=True)):
+                if is_active:
+                    inputs.append(traced.tangent(i, next(dots)))
+                if learn:
+                    inputs[-1] = _learning(i, inputs[-1], next(twin_dots), feedback_bar)
+            reader = Reader(traced.paths, feedback_bar=feedback_bar)
+            found = reader.run(traced.derivative(active, operands), inputs)
+            outs, dots = found[: traced.num_outputs], iter(found[traced.num_outputs :])
+            both = [
+                (out.array, next(dots)) if vals.inexact(out.array) else (out.array, None)
+                for out in outs
+            ]
+            refused[:] = [None if dot is None else dot.label.refused for _, dot in both]
+            return [out for out, _ in both], [
+                np.zeros(jnp.shape(out), jax.dtypes.float0) if dot is None else dot.array
+                for out, dot in both
+            ]
+
+        outs, vjp = jax.vjp(run, _chosen(active, values), _chosen(learns, stored))
+        return outs, (vjp, _Static((tuple(active), tuple(learns), tuple(refused))))
+
+    def f_bwd(residuals, outs_bar):
+        vjp, static = residuals
+        active, learns, refused = static.value
+        for y_bar, problem in zip(outs_bar, refused, strict=False):
+            if problem and not _is_zero(y_bar):
+                raise ValueError(problem)
+        outs_bar = [_instantiated(y_bar) for y_bar in outs_bar]
+        bars, twin_bars = map(iter, vjp(outs_bar))
+        return [next(bars) if mine else None for mine in active], [
+            next(twin_bars) if mine else None for mine in learns
+        ]
+
+    f.defvjp(f_fwd, f_bwd, symbolic_zeros=True)
+    return f
+
+
+def _learning(i, dot, twin_dot, feedback_bar):
+    """A kernel's tangent, beside which feedback's stands, to get a cotangent at each product.
+
+    With "kernel" it is that of the kernel there: where an activation decides, the sum multiplies.
+    """
+    twin = dot.array + twin_dot if feedback_bar == "kernel" else twin_dot
+    return dot._replace(label=dot.label._replace(kernels={i: "laid out"}), twin=twin)
+
+
+def _merged(mine, chosen, others):
+    chosen = iter(chosen)
+    return [next(chosen) if m else x for m, x in zip(mine, others, strict=True)]
+
+
+def _chosen(mine, values):
+    return [x for m, x in zip(mine, values, strict=True) if m]
+
+
+def _is_zero(y_bar) -> bool:
+    return isinstance(y_bar, jax.custom_derivatives.SymbolicZero)
+
+
+def _instantiated(y_bar):
+    if not _is_zero(y_bar):
+        return y_bar
+    if y_bar.dtype == jax.dtypes.float0:
+        return np.zeros(y_bar.shape, jax.dtypes.float0)
+    return vals.zeros(y_bar.aval)
+
+
+@jax.tree_util.register_static
+class _Static:
+    """Static data among residuals."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __eq__(self, other):
+        return self.value == other.value
+
+    def __hash__(self):
+        return hash(self.value)
+
+
+def _as_stored(feedback, kernel, *, cast: bool):
+    """Feedback as it goes in: in fewer bits than its kernel, or in its kernel's dtype."""
+    feedback = _vary_like(jnp.asarray(feedback), kernel)
+    if cast or vals.bits(feedback.dtype) >= vals.bits(kernel.dtype):
+        return feedback.astype(kernel.dtype)
+    return feedback
+
+
+def _vary_like(feedback, kernel):
+    """Inside `shard_map`, marks feedback as varying over the axes over which its kernel does."""
+    axes = tuple(_varying(kernel) - _varying(feedback))
+    if not axes:
+        return feedback
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(feedback, axes, to="varying")
+    return jax.lax.pvary(feedback, axes)  # type: ignore[attr-defined]  # before JAX 0.9
+
+
+def _varying(x) -> frozenset:
+    kind = jax.typeof(x)
+    return kind.vma if hasattr(kind, "vma") else kind.mat.varying  # before JAX 0.10, and since
+
+
+def _check_uses(traced, by_path):
+    """Raises ValueError if a kernel has feedback that nothing uses, or two."""
+    reader = Reader(traced.paths, abstract=True)
+    active = [True] * len(traced.operands)
+    twins = [by_path.get(path) if path else None for path in traced.paths]
+    reader.run(traced.closed, traced.inputs(traced.operands, twins, active)[traced.num_hoisted :])
+    for i, path in enumerate(traced.paths):
+        if path not in by_path:
+            continue
+        notes = reader.note(i)
+        if notes.layer:
+            raise ValueError(
+                f"the kernel at {trees.show(path)} belongs to a layer that has feedback of its "
+                f"own, at {notes.layer.line}. Put None at its path: the layer's own is used."
+            )
+        if notes.met:
+            continue
+        where = f"used in {notes.last}" if notes.last else "not used"
+        for broken in notes.lost:
+            where = f"used in {broken}, {reader.told(broken)}"
+        raise ValueError(
+            f"feedback at {trees.show(path)} would do nothing: its kernel meets no activation in a "
+            f"product while it has its feedback. It is {where}. Put None at its "
+            "path, or let init_feedback(key, params, where=soap_jax.explain(fun, params, *args)) "
+            "find the kernels that feedback serves. Arrays that the function closes over are "
+            "constants, no activations: pass the batch as an argument."
+        )
