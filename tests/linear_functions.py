@@ -383,6 +383,33 @@ HIDDEN = {  # what may be refused, and must not leak
     "where(m, x, w) * w": lambda x, w: jnp.where(MASK[:3], x, w[:3]) * w[:3],
     "where(m, x, w) @ w": lambda x, w: jnp.where(MASK[:3], x, w[:3]) @ w,
     "where(m, x, w) @ tanh(w)": lambda x, w: jnp.where(MASK[:3], x, w[:3]) @ jnp.tanh(w),
+    "taken from a concatenation": lambda x, w: (lambda c: c[:3] @ c[3:])(
+        jnp.concatenate([x, w])
+    ),
+    "taken from a concatenation, elementwise": lambda x, w: (lambda c: c[:3] * c[3:6])(
+        jnp.concatenate([x, w])
+    ),
+    "taken from a select": lambda x, w: (lambda c: c[0] * c[1])(
+        jnp.where(np.array([[True], [False]]), jnp.stack([x[0], x[0]]), w[:2])
+    ),
+    "taken from an update": lambda x, w: (lambda c: c[:3] @ c[3:])(
+        jnp.zeros((7, 4), x.dtype).at[:3].set(x).at[3:].set(w)
+    ),
+    "taken from a carry": lambda x, w: (lambda c: c[0] * c[1])(
+        lax.fori_loop(0, 1, lambda i, c: c.at[0].set(x[0]), w)
+    ),
+    "taken from a scan's outputs": lambda x, w: (lambda c: c[0] * c[1])(
+        lax.scan(lambda c, i: (c, jnp.where(i > 0, c[0], c[1])), (x[0], w[0]), jnp.arange(2))[1]
+    ),
+    "taken from a cond": lambda x, w: (lambda c: c * w[:3])(
+        lax.cond(jnp.sum(lax.stop_gradient(x)) > 9, lambda: w[:3], lambda: x)
+    ),
+    "data's gather of tanh(w)": lambda x, w: x @ jnp.tanh(w)[:, jnp.argsort(x[0])],
+    "tanh of data's gather": lambda x, w: x @ jnp.tanh(w[:, jnp.argsort(lax.stop_gradient(x[0]))]),
+    "tanh of data's slice": lambda x, w: x
+    * jnp.tanh(lax.dynamic_slice(w, (jnp.argmax(x[0]) % 2, 0), (3, 4))),
+    "square of data's gather": lambda x, w: x @ w[:, jnp.argsort(x[0])] ** 2,
+    "tanh of data's element": lambda x, w: x * jnp.tanh(w[jnp.argmax(x[0]), 0]),
     "(x + w) @ tanh(w)": lambda x, w: (x + w[:3]) @ jnp.tanh(w),
     "(x + tanh(w)) @ w": lambda x, w: (x + jnp.tanh(w[:3])) @ w,
     "x @ (w @ w) + x @ w": lambda x, w: x @ (w @ w) + x @ w,

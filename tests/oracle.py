@@ -329,7 +329,7 @@ class Tape:
             out = DATA if DATA in pair else CONST
         elif ACT in made or (ROWS_OF in made and (made != {ROWS_OF} or CONST not in pair)):
             out = ACT
-            if made & {*OF_KERNELS, PARAM} and ROWS_OF in made:
+            if ROWS_OF in made and (made & {*OF_KERNELS, PARAM} or made == {ROWS_OF}):
                 self.either = True
         elif MIXED in made:
             out = MIXED
@@ -1054,6 +1054,11 @@ def judge(program, params, feedback, args, by_x, plain=False, seed=1.0):
         plain: judge nothing; exact backpropagation.
         seed: the loss's own cotangent.
     """
+    with np.errstate(all="ignore"):
+        return _judge(program, params, feedback, args, by_x, plain, seed)
+
+
+def _judge(program, params, feedback, args, by_x, plain, seed):
     tape = Tape(plain)
     leaves = {}
     for name, val in params.items():
@@ -1064,7 +1069,6 @@ def judge(program, params, feedback, args, by_x, plain=False, seed=1.0):
             leaves[name] = tape.leaf(val, PARAM, param=True)
     for name, val in args.items():
         leaves[name] = tape.leaf(val, ACT if by_x and name == "x" else DATA)
-    leaves = {name: leaf for name, leaf in leaves.items()}
     if by_x:
         leaves["x"].made, leaves["x"].tangent = ACT, True
     if callable(program):

@@ -436,8 +436,7 @@ def check(case, report):
     other = judged(others, feedback)
     good &= compare("at other kernels", others, feedback, other.grads, other.murky)
     if not verdict.no_zero:
-        with np.errstate(all="ignore"):
-            none = judged(params, zeros)
+        none = judged(params, zeros)
         good &= compare("at zero feedback", params, zeros, none.grads, none.murky)
     return "accepted" if good else "LEAK: other gradients"
 
@@ -475,7 +474,7 @@ def test_the_tape_is_backprop_where_nothing_is_replaced(wild):
 @pytest.mark.parametrize("start", range(0, CORE, CHUNK))
 def test_random_programs_get_the_pseudo_gradients_of_the_definition(start):
     counts, notes = survey(random_case(seed, False) for seed in range(start, start + CHUNK))
-    assert not {"refused needlessly", "refused rightly"} & set(counts), notes[:3]
+    assert "refused needlessly" not in counts, notes[:3]
 
 
 @pytest.mark.parametrize("start", range(0, WILD, CHUNK))
