@@ -257,8 +257,8 @@ def _table(explanation: Explanation) -> str:
         operands = " · ".join(map(_shape, places[0].operands)) if places else "-"
         if len(places) > 1:
             name = f"{name} and {len(places) - 1} more"
-        nbytes = sum(row.nbytes for row in rows)
-        stored = f"{filesize.decimal(nbytes)} {row.stored}" if nbytes else "-"
+        total = sum(row.nbytes for row in rows)
+        stored = f"{filesize.decimal(total)} {row.stored}" if total else "-"
         grid.add_row(*map(text.Text, (path, row.effect, name, operands, stored)))
         problems = [f"{use}, {use.problem}." for use in row.uses if use.problem]
         notes += [f"{path}: {problem}" for problem in dict.fromkeys(problems)][:2]

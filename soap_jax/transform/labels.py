@@ -7,6 +7,7 @@ beside it. Here are the rules for one equation; `soap_jax.transform.reader` appl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -253,18 +254,18 @@ def _status(i: int, eqn, labels, line) -> tuple[Status | None, bool]:
     mine = [k for k, label in enumerate(labels) if i in label.kernels]
     others = [label for label in labels if i not in label.kernels]
     status = worst(labels[k].kernels[i] for k in mine)
-    whole = not isinstance(status, Broken)
+    broken = status if isinstance(status, Broken) else None
     params = frozenset().union(*(label.params for label in labels)) - {i}
     alone = len(mine) == 1
 
     def lost(problem):
         if looked_up(status):
             return None
-        return Broken(problem, name, line, params) if whole else status
+        return broken or Broken(problem, name, line, params)
 
     if name in (*PRODUCTS, *ELEMENTWISE):
         made = _activation(others) if name in ELEMENTWISE else any(lab.data for lab in others)
-        met = alone and whole and (made or bool(params))
+        met = alone and not broken and (made or bool(params))
         if alone and made:
             return None, met
         if not alone or params:
@@ -287,7 +288,7 @@ def _status(i: int, eqn, labels, line) -> tuple[Status | None, bool]:
         if not all(is_float(var.aval) for var in eqn.outvars):
             return lost("which casts it to integers"), False
         if name in LOOKUPS and _by_integers(labels):
-            return "looked up" if whole else status._replace(rows=True), False
+            return broken._replace(rows=True) if broken else "looked up", False
         return status, False
     return lost("which does not only lay it out anew"), False
 
@@ -324,7 +325,11 @@ def _whole(name, labels) -> bool:
 
 
 def _reduces(eqn, var) -> bool:
-    return var.aval.size == 1 and any(v.aval.size > 1 for v in eqn.invars)
+    return _size(var) == 1 and any(_size(v) > 1 for v in eqn.invars)
+
+
+def _size(var) -> int:
+    return math.prod(getattr(var.aval, "shape", ()))
 
 
 def _number(eqn, labels, var) -> bool:
@@ -366,10 +371,10 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label]) -> Step:
     name = eqn.primitive.name
     tangents = [label for label in labels if label.tangent]
     own = owner(tangents)
-    numbers = all(var.aval.size == 1 for var in (*eqn.invars, *eqn.outvars))
+    numbers = all(_size(var) == 1 for var in (*eqn.invars, *eqn.outvars))
     exact, mine, foreign, activation = set(), [], [], False
     for k, label in enumerate(labels):
-        if label.tangent:
+        if label.tangent or name in SUMS:  # what is added to a tangent is one, if only zeros
             continue
         if own is not None and set(label.kernels) == {own}:
             mine.append(label)
@@ -391,9 +396,9 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label]) -> Step:
     if not (activation or foreign):
         kernels = merged([*tangents, *mine])
         if out.whole and own in kernels and all(_reduces(eqn, var) for var in eqn.outvars):
-            kernels.pop(own)  # a number's
-        if name in LOOKUPS and _by_integers(labels):
-            kernels.pop(own, None)  # an embedding's
+            kernels = {}  # a number's
+        if name in LOOKUPS and own in kernels and _by_integers(labels):
+            kernels = {}  # an embedding's
         return Step(out._replace(own=own, kernels=kernels), decided=False)
     passed = merged([*mine, *foreign])
     return Step(
@@ -401,8 +406,15 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label]) -> Step:
         exact=frozenset(exact),
         served=tuple(i for i, status in passed.items() if not isinstance(status, Broken)),
         broken={i: s for i, s in (forms | passed).items() if isinstance(s, Broken)},
-        mixed=frozenset(i for label in labels if label.data for i in label.kernels),
+        mixed=frozenset(i for i in forms | passed if _mixed(i, labels)),
     )
+
+
+def _mixed(i, labels) -> bool:
+    """Whether data are mixed into all coefficients that are made of a kernel, or its tangents."""
+    coefficients = [label for label in labels if i in label.kernels and not label.tangent]
+    made = coefficients or [label for label in labels if i in label.kernels]
+    return all(label.data for label in made)
 
 
 def _rows(label) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,14 +107,14 @@ class Reader:
 
     def __init__(
         self,
-        paths: Sequence[trees.Path],
+        paths: Sequence[trees.Path | None],
         *,
         abstract: bool = False,
         feedback_bar: ops.FeedbackBar = None,
     ):
         self.paths = paths
         self.abstract = abstract
-        self.local_bar = feedback_bar if callable(feedback_bar) else None
+        self.local_bar: Any = feedback_bar if callable(feedback_bar) else None
         self.notes: dict[int, Notes] = {}
         self.quiet = False
         self.product: Product | None = None  # the last one
@@ -174,8 +174,8 @@ class Reader:
         labels = [value.label for value in values]
         if not self.quiet:
             for i in lb.merged(labels):
-                notes, use = self.note(i), self._use(eqn)
-                notes.first, notes.last = notes.first or use, use
+                note, use = self.note(i), self._use(eqn)
+                note.first, note.last = note.first or use, use
         if name in bodies.BODIES:
             outer, self.line = self.line, self.line_of(eqn)
             try:
@@ -184,6 +184,8 @@ class Reader:
                 self.line = outer
         if name in _EACH and len(values) == len(eqn.outvars):
             return self._bind(eqn, values, labels, frozenset())
+        if any(hasattr(var.aval, "inner_aval") for var in eqn.invars):
+            self._refuse_refs(eqn, labels)
         if any(label.tangent for label in labels):
             return self._tangent(eqn, values, labels)
         if not any(label.kernels for label in labels):
@@ -192,9 +194,9 @@ class Reader:
             return self._bind(eqn, values, outs, None)
         outs, notes = lb.primal(eqn, labels, self.line_of(eqn))
         if not self.quiet:
-            for note in notes:
-                kind = "met" if isinstance(note, lb.Met) else "numbers"
-                getattr(self.note(note.leaf), kind)[self._use(eqn)] = None
+            for found in notes:
+                kind = "met" if isinstance(found, lb.Met) else "numbers"
+                getattr(self.note(found.leaf), kind)[self._use(eqn)] = None
             for leaf, status in lb.merged(outs).items():
                 if isinstance(status, lb.Broken):
                     self.note(leaf).lost[status] = None
@@ -250,7 +252,7 @@ class Reader:
             if not self.quiet:
                 found = use._replace(problem=problem, mixed=i in step.mixed)
                 self.note(i).broken[found] = None
-        paths = " and ".join(trees.show(self.paths[i]) for i in step.broken)
+        paths = " and ".join(map(self.show, step.broken))
         return (
             f"an error would be sent back through the kernel at {paths} itself, not through its "
             f"feedback: in {use}, {problem}. Feedback replaces a kernel of which only the layout "
@@ -272,6 +274,14 @@ class Reader:
             twins = [t if lab.two_forms else None for t, lab in zip(found, labels, strict=True)]
         return list(map(Value, labels, arrays, twins))
 
+    def _refuse_refs(self, eqn, labels):
+        """What is written to a mutable array cannot be followed."""
+        if any(label.kernels or label.tangent for label in labels):
+            raise ValueError(
+                f"{self._use(eqn)} reads or writes a mutable array (jax.Ref) that a kernel with "
+                "feedback or an error passes; expected a function without such arrays."
+            )
+
     def _learning(self, product, values, outs):
         """Gives feedback the cotangent that a function of one product's operands returns."""
         eqn, k = product.eqn, product.kernel
@@ -285,9 +295,9 @@ class Reader:
 
         def bar(residuals, y_bar):
             x, y, kernel, feedback = residuals
-            if isinstance(self.local_bar, ops.LocalLoss):
-                return jax.grad(self.local_bar, argnums=3)(op, x, kernel, feedback)
-            return self.local_bar(x, y, kernel, feedback, y_bar).astype(feedback.dtype)
+            if isinstance(of := self.local_bar, ops.LocalLoss):
+                return jax.grad(of, argnums=3)(op, x, kernel, feedback)
+            return of(x, y, kernel, feedback, y_bar).astype(feedback.dtype)
 
         residuals = x.array, product.out.array, kernel.array, kernel.twin
         (out,) = outs
@@ -296,9 +306,13 @@ class Reader:
         )
         return [out._replace(array=out.array + more)]
 
+    def show(self, leaf: int) -> str:
+        """A param's path as error messages print it."""
+        return trees.show(self.paths[leaf] or ())
+
     def told(self, broken: lb.Broken) -> str:
         """The problem, with the names of the params that were mixed in."""
-        names = ", ".join(trees.show(self.paths[i]) for i in sorted(broken.others))
+        names = ", ".join(self.show(i) for i in sorted(broken.others))
         return broken.problem + (f" ({names})" if names else "")
 
     def _use(self, eqn) -> Use:

@@ -31,8 +31,10 @@ class Value(NamedTuple):
         return self.array if self.twin is None else self.twin
 
 
-_MOVES = (*lb.PARTS, "broadcast_in_dim", "expand_dims", "name", "reshape", "rev", "squeeze")
-_MOVES = (*_MOVES, "copy", "copy_p", "optimization_barrier", "stop_gradient", "tile", "transpose")
+_MOVES = (
+    *(*lb.PARTS, "broadcast_in_dim", "copy", "copy_p", "expand_dims", "name"),
+    *("optimization_barrier", "reshape", "rev", "squeeze", "stop_gradient", "tile", "transpose"),
+)
 """Layouts that do no arithmetic: feedback in fewer bits than its kernel stays as it is stored."""
 
 
@@ -56,13 +58,13 @@ def bind_wide(eqn: core.JaxprEqn, arrays: Sequence[Any]) -> list:
 
     They are cast where they are used, so that a scan saves what is stored.
     """
-    dtypes = [var.aval.dtype for var in eqn.invars]
+    dtypes = [_dtype(var) for var in eqn.invars]
     narrow = [jnp.result_type(x) != dtype for x, dtype in zip(arrays, dtypes, strict=True)]
     if not any(narrow):
         return bind(eqn, arrays)
     name = eqn.primitive.name
     if name == "convert_element_type" and lb.is_float(eqn.outvars[0].aval):
-        if bits(arrays[0].dtype) <= bits(eqn.outvars[0].aval.dtype):
+        if bits(arrays[0].dtype) <= bits(_dtype(eqn.outvars[0])):
             return list(arrays)
     elif name in _MOVES:
         return bind(eqn, arrays)
@@ -81,6 +83,10 @@ def widen(value: Value, aval) -> Value:
     if value.twin is None or value.twin.dtype == aval.dtype:
         return value
     return value._replace(twin=value.twin.astype(aval.dtype))
+
+
+def _dtype(var: Any) -> Any:
+    return var.aval.dtype
 
 
 def bits(dtype: Any) -> int:
