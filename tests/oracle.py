@@ -88,9 +88,9 @@ def side_by_side(*made):
         return CONST
     if len(made) == 1:
         return made.pop()
-    if MIXED in made or (made & {*OF_KERNELS} and made & {ACT, DATA, ROWS_OF}):
+    if MIXED in made or (made & {*OF_KERNELS} and made & {ACT, ROWS_OF}):
         return MIXED
-    if made & {ACT, DATA, ROWS_OF}:
+    if made & {ACT, ROWS_OF} or made <= {DATA, PARAM}:
         return ACT
     return WEIGHTS if made <= {WEIGHTS, PARAM} else BROKEN
 
