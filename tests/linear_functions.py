@@ -383,9 +383,7 @@ HIDDEN = {  # what may be refused, and must not leak
     "where(m, x, w) * w": lambda x, w: jnp.where(MASK[:3], x, w[:3]) * w[:3],
     "where(m, x, w) @ w": lambda x, w: jnp.where(MASK[:3], x, w[:3]) @ w,
     "where(m, x, w) @ tanh(w)": lambda x, w: jnp.where(MASK[:3], x, w[:3]) @ jnp.tanh(w),
-    "taken from a concatenation": lambda x, w: (lambda c: c[:3] @ c[3:])(
-        jnp.concatenate([x, w])
-    ),
+    "taken from a concatenation": lambda x, w: (lambda c: c[:3] @ c[3:])(jnp.concatenate([x, w])),
     "taken from a concatenation, elementwise": lambda x, w: (lambda c: c[:3] * c[3:6])(
         jnp.concatenate([x, w])
     ),
@@ -406,8 +404,9 @@ HIDDEN = {  # what may be refused, and must not leak
     ),
     "data's gather of tanh(w)": lambda x, w: x @ jnp.tanh(w)[:, jnp.argsort(x[0])],
     "tanh of data's gather": lambda x, w: x @ jnp.tanh(w[:, jnp.argsort(lax.stop_gradient(x[0]))]),
-    "tanh of data's slice": lambda x, w: x
-    * jnp.tanh(lax.dynamic_slice(w, (jnp.argmax(x[0]) % 2, 0), (3, 4))),
+    "tanh of data's slice": lambda x, w: (
+        x * jnp.tanh(lax.dynamic_slice(w, (jnp.argmax(x[0]) % 2, 0), (3, 4)))
+    ),
     "square of data's gather": lambda x, w: x @ w[:, jnp.argsort(x[0])] ** 2,
     "tanh of data's element": lambda x, w: x * jnp.tanh(w[jnp.argmax(x[0]), 0]),
     "(x + w) @ tanh(w)": lambda x, w: (x + w[:3]) @ jnp.tanh(w),

@@ -677,6 +677,62 @@ OTHER = {
     "kernel over activation": lambda m, v, h: m.div(m.rows(v["a"]), m.unary(h, "exp")),
     "scale by a norm": lambda m, v, h: m.mul(m.dot(h, v["b"]), m.stop(m.norm_row(v["a"]))),
 }
+JOINED = {  # with another kernel, or with a param, and then laid out further
+    "two, scaled": lambda m, v, w: m.scale(m.join(w, v["b"], "rows of both"), 0.5),
+    "two, a constant's product": lambda m, v, w: m.basis(m.join(w, v["b"], "select of both")),
+    "two, masked": lambda m, v, w: m.masked(m.join(w, v["b"], "select of both"), v["mask"]),
+    "a param, scaled": lambda m, v, w: m.scale(m.join(w, v["p"], "rows of both"), 0.5),
+    "a param, transposed": lambda m, v, w: m.layout(
+        m.join(w, v["p"], "columns of both"), "transpose"
+    ),
+    "after a mask": lambda m, v, w: m.join(m.masked(w, v["mask"]), v["b"], "rows of both"),
+    "after a gather by data": lambda m, v, w: m.join(
+        m.ordered(w, v["d"]), v["b"], "one of a stack"
+    ),
+    "selected after a slice by data": lambda m, v, w: m.where(v["mask"], m.cut(w, v["d"]), v["b"]),
+    "after a cond": lambda m, v, w: m.join(
+        m.cond(lambda w: w, lambda w: m.layout(w, "flip"), v["d"], w), v["b"], "columns of both"
+    ),
+}
+HIDDEN = {  # changed kernels where the same kernel, or rows of it, hide them
+    "tanh(w) in a sum, before w": lambda m, v, h: m.dot(
+        m.add(h, m.unary(m.rows(v["a"]), "tanh")), v["a"]
+    ),
+    "tanh(w) in a sum, before w elementwise": lambda m, v, h: m.mul(
+        m.add(h, m.unary(m.rows(v["a"]), "tanh")), m.rows(v["a"])
+    ),
+    "tanh(w) in a sum, in a scan": lambda m, v, h: m.scan_constant(
+        "scan_constant",
+        lambda h: m.dot(m.add(h, m.unary(m.rows(v["a"]), "tanh")), v["a"]),
+        h,
+    ),
+    "looked-up rows, and tanh(w)": lambda m, v, h: m.dot(
+        m.lookup(v["a"], v["ids"]), m.unary(v["a"], "tanh")
+    ),
+    "an activation and rows, and tanh(w)": lambda m, v, h: m.dot(
+        m.add(h, m.lookup(v["a"], v["ids"])), m.unary(v["a"], "tanh")
+    ),
+    "tanh of rows by data": lambda m, v, h: m.mul(
+        h, m.unary(m.rows(m.ordered(v["a"], v["d"])), "tanh")
+    ),
+    "the kernel's own product, after an activation": lambda m, v, h: m.dot(
+        m.dot(h, v["a"]), m.product(v["a"], v["a"])
+    ),
+    "tanh of a concatenation": lambda m, v, h: m.unary(m.beside(h, v["a"]), "tanh"),
+    "square of a concatenation": lambda m, v, h: m.unary(m.beside(h, v["a"]), "square"),
+}
+WITHIN = {  # as HIDDEN, but where the definition goes through feedback
+    "looked-up rows, and the kernel": lambda m, v, h: m.add(
+        h, m.dot(m.lookup(v["a"], v["ids"]), v["a"])
+    ),
+    "an activation and rows, and the kernel": lambda m, v, h: m.dot(
+        m.add(h, m.lookup(v["a"], v["ids"])), v["a"]
+    ),
+    "a square, in a sum": lambda m, v, h: m.dot(
+        m.add(h, m.unary(m.rows(v["a"]), "square")), v["a"]
+    ),
+    "multiplied by its norm": lambda m, v, h: m.mul(h, m.norm_row(v["a"])),
+}
 OWN = {  # terms of the loss, of kernels alone
     "squares": lambda m, v: m.sum_of_squares(v["a"]),
     "norm": lambda m, v: m.norm(v["a"]),
@@ -760,6 +816,27 @@ def test_every_change_in_every_way(way):
 
 def test_layers_that_people_write_get_the_pseudo_gradients_of_the_definition():
     assert_all(["accepted"], {k: case(middle) for k, middle in OTHER.items()})
+
+
+def test_kernels_joined_and_laid_out_further_get_their_feedback():
+    assert_layouts_accepted("once", JOINED)
+    assert_layouts_accepted("a scan's constant", JOINED)
+
+
+def test_changed_kernels_do_not_hide_behind_themselves():
+    assert_all(["refused rightly"], {k: case(middle) for k, middle in HIDDEN.items()})
+    allowed = ["accepted", "refused, room left"]
+    assert_all(allowed, {k: case(middle) for k, middle in WITHIN.items()})
+
+
+def test_a_kernels_own_term_that_an_activation_multiplies_is_not_exact():
+    def build(m, v):
+        h = m.unary(m.dot(v["x"], v["p"]), "tanh")
+        loss = m.sum(m.unary(m.dot(h, v["a"]), "sin"))
+        return m.mul(loss, m.sum_of_squares(v["a"]))
+
+    allowed = ["accepted", "refused, room left"]
+    assert_all(allowed, {"loss * squares": Case(build, ("a",), True)})
 
 
 def test_terms_of_kernels_alone_are_exact():
