@@ -240,7 +240,7 @@ def primal(eqn: core.JaxprEqn, labels: Sequence[Label], line: str) -> tuple[list
         label = plain(eqn, out, labels, var)._replace(kernels=mine, whole=whole)
         if whole and _reduces(eqn, var) and is_float(var.aval):
             notes += map(Number, kernels)
-            label = label._replace(kernels={}, params=frozenset())
+            label = label._replace(kernels={})
         outs.append(label)
     return outs, notes
 
@@ -255,7 +255,7 @@ def _status(i: int, eqn, labels, line) -> tuple[Status | None, bool]:
     others = [label for label in labels if i not in label.kernels]
     status = worst(labels[k].kernels[i] for k in mine)
     broken = status if isinstance(status, Broken) else None
-    params = frozenset().union(*(label.params for label in labels)) - {i}
+    params = frozenset().union(*(label.params for label in others))
     alone = len(mine) == 1
 
     def lost(problem):
