@@ -1,10 +1,10 @@
 """Pseudo-gradients by their definition: random programs, and a NumPy tape that evaluates them.
 
-The definition, called the factor rule: backwards, no error passes a factor that is made of kernels
-with feedback and of no activation, unless that factor is their feedback. So the tape carries for
-every value what it is made of (`Value.made`), and backwards decides factor by factor: exact, through
-feedback, or refused. Where the definition leaves room the tape says so (`Tape.may_refuse`, leaves in
-`Tape.murky`) instead of choosing.
+The definition: backwards, no error passes a factor that is made of kernels with feedback and of no
+activation, unless that factor is their feedback. So the tape carries for every value what it is
+made of (`Value.made`), and backwards decides factor by factor (`Tape.factor`): exact, through
+feedback, or refused. A kernel's own term, such as L2, stays exact until an activation multiplies
+it. Where the definition leaves room the tape says so (`Verdict`) instead of choosing.
 
 A program is data: equations that name methods of a backend. `Tape` is one backend; the other, JAX
 itself, is in `test_no_silent_backprop.py`. Nothing here knows JAX or the library.
@@ -264,7 +264,7 @@ class Tape:
     # Primitives
 
     def rearrange(self, f, *ins):
-        """A layout op: `f(*arrays of indices) -> array of indices`, -1 - k for the k-th constant."""
+        """A layout op: `f(*indices) -> (indices, constant)`; the constant stands where they are < 0."""
         sizes = np.cumsum([0, *(v.val.size for v in ins)])
         indices = [
             start + np.arange(v.val.size).reshape(v.shape)
@@ -922,8 +922,8 @@ class Generator:
 
     def block(self, h):
         kind = self.pick(
-            ["jit", "remat", "scan_over", "scan_over", "scan_constant", "scan_carry", "cond"]
-            + ["fori", "scan_rows", "vmap", "custom_vjp"]
+            "jit remat scan_over scan_over scan_constant scan_carry cond fori scan_rows vmap "
+            "custom_vjp".split()
         )
         names = [self.pick(self.weights) for _ in range(1 + self.rng.randint(2))]
         inner = ("h", *(f"w{i}" for i in range(len(names))))

@@ -461,13 +461,13 @@ def survey(cases):
 
 # Random programs
 
-CORE, WILD, SLOW, CHUNK = 100, 80, 3000, 20  # numbers of programs; of them in one test
+CORE, WILD, SLOW, CHUNK = 80, 60, 3000, 20  # numbers of programs; of them in one test
 
 
 @pytest.mark.parametrize("wild", [False, True], ids=["layers", "changed kernels"])
 def test_the_tape_is_backprop_where_nothing_is_replaced(wild):
     with enable_x64(True):
-        for seed in range(20):
+        for seed in range(12):
             check_tape(random_case(seed, wild))
 
 
@@ -846,7 +846,7 @@ def test_terms_of_kernels_alone_are_exact():
 
 def test_kernels_changed_in_a_first_layer_are_refused_or_get_feedback():
     """An activation multiplies their tangents, though `x` is not differentiated."""
-    allowed = ["accepted", "refused rightly", "refused, room left"]
+    allowed = ["accepted", "refused rightly", "refused, room left", "refused needlessly"]
     cases = {k: case(once(f), first=True, by_x=False) for k, f in BROKEN.items()}
     assert_all(allowed, cases)
 
@@ -922,14 +922,24 @@ def check_linear(f, by_params):
     return ("LEAK", wrong) if wrong else ("through feedback", None)
 
 
-@pytest.mark.parametrize("by_params", [False, True], ids=["x an argument", "x a param"])
-@pytest.mark.parametrize("group", ["through", "hidden"])
-def test_the_error_of_a_linear_function_does_not_depend_on_its_kernel(group, by_params):
-    functions = linear_functions.THROUGH if group == "through" else linear_functions.HIDDEN
+def assert_no_error_depends_on_kernels(functions, by_params):
+    """Returns the names of those that were refused."""
     with enable_x64(True):
         happened = {name: check_linear(f, by_params) for name, f in functions.items()}
     leaks = {name: what for name, what in happened.items() if what[0] == "LEAK"}
     assert not leaks
-    if group == "through" and not by_params:
-        refused = [name for name, what in happened.items() if what[0] == "refused"]
-        assert not refused
+    return [name for name, what in happened.items() if what[0] == "refused"]
+
+
+def test_the_error_of_a_linear_function_goes_through_feedback():
+    assert not assert_no_error_depends_on_kernels(linear_functions.THROUGH, by_params=False)
+
+
+def test_the_error_of_a_linear_function_does_not_depend_on_its_kernel():
+    assert_no_error_depends_on_kernels(linear_functions.HIDDEN, by_params=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["THROUGH", "HIDDEN"])
+def test_the_same_by_a_param_without_feedback(group):
+    assert_no_error_depends_on_kernels(getattr(linear_functions, group), by_params=True)
