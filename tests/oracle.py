@@ -199,7 +199,7 @@ class Tape:
             return "own" if factor.kernels == operand.kernels else "no"
         return "perhaps" if factor.kernels & operand.kernels else "no"
 
-    def factor(self, factor, operand, kind, *, product=False):
+    def factor(self, factor, operand, kind, *, product=False, elementwise=False):
         """The factor's array that an error of this kind passes to the operand; and its kind then.
 
         Kinds of errors: "pure", no activation has multiplied it; "touched", one has; "unsure", only
@@ -211,6 +211,9 @@ class Tape:
             return factor.val, kind
         if made == DATA:
             return factor.val, touched if product else kind
+        if made == ACT and operand.made == NUMBER:  # its gradient may be a kernel's own term, or not
+            self.may_refuse = True
+            return factor.val, "murky"
         if made == ACT:
             return factor.val, touched
         if made == NUMBER:
@@ -231,6 +234,9 @@ class Tape:
             self.may_refuse = True
             return factor.val, "murky"
         own = self.own(factor, operand)
+        if own == "perhaps" and kind == "pure" and elementwise:  # several kernels in one penalty
+            self.may_refuse = True
+            return factor.val, kind
         if made == WEIGHTS:
             if factor.shape == ():  # a sum over a whole kernel: layout, or a number
                 self.may_refuse = True
@@ -264,7 +270,7 @@ class Tape:
     # Primitives
 
     def rearrange(self, f, *ins):
-        """A layout op: `f(*indices) -> (indices, constant)`; the constant stands where they are < 0."""
+        """A layout op: `f(*indices) -> (indices, constant)`, the constant for indices < 0."""
         sizes = np.cumsum([0, *(v.val.size for v in ins)])
         indices = [
             start + np.arange(v.val.size).reshape(v.shape)
@@ -418,7 +424,7 @@ class Tape:
             coefficient.made, coefficient.feedback = WEIGHTS, df(v.feedback)
 
         def pull(kind, bar):
-            array, kind = self.factor(coefficient, v, kind)
+            array, kind = self.factor(coefficient, v, kind, elementwise=True)
             return kind, bar * array
 
         return self.derived(f(v.val), made, (v,), [(v, pull)])
@@ -922,8 +928,9 @@ class Generator:
 
     def block(self, h):
         kind = self.pick(
-            "jit remat scan_over scan_over scan_constant scan_carry cond fori scan_rows vmap "
-            "custom_vjp".split()
+            ["jit", "remat", "scan_over", "scan_over", "scan_constant", "scan_carry", "cond"]
+            if self.rng.rand() < 0.6
+            else ["fori", "scan_rows", "vmap", "custom_vjp"]
         )
         names = [self.pick(self.weights) for _ in range(1 + self.rng.randint(2))]
         inner = ("h", *(f"w{i}" for i in range(len(names))))
