@@ -64,7 +64,7 @@ def measure(
         num = config.batch_size if of_method.propagates_activity else PROBE_SIZE
         probe = jax.tree.map(lambda leaf: leaf[:num], validation)
         gradient = network.value_and_grad(learning_rate)
-        _, pseudo = gradient(params, weights, probe, state.step)
+        _, pseudo = gradient(params, weights, probe, step=state.step)
         pseudo = pseudo[0] if of_method.learns_feedback else pseudo
         true = jax.grad(network.true_loss)(params, weights, probe)
         for name in hidden:
