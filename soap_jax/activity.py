@@ -183,12 +183,14 @@ def _move(a, g, rate, bias):
 
 def _move_fwd(a, g, rate, bias):
     wide = _at_least_float32(a.dtype)
-    return (a.astype(wide) - rate * g.astype(wide)).astype(a.dtype), (g, rate, bias)
+    shift = jnp.asarray(rate, wide) * g.astype(wide)
+    return (a.astype(wide) - shift).astype(a.dtype), (g, rate, bias)
 
 
 def _move_bwd(residuals, arrived):
     g, rate, bias = residuals
     wide = _at_least_float32(g.dtype)
+    rate, bias = jnp.asarray(rate, wide), jnp.asarray(bias, wide)
     difference = g.astype(wide) - arrived.astype(wide)
     biased = jnp.where(difference == 0, bias, difference + 2 * bias * jnp.sign(difference))
     # Not g² first: of an error of 1e-20 it is zero in float32.
@@ -200,7 +202,7 @@ _move.defvjp(_move_fwd, _move_bwd)
 
 
 def _at_least_float32(dtype: DTypeLike):
-    return jnp.promote_types(dtype, jnp.float32)
+    return np.promote_types(dtype, np.float32)
 
 
 def _types_of_taps(run: Callable[[Tap], Any]) -> dict[str, jax.ShapeDtypeStruct]:

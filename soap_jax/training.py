@@ -440,8 +440,7 @@ def _value_fn(value_and_grad):
 
     def value_bwd(gradient, value_bar):
         def scaled(leaf):
-            dtype = jnp.promote_types(leaf.dtype, jnp.result_type(value_bar))
-            return (jnp.asarray(value_bar, dtype) * leaf.astype(dtype)).astype(leaf.dtype)
+            return jnp.asarray(value_bar, leaf.dtype) * leaf
 
         return (jax.tree.map(scaled, gradient),)
 

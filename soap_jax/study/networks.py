@@ -76,7 +76,7 @@ def make(
 
     def loss(params, weights, batch):
         x, labels = batch
-        target = jax.nn.one_hot(labels, num_classes)
+        target = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
         return training.cross_entropy(apply_fn(params, weights, x, target), labels)
 
     def true_loss(params, weights, batch, *tap):
