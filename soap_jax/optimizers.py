@@ -71,7 +71,8 @@ def kolen_pollack(
 
     Returns:
         A gradient transformation whose `init` takes `(params, feedback)`, and whose `update` takes
-        `((gradient, anything), state, (params, feedback))`, and what else the optimiser's takes.
+        `((gradient, anything), state, (params, feedback))`, and what else the optimiser's takes
+        (`grad` and `value_fn`, too, are about the pair).
 
     Raises:
         ValueError: if decay is not in (0, 1), or, when it is used, if `(params, feedback)` is not
@@ -111,6 +112,7 @@ def kolen_pollack(
 
     def update(updates, state, params=None, **extra_args):
         (gradient, _), (params, feedback) = _pair(updates), _pair(params)
+        extra_args = _of_params(extra_args, feedback)
         change, inner = of_params.update(gradient, state.inner, params, **extra_args)
         share = decay(state.num_updates) if callable(decay) else decay
         kernels = trees.by_kernel(params, feedback)
@@ -128,6 +130,15 @@ def kolen_pollack(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _of_params(extra_args, feedback):
+    """Optax's extra arguments, which are about the pair, for an optimiser of the params alone."""
+    fixed = {
+        "grad": lambda pair: pair[0],
+        "value_fn": lambda value: lambda params: value((params, feedback)),
+    }
+    return {k: fixed[k](arg) if k in fixed else arg for k, arg in extra_args.items()}
 
 
 def _pair(learnt: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.ArrayTree]:

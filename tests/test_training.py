@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -660,6 +661,160 @@ def test_multi_steps_inside_a_chain_counts_real_updates():
     optimizer = optax.chain(optax.clip(1e9), multi_steps)
     state, _ = run(jit_step(optimizer), make_state(optimizer, Transport(rate=0.5)), 3)
     assert int(state.step) == 1
+
+
+# Optax's extra arguments
+
+
+def by_polyak():
+    return optax.polyak_sgd(max_learning_rate=0.5)
+
+
+NEED_THE_LOSS = {
+    "reduce_on_plateau": lambda: optax.chain(SGD, optax.contrib.reduce_on_plateau(patience=1)),
+    "polyak_sgd": by_polyak,
+    "multi_steps": lambda: optax.MultiSteps(by_polyak(), 2),
+    "apply_if_finite": lambda: optax.apply_if_finite(by_polyak(), 3),
+    "momo": lambda: optax.contrib.momo(),
+    "backtracking": lambda: optax.chain(
+        optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5, store_grad=True)
+    ),
+    "lbfgs": lambda: optax.lbfgs(memory_size=3),
+}
+"""Optimisers of which `update` takes more than gradient, state and parameters."""
+
+
+@pytest.mark.parametrize("rule", [None, SignSync(magnitude="preserve")], ids=repr)
+@pytest.mark.parametrize("name", NEED_THE_LOSS)
+def test_optimisers_that_need_the_loss_get_it(name, rule):
+    optimizer = NEED_THE_LOSS[name]()
+    step, state, batch = jit_step(optimizer), make_state(optimizer, rule), make_data(6)
+    losses = []
+    for _ in range(12):
+        state, loss = step(state, batch)
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+
+
+class Seen(NamedTuple):
+    value: jax.Array
+    grad: Any
+    of_value_fn: Any
+
+
+def keep():
+    """An optimiser that keeps what it is given in its state, and changes nothing."""
+
+    def init(params):
+        return Seen(jnp.zeros(()), *[jax.tree.map(jnp.zeros_like, params)] * 2)
+
+    def update(updates, state, params, *, value, grad, value_fn):
+        again, of_value_fn = jax.value_and_grad(value_fn)(params)
+        seen = Seen(value + again - value_fn(params), grad, of_value_fn)
+        return jax.tree.map(jnp.zeros_like, updates), seen
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+@pytest.mark.parametrize("wrap", ["train step", "gradient step", "under vmap"])
+def test_the_gradient_of_value_fn_is_the_pseudo_gradient(wrap):
+    optimizer, batch = keep(), make_data(6)
+    state = make_state(optimizer, Fixed())
+    expected = fa_value_and_grad(state.params, state.feedback.feedback, batch, 0)
+    step = training.make_train_step(apply_fn, optimizer)
+    if wrap == "gradient step":
+        step = training.make_gradient_step(fa_value_and_grad, optimizer)
+    if wrap == "under vmap":
+        several = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), (state, batch))
+        seen = jax.tree.map(lambda leaf: leaf[1], jax.jit(jax.vmap(step))(*several)[0].opt_state)
+    else:
+        seen = jax.jit(step)(state, batch)[0].opt_state
+    assert_close(seen.value, expected[0])
+    for gradient in (seen.grad, seen.of_value_fn):
+        assert_close(gradient, expected[1])
+    exact = fa_value_and_grad(state.params, None, batch, 0)[1]["layer_0"]["kernel"]
+    assert np.abs(exact - expected[1]["layer_0"]["kernel"]).max() > 0.01  # they would differ
+
+
+def test_the_extra_arguments_are_about_params_and_feedback_where_both_are_learnt():
+    params, feedback = make_weights(1), make_weights(2) | {"layer_0": None}
+
+    def value_and_grad(params, weights, batch, *, step):
+        value, gradient = fa_value_and_grad(params, weights, batch, step)
+        return value, (gradient, jax.tree.map(jnp.ones_like, weights))
+
+    batch = make_data(6)
+    _, expected = value_and_grad(params, feedback, batch, step=0)
+
+    def seen_by(optimizer):
+        state = training.init_train_state(params, optimizer, feedback=feedback, learn_feedback=True)
+        step = training.make_gradient_step(value_and_grad, optimizer, learn_feedback=True)
+        return jax.jit(step)(state, batch)[0].opt_state
+
+    pair, alone = seen_by(keep()), seen_by(kolen_pollack(keep(), decay=0.1)).inner
+    for gradient, of_params in zip(pair[1:], alone[1:], strict=True):
+        assert_close(gradient, expected)
+        assert_close(of_params, expected[0])
+
+
+# Updates that the optimiser holds back
+
+BROKEN = (jnp.full((6, SIZES[0]), jnp.nan), jnp.zeros(6, jnp.int32))
+HELD_BACK = {
+    "apply_if_finite": (lambda: optax.apply_if_finite(SGD, 5), BROKEN),
+    "apply_if_finite in a chain": (
+        lambda: optax.chain(optax.clip(1e9), optax.apply_if_finite(SGD, 5)),
+        BROKEN,
+    ),
+    "multi_steps, skip_not_finite": (
+        lambda: optax.MultiSteps(SGD, 1, should_skip_update_fn=optax.skip_not_finite),
+        BROKEN,
+    ),
+    "apply_every": (lambda: optax.chain(SGD, optax.apply_every(2)), None),
+}
+
+
+@pytest.mark.parametrize("name", HELD_BACK)
+def test_an_update_that_is_held_back_is_no_step_and_no_second_sync(name):
+    make_optimizer, broken = HELD_BACK[name]
+    optimizer, rule = make_optimizer(), Transport(rate=0.5)  # half way: a second sync would show
+    step, state = jit_step(optimizer), make_state(optimizer, rule)
+    for update in range(3):
+        before = values(state.params)
+        state, _ = step(state, make_data(6) if broken is None else broken)
+        assert_bits_equal(state.params, before)
+        assert int(state.step) == update
+        synced = values(state.feedback)
+        state, _ = step(state, make_data(6, seed=update))
+        assert_bits_equal(state.feedback, synced)
+        assert int(state.step) == update + 1
+    with pytest.raises(AssertionError):
+        assert_bits_equal(state.params, before)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(0.0),
+        optax.chain(SGD, optax.set_to_zero()),
+        optax.apply_if_finite(optax.sgd(0.0), 5),
+        optax.MultiSteps(optax.sgd(0.0), 1),
+        optax.conditionally_mask(SGD, lambda step: step > 5),
+    ],
+)
+def test_an_update_of_zero_that_nobody_held_back_is_a_step(optimizer):
+    state, _ = run(jit_step(optimizer), make_state(optimizer, SignSync()), 2)
+    assert int(state.step) == 2
+    assert_bits_equal(state.params, make_weights(1))
+
+
+def test_what_holds_a_part_of_the_parameters_back_leaves_the_count_alone():
+    parts = {"first": optax.chain(SGD, optax.apply_every(3)), "rest": SGD}
+    labels = {f"layer_{i}": "rest" if i else "first" for i in range(3)}
+    optimizer = optax.partition(parts, labels)
+    state, _ = run(jit_step(optimizer), make_state(optimizer, SignSync()), 2)
+    assert int(state.step) == 2
+    assert_bits_equal(state.params["layer_0"], make_weights(1)["layer_0"])
 
 
 # Checkpoints

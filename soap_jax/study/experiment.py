@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from soap_jax import data, sweeps, training
+from soap_jax import data, grids, sweeps, training
 from soap_jax.feedback import init_feedback
 from soap_jax.study import measurements, methods, networks
 from soap_jax.study.config import StudyConfig
@@ -70,8 +70,13 @@ def evaluation_steps(config: StudyConfig, num_train: int) -> np.ndarray:
     Runs train for the last of them: the steps of all epochs, less a remainder.
 
     Raises:
-        ValueError: if there are fewer steps than evaluations.
+        ValueError: if there are fewer steps than evaluations, or too many to be drawn at the start.
     """
+    if config.epochs * num_train > grids.MOST:
+        raise ValueError(
+            f"{config.epochs} epochs of {num_train} examples are {config.epochs * num_train} "
+            f"examples to be put in order; expected at most {grids.MOST}. Ask for fewer epochs."
+        )
     steps = config.epochs * (num_train // config.batch_size)
     if steps < config.evaluations:
         raise ValueError(
@@ -210,13 +215,13 @@ def make_run(config: StudyConfig, method: str, num_classes: int, scaling: Scalin
             return training.scan_batches(step, state, arrays.train, order[i - 1])
 
         def wait(state, i):
-            return state, jnp.zeros(order.shape[1])
+            return state, jnp.zeros(order.shape[1], jnp.float32)
 
         def segment(state, i):  # the first only measures: so XLA compiles measuring once
             state, losses = lax.cond(i > 0, train, wait, state, i)
             return state, (losses, of_method.measure(state, learning_rate, arrays.validation))
 
-        segments = jnp.arange(config.evaluations + 1)
+        segments = jnp.arange(config.evaluations + 1, dtype=jnp.int32)
         state, (losses, evaluations) = lax.scan(segment, state, segments)
         weights = training.feedback_weights(state.feedback)
         test = training.evaluate(of_method.apply_fn, state.params, weights, arrays.test)
