@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from soap_jax import trees
+from soap_jax import dtypes, trees
 
 
 class KolenPollackState(NamedTuple):
@@ -74,8 +74,8 @@ def kolen_pollack(
         `((gradient, anything), state, (params, feedback))`, and what else the optimiser's takes.
 
     Raises:
-        ValueError: if decay is not in (0, 1), or, when it is used, if `(params, feedback)` is not
-            such a pair, or feedback is not floating point.
+        ValueError: if decay is not in (0, 1), or `optimizer` is no optimiser, or, when it is used,
+            if `(params, feedback)` is not such a pair, or feedback is not floating point.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -91,8 +91,13 @@ def kolen_pollack(
         https://arxiv.org/abs/1904.05391
         John F. Kolen, Jordan B. Pollack. Backpropagation without weight transport. ICNN, 1994.
     """
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ValueError(
+            f"optimizer is a {type(optimizer).__name__}; expected an Optax optimiser, such as "
+            "optax.sgd(0.1)."
+        )
     known = not (callable(decay) or isinstance(decay, jax.core.Tracer))
-    if known and not 0 < np.asarray(decay) < 1:
+    if known and not _is_share(decay):
         raise ValueError(
             f"decay is {decay!r}; expected a number in (0, 1), the share that W and B lose at "
             "every update: the learning rate times the weight decay."
@@ -116,7 +121,8 @@ def kolen_pollack(
         kernels = trees.by_kernel(params, feedback)
 
         def decayed(leaf, weight):
-            return (leaf - share * weight).astype(weight.dtype)
+            change, wide = dtypes.widen(leaf, weight)
+            return (change - jnp.asarray(share, wide.dtype) * wide).astype(weight.dtype)
 
         def of_param(keys, leaf, weight):
             return decayed(leaf, weight) if trees.path_of(keys) in kernels else leaf
@@ -128,6 +134,13 @@ def kolen_pollack(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_share(decay) -> bool:
+    try:
+        return bool(0 < np.asarray(decay, float) < 1)
+    except (TypeError, ValueError):
+        return False
 
 
 def _pair(learnt: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.ArrayTree]:
