@@ -349,19 +349,23 @@ def _rules_of(static, paths, *, complete=False):
 
 
 def _check_dtype(dtype):
-    signed = (jnp.floating, jnp.signedinteger)
-    if dtype is not None and not any(_is_kind(dtype, kind) for kind in signed):
-        raise ValueError(
-            f"dtype is {dtype!r}; expected a floating-point dtype such as jax.numpy.bfloat16, a "
-            "signed integer one such as jax.numpy.int8 for signs, or None for the kernel's."
-        )
-
-
-def _is_kind(dtype, kind):
+    if dtype is None:
+        return
     try:
-        return jnp.issubdtype(dtype, kind)
-    except TypeError:  # no dtype at all
-        return False
+        dtype = np.dtype(dtype)
+        if jnp.issubdtype(dtype, jnp.signedinteger):
+            serves = jnp.iinfo(dtype).max >= 1
+        else:
+            serves = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).min < 0
+            serves = serves and jnp.finfo(dtype).bits != 6  # of which XLA makes no arrays
+    except (TypeError, ValueError):  # no dtype at all, or no number's
+        serves = False
+    if not serves:
+        raise ValueError(
+            f"dtype is {dtype!r}; expected a floating-point dtype of jax.numpy that holds both "
+            "signs, such as jax.numpy.bfloat16, a signed integer one such as jax.numpy.int8 for "
+            "signs, or None for the kernel's."
+        )
 
 
 def _stored(leaf, dtype):

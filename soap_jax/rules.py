@@ -165,6 +165,8 @@ class SignSync(Rule):
             case "glorot":
                 return _glorot_deviation(kernel.shape) * jnp.sign(kernel)
             case "preserve":
+                if jnp.issubdtype(feedback.dtype, jnp.integer):
+                    feedback = feedback.astype(jnp.int32)  # there is no abs of int4
                 magnitude = jnp.abs(feedback)
             case "norm":
                 magnitude = _root_mean_square(feedback)

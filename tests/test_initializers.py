@@ -115,7 +115,7 @@ def test_sparse_along_another_axis_raises():
 
 
 def test_a_rank_below_one_raises():
-    with pytest.raises(ValueError, match=r"rank is 0; expected 1 or more"):
+    with pytest.raises(ValueError, match=r"rank is 0; expected an integer, 1 or more"):
         initializers.low_rank(0)
 
 

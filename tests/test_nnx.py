@@ -811,7 +811,10 @@ def test_synced_feedback_goes_back_into_the_model_under_jit():
 def test_sync_keeps_the_layouts(name):
     layer = CASES[name].ours()
     state = init_feedback(
-        jax.random.key(0), params_of(layer), rules.SignSync(), feedback=feedback_of(layer)
+        jax.random.key(0),
+        params_of(layer),
+        rules.SignSync(magnitude="unit"),
+        feedback=feedback_of(layer),
     )
     nnx.update(layer, sync_feedback(params_of(layer), state, 0).feedback)
     equal(layer.feedback[...], jnp.sign(layer.kernel[...]))
