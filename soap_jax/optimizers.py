@@ -28,6 +28,7 @@ the update that came out:
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
 import chex
@@ -36,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from soap_jax import trees
+from soap_jax import dtypes, trees
 
 
 class KolenPollackState(NamedTuple):
@@ -75,8 +76,8 @@ def kolen_pollack(
         (`grad` and `value_fn`, too, are about the pair).
 
     Raises:
-        ValueError: if decay is not in (0, 1), or, when it is used, if `(params, feedback)` is not
-            such a pair, or feedback is not floating point.
+        ValueError: if decay is not in (0, 1), or `optimizer` is no optimiser, or, when it is used,
+            if `(params, feedback)` is not such a pair, or feedback is not floating point.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -92,8 +93,13 @@ def kolen_pollack(
         https://arxiv.org/abs/1904.05391
         John F. Kolen, Jordan B. Pollack. Backpropagation without weight transport. ICNN, 1994.
     """
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ValueError(
+            f"optimizer is a {type(optimizer).__name__}; expected an Optax optimiser, such as "
+            "optax.sgd(0.1)."
+        )
     known = not (callable(decay) or isinstance(decay, jax.core.Tracer))
-    if known and not 0 < np.asarray(decay) < 1:
+    if known and not _is_share(decay):
         raise ValueError(
             f"decay is {decay!r}; expected a number in (0, 1), the share that W and B lose at "
             "every update: the learning rate times the weight decay."
@@ -118,7 +124,8 @@ def kolen_pollack(
         kernels = trees.by_kernel(params, feedback)
 
         def decayed(leaf, weight):
-            return (leaf - share * weight).astype(weight.dtype)
+            change, wide = dtypes.widen(leaf, weight)
+            return (change - jnp.asarray(share, wide.dtype) * wide).astype(weight.dtype)
 
         def of_param(keys, leaf, weight):
             return decayed(leaf, weight) if trees.path_of(keys) in kernels else leaf
@@ -139,6 +146,11 @@ def _of_params(extra_args, feedback):
         "value_fn": lambda value: lambda params: value((params, feedback)),
     }
     return {k: fixed[k](arg) if k in fixed else arg for k, arg in extra_args.items()}
+
+
+def _is_share(decay) -> bool:
+    is_number = isinstance(decay, numbers.Real | jax.Array | np.ndarray) and np.ndim(decay) == 0
+    return is_number and bool(0 < float(decay) < 1)
 
 
 def _pair(learnt: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.ArrayTree]:

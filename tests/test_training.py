@@ -124,7 +124,7 @@ def as_list(weights):
 
 RULES = {  # what the rule does, by hand
     Fixed(): lambda w, b: b,
-    SignSync(): lambda w, b: np.sign(w),
+    SignSync(magnitude="unit"): lambda w, b: np.sign(w),
     SignSync(magnitude="preserve"): lambda w, b: np.copysign(b, w),
     Transport(): lambda w, b: w,
     Transport(rate=0.5): lambda w, b: (w + b) / 2,
@@ -153,7 +153,7 @@ def test_a_run_is_the_one_by_hand_that_syncs_before_each_gradient_for_every_peri
 
 
 def test_step_0_is_synced_so_that_the_first_gradient_meets_synced_feedback():
-    state, _ = run(jit_step(SGD), make_state(SGD, SignSync(period=1000)), 1)
+    state, _ = run(jit_step(SGD), make_state(SGD, SignSync(period=1000, magnitude="unit")), 1)
     signs = jax.tree.map(jnp.sign, make_weights(1)) | {"layer_0": None}
     assert_bits_equal(state.feedback.feedback, signs)
 
@@ -221,7 +221,9 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
-    "rule", [None, SignSync(magnitude="redraw"), {"layer_1/*": SignSync(), "*": Fixed()}], ids=repr
+    "rule",
+    [None, SignSync(magnitude="redraw"), {"layer_1/*": SignSync(magnitude="unit"), "*": Fixed()}],
+    ids=repr,
 )
 def test_a_step_keeps_the_states_structure_and_types(optimizer, rule):
     optimizer = OPTIMIZERS[optimizer]()
@@ -245,11 +247,11 @@ def test_a_step_is_traced_once_whatever_the_step_and_period(optimizer):
     optimizer = OPTIMIZERS[optimizer]()
     step = jax.jit(training.make_train_step(counted, optimizer), donate_argnums=0)
     for period in (1, 3):
-        run(step, make_state(optimizer, SignSync(period=period)), 4)
+        run(step, make_state(optimizer, SignSync(period=period, magnitude="unit")), 4)
     assert traces == 1
 
 
-@pytest.mark.parametrize("rule", [None, SignSync()], ids=repr)
+@pytest.mark.parametrize("rule", [None, SignSync(magnitude="unit")], ids=repr)
 def test_a_step_is_compiled_once(rule):
     step = jax.jit(training.make_train_step(apply_fn, SGD))
     run(step, make_state(SGD, rule), 3)
@@ -264,7 +266,7 @@ def test_weight_decay_never_changes_feedback():
     assert jax.tree.structure(moments) == jax.tree.structure(state.params)
 
 
-@pytest.mark.parametrize("rule", [Fixed(), SignSync(), Transport()], ids=repr)
+@pytest.mark.parametrize("rule", [Fixed(), SignSync(magnitude="unit"), Transport()], ids=repr)
 def test_a_donated_state_is_taken_over_buffer_by_buffer(rule):
     optimizer = optax.adam(0.1)
     state, batch = make_state(optimizer, rule), make_data(6)
@@ -316,7 +318,7 @@ def fa_value_and_grad(params, feedback, batch, step):
     return jax.value_and_grad(loss)(params)
 
 
-@pytest.mark.parametrize("rule", [None, SignSync(period=2)], ids=repr)
+@pytest.mark.parametrize("rule", [None, SignSync(period=2, magnitude="unit")], ids=repr)
 def test_a_gradient_step_with_the_losss_gradient_is_the_train_step(rule):
     optimizer = optax.adam(0.05)
     step = jax.jit(training.make_gradient_step(fa_value_and_grad, optimizer), donate_argnums=0)
@@ -333,7 +335,7 @@ def see_all(params, feedback, batch, step):
 def test_a_gradient_step_hands_over_synced_weights_the_batch_and_the_step():
     params = {"kernel": jnp.array([[2.0, -3.0]])}
     optimizer = optax.sgd(1.0)
-    feedback = init_feedback(jax.random.key(0), params, SignSync(period=2))
+    feedback = init_feedback(jax.random.key(0), params, SignSync(period=2, magnitude="unit"))
     state = training.init_train_state(params, optimizer, feedback=feedback)
     step = jax.jit(training.make_gradient_step(see_all, optimizer))
     # w - (w - 5 sign(w) - step), from step 0 and 1; the signs are those of the first sync.
@@ -360,7 +362,7 @@ def test_a_plain_tree_of_projections_is_handed_over_and_left_alone():
 
 
 def test_feedback_weights_are_a_states_tree_or_what_is_given():
-    state = make_state(SGD, SignSync())
+    state = make_state(SGD, SignSync(magnitude="unit"))
     assert training.feedback_weights(state.feedback) is state.feedback.feedback
     assert training.feedback_weights(state.params) is state.params
     assert training.feedback_weights(None) is None
@@ -873,7 +875,7 @@ def test_a_restored_run_goes_on_bit_for_bit_as_if_it_had_never_stopped(tmp_path)
 
 def test_a_checkpoint_restored_under_another_rule_raises_and_would_pass_unnoticed(tmp_path):
     optimizer = optax.sgd(0.1)
-    state = make_state(optimizer, SignSync(period=5))
+    state = make_state(optimizer, SignSync(period=5, magnitude="unit"))
     save_training(tmp_path, state)
 
     def other():
@@ -935,7 +937,7 @@ def test_a_step_on_a_batch_shared_by_four_devices_is_that_of_one(rule, axis_type
 # Whole trainings
 
 
-@pytest.mark.parametrize("rule", [Fixed(), SignSync(period=10)], ids=repr)
+@pytest.mark.parametrize("rule", [Fixed(), SignSync(period=10, magnitude="unit")], ids=repr)
 def test_feedback_alignment_learns(rule):
     optimizer = optax.sgd(0.3)
     x, _ = make_data(64)
@@ -977,7 +979,7 @@ def test_epochs_and_evaluations_outside_jit_compile_once_and_take_numpy_data():
 
     optimizer = optax.sgd(0.1)
     step = training.make_train_step(counted, optimizer)
-    state = make_state(optimizer, SignSync(period=2))
+    state = make_state(optimizer, SignSync(period=2, magnitude="unit"))
     data = jax.device_get(make_data(20))
     for i in range(3):
         state, _ = training.train_epoch(step, state, data, jax.random.key(i), batch_size=6)
@@ -998,7 +1000,7 @@ def test_two_clocks_are_refused():
     parts = {"a": optax.MultiSteps(optax.sgd(0.1), 2), "b": optax.MultiSteps(optax.sgd(0.1), 3)}
     optimizer = optax.chain(*(part.gradient_transformation() for part in parts.values()))
     with pytest.raises(ValueError, match=r"2 states of optax\.MultiSteps"):
-        jit_step(optimizer)(make_state(optimizer, SignSync()), make_data(6))
+        jit_step(optimizer)(make_state(optimizer, SignSync(magnitude="unit")), make_data(6))
 
 
 def test_an_optimisers_state_without_feedback_raises_where_feedback_is_learnt():

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from soap_jax import data, grids, sweeps, training
-from soap_jax.feedback import init_feedback
+from soap_jax.feedback import glorot_normal, init_feedback
 from soap_jax.study import measurements, methods, networks
 from soap_jax.study.config import StudyConfig
 from soap_jax.study.networks import Scaling
@@ -176,7 +176,9 @@ def setup(config: StudyConfig, method: str, num_classes: int, scaling: Scaling) 
         rule = methods.rule_of(method, period)
         if rule is not None:
             above_first = [f"{name}/kernel" for name in methods.layers(params)[1:]]
-            weights = init_feedback(feedback_key, params, rule, where=above_first)
+            weights = init_feedback(
+                feedback_key, params, rule, where=above_first, initializer=glorot_normal
+            )
         state = training.init_train_state(
             params, optimizer(learning_rate), feedback=weights, learn_feedback=learn_feedback
         )
