@@ -67,12 +67,12 @@ def loss(tap, params, x, labels, activation):
 
 
 def gradient_of(method, activation, rate=RATE, bias=DEFAULT_BIAS):
-    """`(step, params, x, labels) -> (loss, gradients)` of a method."""
+    """`(params, x, labels, step) -> (loss, gradients)` of a method."""
     loss_of = functools.partial(loss, activation=activation)
     if method == "activity":
         return activity.value_and_grad(loss_of, learning_rate=rate, bias=bias, warmup=WARMUP)
 
-    def backprop(step, params, *batch):
+    def backprop(params, *batch, step):
         f = functools.partial(loss_of, activity.untapped)
         value, gradients = jax.value_and_grad(f)(params, *batch)
         factor = {"frozen": 0, "scaled": SCALE}.get(method, 1)
@@ -101,8 +101,8 @@ def train(
         i, params = carry
         x = (images[indices].reshape(batch_size, -1) / 255 - inputs[0]) / inputs[1]
         batch = x.astype(dtype), labels[indices]
-        value, gradients = gradient(i, params, *batch)
-        w, true = (g[0]["kernel"] for g in (gradients, backprop(i, params, *batch)[1]))
+        value, gradients = gradient(params, *batch, step=i)
+        w, true = (g[0]["kernel"] for g in (gradients, backprop(params, *batch, step=i)[1]))
         size = jnp.linalg.norm(w) / jnp.linalg.norm(true)
         params = jax.tree.map(lambda w, g: w - RATE * g, params, gradients)
         return (i + 1, params), (value, metrics.angle(w, true), size)
@@ -177,7 +177,7 @@ def make_runner(method, network, batch_size):
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, x, labels):
         i, params = state
-        value, gradients = gradient(i, params, x, labels)
+        value, gradients = gradient(params, x, labels, step=i)
         return (i + 1, jax.tree.map(lambda w, g: w - RATE * g, params, gradients)), value
 
     rng = np.random.default_rng(0)

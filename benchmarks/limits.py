@@ -133,7 +133,9 @@ def make_sync(magnitude: str, widths: tuple[int, ...]):
     layers = itertools.pairwise(widths[1:])
     params = {f"layer_{i}": {"kernel": normal(shape)} for i, shape in enumerate(layers)}
     rule = soap_jax.SignSync(magnitude=magnitude)
-    state = soap_jax.init_feedback(jax.random.key(0), params, rule)
+    state = soap_jax.init_feedback(
+        jax.random.key(0), params, rule, initializer=jax.nn.initializers.glorot_normal()
+    )
     sync = jax.jit(soap_jax.sync_feedback, donate_argnums=1)
 
     def run():

@@ -111,7 +111,7 @@ def make_run(method, epochs):
 
 
 def _weights(state):
-    return None if state.feedback is None else state.feedback.feedback
+    return training.feedback_weights(state.feedback)
 
 
 def measure(method, dataset, seeds, epochs, keep):

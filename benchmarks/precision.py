@@ -43,9 +43,10 @@ from soap_jax import ops, training
 DEEP, SMALL = (784, 1024, 1024, 1024, 10), (784, 256, 10)
 CASES = [(DEEP, 64), (DEEP, 512), (SMALL, 64), (SMALL, 512)]
 QUICK = [((16, 64, 10), 8)]
+GLOROT = jax.nn.initializers.glorot_normal()
 RULES = {
-    "T=1": soap_jax.SignSync(),
-    "T=10": soap_jax.SignSync(period=10),
+    "T=1": soap_jax.SignSync(magnitude="unit"),
+    "T=10": soap_jax.SignSync(period=10, magnitude="unit"),
     "fixed": soap_jax.Fixed(),
 }
 DTYPES = ("float32", "bfloat16", "int8")
@@ -86,12 +87,15 @@ def make_step(method, widths):
     step = training.make_train_step(apply_fn, optax.sgd(LEARNING_RATE))
     if method.rule != "bp":
         key, rule = jax.random.key(0), RULES[method.rule]
-        signs = soap_jax.init_feedback(key, params, where="[1-9]/kernel", dtype="int8").feedback
+        signs = soap_jax.init_feedback(
+            key, params, where="[1-9]/kernel", initializer=GLOROT, dtype="int8"
+        ).feedback
         feedback = soap_jax.init_feedback(
             key, params, rule, feedback=signs, dtype="int8" if dtype == "bits" else dtype
         )
         if dtype == "bits":
-            feedback, step = jax.tree.map(packed.pack, feedback.feedback), packing(step, rule)
+            weights = training.feedback_weights(feedback)
+            feedback, step = jax.tree.map(packed.pack, weights), packing(step, rule)
     return step, training.init_train_state(params, optax.sgd(LEARNING_RATE), feedback=feedback)
 
 

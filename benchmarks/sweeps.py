@@ -65,7 +65,7 @@ def make_run(features, steps, batch_size):
         init_key, order_key = jax.random.split(jax.random.key(seed))
         variables = model.init(init_key, x[:1])
         params, feedback = variables["params"], variables["feedback"]
-        rule = soap_jax.SignSync(period=period)
+        rule = soap_jax.SignSync(period=period, magnitude="unit")
         feedback = soap_jax.init_feedback(order_key, params, rule, feedback=feedback)
         state = training.init_train_state(params, optax.sgd(rate), feedback=feedback)
         return (state, jnp.asarray(rate)), order_key

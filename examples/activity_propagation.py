@@ -70,7 +70,7 @@ def train(net, loss_fn, method, params, x, y, order):
         value, gradients = backprop(*batch)
         size = jnp.ones(())
         if method != "backprop":
-            _, propagated = propagate(i, *batch)
+            _, propagated = propagate(*batch, step=i)
             new, old = (g["Dense_0"]["kernel"] for g in (propagated, gradients))
             size = jnp.linalg.norm(new) / jnp.linalg.norm(old)
             resized = {"Dense_0": jax.tree.map(lambda g: size * g, gradients["Dense_0"])}

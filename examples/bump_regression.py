@@ -75,11 +75,12 @@ def main(out="results/bump_regression.png", steps=5000, noise=0.1):
     print("loss at step" + "".join(f"{i:9d}" for i in marks) + "  rms to bump  angle B to W")
     for name, (rule, color, line) in METHODS.items():
         state, losses[name] = fit(rule, x, y, steps)
-        outputs = apply_fn(state.params, state.feedback.feedback, x)
+        feedback = training.feedback_weights(state.feedback)
+        outputs = apply_fn(state.params, feedback, x)
         fits.plot(x, outputs, line, color=color, label=name)
         curves.plot(range(1, steps + 1), losses[name], line, color=color, label=name)
         rms = jnp.sqrt(mean_squared_error(outputs, bump(x)))
-        angle = metrics.weight_angle(state.params, state.feedback.feedback)["Dense_1"]["kernel"]
+        angle = metrics.weight_angle(state.params, feedback)["Dense_1"]["kernel"]
         cells = "".join(f"{losses[name][i]:9.4f}" for i in marks)
         print(f"{name:12}{cells}{rms:13.3f}{angle:12.1f}°")
 

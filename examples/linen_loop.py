@@ -46,21 +46,20 @@ def loss_fn(params, feedback, x, labels):
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def train_step(state, x, labels):
+def train_step(carry, x, labels):
     """One update: sync feedback, take the pseudo-gradient, hand it to Optax."""
-    params, feedback, opt_state, step = state
+    params, state, opt_state, step = carry
     # Before the gradient, so that the very first update already uses the signs of W.
-    feedback = sync_feedback(params, feedback, step)
-    loss, gradient = jax.value_and_grad(loss_fn)(params, feedback.feedback, x, labels)
+    state = sync_feedback(params, state, step)
+    loss, gradient = jax.value_and_grad(loss_fn)(params, state.feedback, x, labels)
     # Optax sees the parameters alone; weight decay, say, never touches feedback.
     updates, opt_state = optimizer.update(gradient, opt_state, params)
-    return (optax.apply_updates(params, updates), feedback, opt_state, step + 1), loss
+    return (optax.apply_updates(params, updates), state, opt_state, step + 1), loss
 
 
 @jax.jit
-def measure(state, x, labels):
+def measure(params, feedback, x, labels):
     """Accuracy; and how far feedback and the pseudo-gradient are from the true ones, in degrees."""
-    params, feedback = state[0], state[1].feedback
     logits = model.apply({"params": params, "feedback": feedback}, x)
 
     def gradient(params, feedback):
@@ -90,21 +89,23 @@ def main(steps=500, report_every=100, batch_size=64):
     # Every 10 updates B takes the signs of W and keeps its own norm. Raw signs, "unit", are several
     # times as long as W. Adam cancels that, but SGD does not: see `sign_sync_sweep.py`.
     rule = SignSync(period=10, magnitude="norm")
-    feedback = init_feedback(keys[2], variables["params"], rule, feedback=variables["feedback"])
+    state = init_feedback(keys[2], variables["params"], rule, feedback=variables["feedback"])
     params = variables["params"]
-    state = (params, feedback, optimizer.init(params), jnp.zeros((), jnp.int32))
+    carry = params, state, optimizer.init(params), jnp.zeros((), jnp.int32)
 
     print("                      angle of B to W   angle to true gradient")
     print("step  test accuracy    second   output           first   second")
     rng, history = np.random.default_rng(0), {}
     for step in range(steps + 1):
         if step % report_every == 0:
-            history[step] = row = jax.device_get(measure(state, x_test, digits.test.labels))
+            params, state, *_ = carry
+            measured = measure(params, state.feedback, x_test, digits.test.labels)
+            history[step] = row = jax.device_get(measured)
             weight, gradient = row["weight_angle"], row["gradient_angle"]
             print(f"{step:4d} {row['accuracy']:14.1%} {weight[0]:9.1f}° {weight[1]:7.1f}°"
                   f" {gradient[0]:14.1f}° {gradient[1]:7.1f}°")  # fmt: skip
         batch = rng.choice(len(x), batch_size, replace=False)
-        state, _ = train_step(state, x[batch], digits.train.labels[batch])
+        carry, _ = train_step(carry, x[batch], digits.train.labels[batch])
     return history
 
 

@@ -79,7 +79,8 @@ def main(epochs=20):
         accuracy = training.evaluate(
             lambda params, feedback, x: model.apply({"params": params}, x), state.params, None, test
         ).accuracy
-        angle = metrics.weight_angle(state.params, state.feedback.feedback)["Dense_1"]["kernel"]
+        feedback = training.feedback_weights(state.feedback)
+        angle = metrics.weight_angle(state.params, feedback)["Dense_1"]["kernel"]
         found[type(rule).__name__] = float(accuracy), float(angle)
         print(f"{rule!s:<40} test accuracy {accuracy:.1%}, angle of B to W {angle:.1f}°")
     return found

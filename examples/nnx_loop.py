@@ -45,15 +45,15 @@ def loss_fn(model, x, labels):
 
 
 @functools.partial(nnx.jit, donate_argnums=(0, 1, 2))
-def train_step(model, optimizer, feedback, x, labels):
+def train_step(model, optimizer, state, x, labels):
     """One update: sync feedback, take the pseudo-gradient, hand it to Optax."""
     # Before the gradient, so that the very first update already uses the signs of W. The
     # optimiser counts its updates, which is the clock that the sync period refers to.
-    feedback = sync_feedback(nnx.state(model, nnx.Param), feedback, optimizer.step[...])
-    nnx.update(model, feedback.feedback)
+    state = sync_feedback(nnx.state(model, nnx.Param), state, optimizer.step[...])
+    nnx.update(model, state.feedback)
     loss, gradient = nnx.value_and_grad(loss_fn)(model, x, labels)  # by nnx.Param alone
     optimizer.update(model, gradient)
-    return feedback, loss
+    return state, loss
 
 
 @nnx.jit
@@ -86,7 +86,7 @@ def main(steps=500, report_every=100, batch_size=64):
     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
     # Every 10 updates B takes the signs of W and keeps its own norm. Raw signs, "unit", are several
     # times as long as W. Adam cancels that, but SGD does not: see `sign_sync_sweep.py`.
-    feedback = init_feedback(
+    state = init_feedback(
         jax.random.key(0),
         nnx.state(model, nnx.Param),
         SignSync(period=10, magnitude="norm"),
@@ -103,7 +103,7 @@ def main(steps=500, report_every=100, batch_size=64):
             print(f"{step:4d} {row['accuracy']:14.1%} {weight[0]:9.1f}° {weight[1]:7.1f}°"
                   f" {gradient[0]:14.1f}° {gradient[1]:7.1f}°")  # fmt: skip
         batch = rng.choice(len(x), batch_size, replace=False)
-        feedback, _ = train_step(model, optimizer, feedback, x[batch], digits.train.labels[batch])
+        state, _ = train_step(model, optimizer, state, x[batch], digits.train.labels[batch])
     return history
 
 

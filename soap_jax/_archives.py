@@ -1,7 +1,8 @@
 """The published files behind the image data sets: where they lie and how they are read.
 
 Every file is known by its size and SHA-256, so that whoever has the bytes, from whichever mirror,
-has the same data. Reading is plain NumPy and the standard library.
+has the same data. IDX files may be unpacked, and are then known by their MD5. No more is read of a
+file than the published one holds. Reading is plain NumPy and the standard library.
 """
 
 import gzip
@@ -25,11 +26,15 @@ class File(NamedTuple):
         name: its name, the same in every mirror.
         size: its length in bytes.
         sha256: its SHA-256, in hexadecimal.
+        unpacked_size: the most bytes that it unpacks to.
+        unpacked_md5: the MD5 of what it unpacks to, as others have published it; empty if unknown.
     """
 
     name: str
     size: int
     sha256: str
+    unpacked_size: int
+    unpacked_md5: str = ""
 
 
 class Archive(NamedTuple):
@@ -66,8 +71,18 @@ IDX_NAMES = (
 )
 
 
-def _idx_archive(url: str, *sizes_and_sums: tuple[int, str]) -> Archive:
-    files = tuple(File(name, *rest) for name, rest in zip(IDX_NAMES, sizes_and_sums, strict=True))
+_IDX_SIZES = (16 + 60000 * 784, 8 + 60000, 16 + 10000 * 784, 8 + 10000)
+
+
+def _idx_archive(
+    url: str, *sizes_and_sums: tuple[int, str], md5: Sequence[str] = ("",) * 4
+) -> Archive:
+    files = tuple(
+        File(name, *rest, unpacked_size, unpacked_md5)
+        for name, rest, unpacked_size, unpacked_md5 in zip(
+            IDX_NAMES, sizes_and_sums, _IDX_SIZES, md5, strict=True
+        )
+    )
     return Archive(url, files, (28, 28, 1))
 
 
@@ -79,6 +94,12 @@ ARCHIVES: dict[str, Archive] = {
         (28881, "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
         (1648877, "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
         (4542, "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"),
+        md5=(
+            "6bbc9ace898e44ae57da46a324031adb",
+            "a25bea736e30d166cdddb491f175f624",
+            "2646ac647ad5339dbf082846283269ea",
+            "27ae3e4e09519cfbb04c329615203637",
+        ),
     ),
     "fashion_mnist": _idx_archive(
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
@@ -86,6 +107,12 @@ ARCHIVES: dict[str, Archive] = {
         (29515, "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"),
         (4422102, "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"),
         (5148, "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"),
+        md5=(
+            "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+            "9018921c3c673c538a1fc5bad174d6f9",
+            "8181f5470baa50b63fa0f6fddb340f0a",
+            "15d484375f8d13e6eb1aabb0c3f46965",
+        ),
     ),
     "kmnist": _idx_archive(
         "http://codh.rois.ac.jp/kmnist/dataset/kmnist/",
@@ -101,6 +128,7 @@ ARCHIVES: dict[str, Archive] = {
                 "cifar-10-binary.tar.gz",
                 170052171,
                 "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+                60000 * 3073 + 2**20,  # the records, and room for what a tar file has besides
             ),
         ),
         (32, 32, 3),
@@ -113,7 +141,8 @@ def read(name: str, paths: Sequence[os.PathLike[str]]) -> dict[str, Arrays]:
 
     Args:
         name: a key of `ARCHIVES`.
-        paths: where each of its files lies, in the order of `Archive.files`.
+        paths: where each of its files lies, in the order of `Archive.files`; IDX files as
+            published, or unpacked, then by their name without `.gz`.
 
     Returns:
         `{"train": (images, labels), "test": (images, labels)}`: images uint8
@@ -124,9 +153,13 @@ def read(name: str, paths: Sequence[os.PathLike[str]]) -> dict[str, Arrays]:
     """
     local = [pathlib.Path(path) for path in paths]
     if name == "cifar10":
-        arrays = _read_cifar10(local[0])
+        arrays = _read_cifar10(local[0], ARCHIVES[name].files[0].unpacked_size)
     else:
-        arrays = {"train": _read_idx_pair(*local[:2]), "test": _read_idx_pair(*local[2:])}
+        most = [file.unpacked_size for file in ARCHIVES[name].files]
+        arrays = {
+            "train": _read_idx_pair(local[:2], most[:2]),
+            "test": _read_idx_pair(local[2:], most[2:]),
+        }
     for images, labels in arrays.values():
         expected = ARCHIVES[name].image_shape
         if images.shape[1:] != expected:
@@ -139,19 +172,40 @@ def read(name: str, paths: Sequence[os.PathLike[str]]) -> dict[str, Arrays]:
                 f"{local[0].parent} holds a label {labels.max()}; expected 0 to {NUM_CLASSES - 1}."
             )
     for file, path in zip(ARCHIVES[name].files, local, strict=True):
-        _check_sha256(name, file, path)  # last: a damaged file is better described by its damage
+        # Last: a damaged file is better described by its damage.
+        (_check_md5 if _is_unpacked(path) else _check_sha256)(name, file, path)
     return arrays
 
 
-def read_idx(path: pathlib.Path, *, ndim: int) -> np.ndarray:
-    """Reads one gzipped IDX file of unsigned bytes.
+def content(name: str, paths: Sequence[os.PathLike[str]]) -> str:
+    """A short name for the content of files that `read` accepts, whether packed or unpacked.
+
+    Args:
+        name: a key of `ARCHIVES`.
+        paths: as in `read`.
+
+    Returns:
+        `sha256:...`; it says so if there is no published checksum of a file that is unpacked.
+    """
+    archive, local = ARCHIVES[name], [pathlib.Path(path) for path in paths]
+    if all(
+        f.unpacked_md5 or not _is_unpacked(p) for f, p in zip(archive.files, local, strict=True)
+    ):
+        return f"sha256:{archive.sha256}"
+    found = hashlib.sha256("".join(_digest(path, "sha256") for path in local).encode()).hexdigest()
+    return f"unpacked and not checked sha256:{found[:16]}"
+
+
+def read_idx(path: pathlib.Path, *, ndim: int, most: int = 2**31) -> np.ndarray:
+    """Reads one IDX file of unsigned bytes, gzipped if its name ends so.
 
     The format is two zero bytes, a type code (8: unsigned byte), the number of dimensions, each
     dimension as a big-endian 32-bit number, then the values in row-major order.
 
     Args:
-        path: the `.gz` file.
+        path: the file.
         ndim: the number of dimensions it must have.
+        most: no file of more bytes, unpacked, is read.
 
     Returns:
         The values, uint8, of the shape that the file's header states.
@@ -159,7 +213,7 @@ def read_idx(path: pathlib.Path, *, ndim: int) -> np.ndarray:
     Raises:
         ValueError: the file is not gzip, not IDX, of another type or rank, or of the wrong length.
     """
-    content = _gunzip(path)
+    content = _read_at_most(path, most)
     magic, expected = content[:4], bytes([0, 0, 8, ndim])
     if magic != expected:
         raise ValueError(
@@ -182,27 +236,47 @@ def read_idx(path: pathlib.Path, *, ndim: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
 
 
-def _gunzip(path: pathlib.Path) -> bytes:
-    raw = path.read_bytes()
-    if raw[:2] != b"\x1f\x8b":
+def _is_unpacked(path: pathlib.Path) -> bool:
+    return f"{path.name}.gz" in IDX_NAMES
+
+
+def _read_at_most(path: pathlib.Path, most: int) -> bytes:
+    """The content of a file, unpacked; of one that holds more, no more than a byte too many."""
+    size = path.stat().st_size
+    too_large = ValueError(
+        f"{path} holds more than {most} bytes, the length of the published file when unpacked. "
+        "Download it again."
+    )
+    if size > most:  # as a packed file is shorter than unpacked
+        raise too_large
+    if _is_unpacked(path):
+        return path.read_bytes()
+    with path.open("rb") as stream:
+        start = stream.read(2)
+    if start != b"\x1f\x8b":
         raise ValueError(
-            f"{path} is not a gzip file: it starts with the bytes {raw[:2].hex() or 'none'}; "
-            "expected 1f8b. Use the original .gz file, not unpacked."
+            f"{path} is not a gzip file: it starts with the bytes {start.hex() or 'none'}; "
+            "expected 1f8b. Use the original file, or give an unpacked one its name without .gz."
         )
     try:
-        return gzip.decompress(raw)
+        with gzip.open(path) as unpacked:
+            content = unpacked.read(most + 1)
     except EOFError as error:
         raise ValueError(
-            f"{path} is truncated: its compressed data ends too early, after {len(raw)} bytes. "
+            f"{path} is truncated: its compressed data ends too early, after {size} bytes. "
             "Download it again."
         ) from error
     except (OSError, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error}). Download it again.") from error
+    if len(content) > most:
+        raise too_large
+    return content
 
 
-def _read_idx_pair(images_path: pathlib.Path, labels_path: pathlib.Path) -> Arrays:
-    images = read_idx(images_path, ndim=3)
-    labels = read_idx(labels_path, ndim=1)
+def _read_idx_pair(paths: Sequence[pathlib.Path], most: Sequence[int]) -> Arrays:
+    images_path, labels_path = paths
+    images = read_idx(images_path, ndim=3, most=most[0])
+    labels = read_idx(labels_path, ndim=1, most=most[1])
     if len(images) != len(labels):
         raise ValueError(
             f"{images_path} holds {len(images)} images but {labels_path.name} beside it holds "
@@ -217,11 +291,30 @@ CIFAR10_MEMBERS = {
 }
 
 
-def _read_cifar10(path: pathlib.Path) -> dict[str, Arrays]:
+class _AtMost:
+    """A stream that ends in a ValueError after so many bytes."""
+
+    def __init__(self, stream, most: int, path: pathlib.Path):
+        self.stream, self.left, self.path = stream, most, path
+
+    def read(self, size: int) -> bytes:
+        content = self.stream.read(size)
+        self.left -= len(content)
+        if self.left < 0:
+            raise ValueError(
+                f"{self.path} holds more when unpacked than the published file. Download it again."
+            )
+        return content
+
+
+def _read_cifar10(path: pathlib.Path, most: int) -> dict[str, Arrays]:
     wanted = {member for members in CIFAR10_MEMBERS.values() for member in members}
     records = {}
     try:
-        with tarfile.open(path, "r:gz") as tar:
+        with (
+            gzip.open(path) as unpacked,
+            tarfile.open(fileobj=_AtMost(unpacked, most, path), mode="r|") as tar,  # type: ignore[call-overload]
+        ):
             for member in tar:  # in the order of the file: seeking back would decompress again
                 if member.name in wanted and (stream := tar.extractfile(member)) is not None:
                     records[member.name] = _cifar10_records(path, member.name, stream.read())
@@ -256,20 +349,35 @@ def _cifar10_arrays(records: np.ndarray) -> Arrays:
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), records[:, 0].astype(np.int32)
 
 
-def _check_sha256(name: str, file: File, path: pathlib.Path) -> None:
+def _digest(path: pathlib.Path, algorithm: str) -> str:
     with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found == file.sha256:
-        return
-    others = [
-        other for other, archive in ARCHIVES.items() for f in archive.files if f.sha256 == found
-    ]
-    hint = (
-        f"It is the file of that name of {others[0]}."
-        if others
-        else (f"Download it again from {ARCHIVES[name].url}{file.name}.")
-    )
-    raise ValueError(
-        f"{path} has the wrong checksum: SHA-256 {found} ({path.stat().st_size} bytes); expected "
-        f"{file.sha256} ({file.size} bytes), as published for {name}. {hint}"
-    )
+        return hashlib.file_digest(stream, algorithm).hexdigest()
+
+
+def _check_sha256(name: str, file: File, path: pathlib.Path) -> None:
+    found = _digest(path, "sha256")
+    if found != file.sha256:
+        raise ValueError(
+            f"{path} has the wrong checksum: SHA-256 {found} ({path.stat().st_size} bytes); "
+            f"expected {file.sha256} ({file.size} bytes), as published for {name}. "
+            + _whose(found, "sha256", name, file)
+        )
+
+
+def _check_md5(name: str, file: File, path: pathlib.Path) -> None:
+    """Without a published checksum a file passes that is not known to be another data set's."""
+    found = _digest(path, "md5")
+    others = {f.unpacked_md5 for archive in ARCHIVES.values() for f in archive.files}
+    if found != file.unpacked_md5 and (file.unpacked_md5 or found in others):
+        raise ValueError(
+            f"{path} has the wrong checksum: MD5 {found}; expected "
+            f"{file.unpacked_md5 or 'that'} of {name}. {_whose(found, 'unpacked_md5', name, file)}"
+        )
+
+
+def _whose(found: str, checksum: str, name: str, file: File) -> str:
+    """What file it is, or where the right one is."""
+    for other, archive in ARCHIVES.items():
+        if any(getattr(f, checksum) == found for f in archive.files):
+            return f"It is the file of that name of {other}."
+    return f"Download it again from {ARCHIVES[name].url}{file.name}."

@@ -5,7 +5,7 @@
         return jnp.mean((h @ params["out"] - y) ** 2)
 
     grad_fn = activity.value_and_grad(loss, learning_rate=0.05)
-    value, gradients = grad_fn(step, params, x, y)      # pure; any optimiser takes it from here
+    value, gradients = grad_fn(params, x, y, step=step)     # pure; any optimiser takes it from here
     value = loss(activity.untapped, params, x, y)       # evaluation
 
 Two passes are made over one batch, of which only the second one's gradients reach the weights. For
@@ -59,7 +59,10 @@ Loss = Callable[..., Any]
 """`(tap, params, *args) -> loss`, a scalar, or `(loss, aux)`."""
 
 ValueAndGrad = Callable[..., tuple[Any, chex.ArrayTree]]
-"""`(step, params, *args) -> (value, gradients)`."""
+"""`(params, *args, step) -> (value, gradients)`, with `step` the number of completed updates.
+
+For `soap_jax.training.make_gradient_step` `*args` are the feedback weights (None without) and the
+batch."""
 
 _MARK = "soap_jax.activity:"  # before a tap's number, in the jaxpr that `_types_of_taps` reads
 _TRANSPARENT = ("jit", "pjit", "checkpoint", "remat", "remat2")  # primitives that a tap may be in
@@ -117,7 +120,7 @@ def value_and_grad(
         has_aux: whether `loss` returns `(loss, aux)`.
 
     Returns:
-        `(step, params, *args) -> (value, gradients)`, with `step` the number of completed updates,
+        `(params, *args, step) -> (value, gradients)`, with `step` the number of completed updates,
         an integer scalar that may be traced, and gradients by `params`; with `has_aux`,
         `((value, aux), gradients)`.
 
@@ -132,7 +135,7 @@ def value_and_grad(
         >>> def loss(tap, w, x):
         ...     return 2.0 * jnp.sum(tap("a", w * x) ** 2)
         >>> grad_fn = activity.value_and_grad(loss, learning_rate=0.1, bias=1e-9)
-        >>> value, gradient = grad_fn(0, jnp.array(3.0), 1.0)  # g = 12 and h = 4: a step of 3
+        >>> value, gradient = grad_fn(jnp.array(3.0), 1.0, step=0)  # g = 12 and h = 4: a step of 3
         >>> float(value), round(float(gradient), 4)
         (18.0, 3.0)
 
@@ -161,7 +164,7 @@ def value_and_grad(
         gradients = jax.grad(lambda p: loss(tap, p, *args), has_aux=has_aux)(params)
         return value, gradients[0] if has_aux else gradients
 
-    def grad_fn(step: ArrayLike, params: chex.ArrayTree, *args):
+    def grad_fn(params: chex.ArrayTree, *args, step: ArrayLike):
         _check_step(step)
         if warmup == 0:
             return propagate(params, args)
@@ -180,12 +183,14 @@ def _move(a, g, rate, bias):
 
 def _move_fwd(a, g, rate, bias):
     wide = _at_least_float32(a.dtype)
-    return (a.astype(wide) - rate * g.astype(wide)).astype(a.dtype), (g, rate, bias)
+    shift = jnp.asarray(rate, wide) * g.astype(wide)
+    return (a.astype(wide) - shift).astype(a.dtype), (g, rate, bias)
 
 
 def _move_bwd(residuals, arrived):
     g, rate, bias = residuals
     wide = _at_least_float32(g.dtype)
+    rate, bias = jnp.asarray(rate, wide), jnp.asarray(bias, wide)
     difference = g.astype(wide) - arrived.astype(wide)
     biased = jnp.where(difference == 0, bias, difference + 2 * bias * jnp.sign(difference))
     # Not g² first: of an error of 1e-20 it is zero in float32.
@@ -197,7 +202,7 @@ _move.defvjp(_move_fwd, _move_bwd)
 
 
 def _at_least_float32(dtype: DTypeLike):
-    return jnp.promote_types(dtype, jnp.float32)
+    return np.promote_types(dtype, np.float32)
 
 
 def _types_of_taps(run: Callable[[Tap], Any]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -278,7 +283,7 @@ def _check_step(step):
         what = f"an array {jax.typeof(step)}" if hasattr(step, "dtype") else type(step).__name__
         raise ValueError(
             f"step is {what}; expected an integer scalar, the number of completed updates, as in "
-            "grad_fn(step, params, *args)."
+            "grad_fn(params, *args, step=step)."
         )
 
 

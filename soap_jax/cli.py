@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import math
 import os
 import pathlib
+import reprlib
 import sys
 import time
 import traceback
@@ -193,6 +195,13 @@ def report(
             show_default="that of the study",
         ),
     ] = None,
+    out: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            help="Where the report goes.",
+            show_default="the study's directory; results/report-NAME if that may only be read",
+        ),
+    ] = None,
 ):
     """Draw all conclusions again from a study's results, without training anything."""
     with _errors():
@@ -201,8 +210,16 @@ def report(
         from soap_jax.study import files, results
 
         study = directories.ResultsDir(directory)
-        with files.locked(directory):
-            config, tables, out = study.config, study.read(), study.path
+        writable = files.is_writable(directory)
+        if out is None and not writable:
+            out = pathlib.Path("results") / f"report-{directory.resolve().name}"
+            _console().print(f"{directory} may only be read: the report goes to {out}.")
+        out = out or directory
+        with contextlib.ExitStack() as held:
+            paths = (directory, out) if writable else (out,)
+            for path in {path.resolve(): path for path in paths}.values():
+                held.enter_context(files.locked(path))
+            config, tables = study.config, study.read()
             if target_loss is not None:
                 config = dataclasses.replace(config, target_loss=target_loss)
                 tables = results.at_target(tables, target_loss)
@@ -306,11 +323,20 @@ def _errors():
         code = 2
     except KeyboardInterrupt:
         code = 130
-    except Exception:
-        if not _one_of_many():
+    except Exception as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # XLA's, typeless
+            typer.secho(
+                f"error: not enough memory ({_first_line(error)}). Ask for smaller --hidden or "
+                "--batch-size, or in a study for a smaller --chunk-size.",
+                fg="red",
+                err=True,
+            )
+            code = 2
+        elif _one_of_many():
+            traceback.print_exc()
+            code = 1
+        else:
             raise
-        traceback.print_exc()
-        code = 1
     else:
         return
     if code == 130 or _one_of_many():  # JAX's own exit waits for what runs, and for the others
@@ -318,6 +344,10 @@ def _errors():
         sys.stderr.flush()
         os._exit(code)
     raise typer.Exit(code)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _one_of_many() -> bool:
@@ -332,7 +362,7 @@ def _split(option, text, kind):
         return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
     except ValueError:
         raise ValueError(
-            f"--{option} is {text!r}; expected numbers with commas between them."
+            f"--{option} is {reprlib.repr(text)}; expected numbers with commas between them."
         ) from None
 
 
@@ -340,9 +370,12 @@ def _run_study(
     config: StudyConfig, data_dir: pathlib.Path | None, out: pathlib.Path, distributed: bool
 ):
     start = time.perf_counter()
+    from soap_jax.study import files
+
+    files.check_path(out)  # before JAX starts, which takes seconds
     jax = _start_jax(distributed)
     from soap_jax import data
-    from soap_jax.study import directory, files, results, runner
+    from soap_jax.study import directory, results, runner
 
     first = jax.process_index() == 0
     console = _console(quiet=not first)
@@ -464,8 +497,11 @@ def _report(config, facts, tables, out, start):
 def _run_train(config: TrainConfig, data_dir: pathlib.Path | None, out: pathlib.Path):
     start = time.perf_counter()
     console = _console()
+    from soap_jax.study import files
+
+    files.check_path(out)
     from soap_jax import data
-    from soap_jax.study import files, single
+    from soap_jax.study import single
 
     with files.locked(out):
         into = single.TrainDir(out, config)
@@ -538,4 +574,7 @@ def _train_one(into, dataset, console):
 
 def main():
     """Entry point of the `soap-jax` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # ° and ± are not in every terminal's encoding
+            stream.reconfigure(errors="replace")
     app()

@@ -62,8 +62,8 @@ def load(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Datase
     the same) for testing. The others are looked for in this order:
 
     1. the published files, in `data_dir` or else in the directory that the environment variable
-       `SOAP_JAX_DATA_DIR` names, directly or in a sub-folder called `name`: four IDX `.gz` files,
-       or `cifar-10-binary.tar.gz`;
+       `SOAP_JAX_DATA_DIR` names: four IDX files, `.gz` or unpacked, or `cifar-10-binary.tar.gz`;
+       directly, in a sub-folder called `name`, or where torchvision leaves them (`MNIST/raw`);
     2. TensorFlow Datasets' data directory (`TFDS_DATA_DIR`), where they are prepared at the first
        call, which downloads them, and read from then on. TensorFlow is not needed.
 
@@ -90,10 +90,10 @@ def load(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Datase
     if name == "digits":
         return _load_digits()
     archive = _archives.ARCHIVES[name]
-    folder = _find_folder(name, data_dir)
-    if folder is not None:
-        arrays = _archives.read(name, [folder / file.name for file in archive.files])
-        source = f"{archive.kind} directory sha256:{archive.sha256}"
+    paths = _find_files(name, data_dir)
+    if paths is not None:
+        arrays = _archives.read(name, paths)
+        source = f"{archive.kind} directory {_archives.content(name, paths)}"
     else:
         try:
             from soap_jax import _tfds
@@ -173,8 +173,12 @@ def _load_digits() -> Dataset:
     )
 
 
-def _find_folder(name: str, data_dir: str | os.PathLike[str] | None) -> pathlib.Path | None:
-    """Returns the folder with all published files of a data set, or None if TFDS is to be asked."""
+TORCHVISION_NAMES = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
+"""What torchvision calls the folders of the data sets."""
+
+
+def _find_files(name: str, data_dir: str | os.PathLike[str] | None) -> list[pathlib.Path] | None:
+    """Returns all published files of a data set, or None if TFDS is to be asked."""
     directory = data_dir if data_dir is not None else os.environ.get(DATA_DIR_VARIABLE) or None
     if directory is None:
         return None
@@ -183,10 +187,15 @@ def _find_folder(name: str, data_dir: str | os.PathLike[str] | None) -> pathlib.
     if not root.is_dir():
         raise FileNotFoundError(f"{said} is {str(root)!r}, which is not a directory.")
     names = [file.name for file in _archives.ARCHIVES[name].files]
-    for folder in (root / name, root):
-        missing = [file_name for file_name in names if not (folder / file_name).is_file()]
+    folders = [root / name, root]
+    if name in TORCHVISION_NAMES:
+        folders += [root / TORCHVISION_NAMES[name] / "raw", root / "raw"]
+    for folder in folders:
+        packed_first = [[folder / n, folder / n.removesuffix(".gz")] for n in names]
+        found = [next(filter(pathlib.Path.is_file, paths), None) for paths in packed_first]
+        missing = [n for n, path in zip(names, found, strict=True) if path is None]
         if not missing:
-            return folder
+            return [path for path in found if path is not None]
         if len(missing) < len(names):
             raise FileNotFoundError(
                 f"{folder} has some of the files of {name} but lacks {', '.join(missing)}; "
@@ -195,7 +204,7 @@ def _find_folder(name: str, data_dir: str | os.PathLike[str] | None) -> pathlib.
     if data_dir is not None:
         raise FileNotFoundError(
             f"{said} is {str(root)!r}, which lacks the files of {name}: {', '.join(names)}; "
-            f"expected them there or in its sub-folder {name!r}. Without data_dir they are "
-            "downloaded."
+            f"expected them (IDX files also unpacked) there, in its sub-folder {name!r} or where "
+            "torchvision leaves them. Without data_dir they are downloaded."
         )
     return None

@@ -45,6 +45,8 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
+import operator
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -55,7 +57,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from soap_jax import ops, trees
+from soap_jax import draws, dtypes, ops, trees
 from soap_jax.feedback import glorot_normal
 
 Error = Literal["exact", "sign"]
@@ -242,13 +244,35 @@ def draw_projection(
     Returns:
         `(out, *features)`.
 
+    Raises:
+        ValueError: if `key` is not one key, if `out` or `features` are not positive integers, or if
+            the initialiser returns no array of that shape.
+
     Example:
         >>> import jax
         >>> draw_projection(jax.random.key(0), 10, (8, 8, 32)).shape
         (10, 8, 8, 32)
     """
-    shape = (features,) if isinstance(features, int) else tuple(features)
-    return initializer(key, (out, math.prod(shape)), dtype).reshape(out, *shape)
+    draws.typed(key)  # raises
+    try:
+        shape = tuple(map(operator.index, (out, *jax.tree.leaves(features))))
+    except TypeError:
+        shape = ()
+    if len(shape) < 2 or min(shape) < 1:
+        raise ValueError(
+            f"out is {out!r} and features are {features!r}; expected a positive integer, and one "
+            "or several: the size of the output, and the shape of the activation without its "
+            "leading axes."
+        )
+    matrix = shape[0], math.prod(shape[1:])
+    drawn = initializer(key, matrix, dtype)
+    if getattr(drawn, "shape", None) != matrix:
+        got = type(drawn).__name__ if not hasattr(drawn, "shape") else f"shape {drawn.shape}"
+        raise ValueError(
+            f"the initializer returned {got}; expected an array of shape {matrix}: (out, size of "
+            "the features)."
+        )
+    return drawn.reshape(shape)
 
 
 def draw_projections(
@@ -279,14 +303,16 @@ def draw_projections(
         A tree of activation's structure; leaves are `(out, *features)`, or typed keys; with
         `stacked`, `(blocks, ...)` of these.
 
+    Raises:
+        ValueError: as `draw_projection`, or if an activation's shape does not fit the output's.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> output, hidden = jnp.ones((4, 10)), {"a": jnp.ones((4, 7)), "b": jnp.ones((4, 5, 3))}
         >>> jax.tree.map(jnp.shape, draw_projections(jax.random.key(0), output, hidden))
         {'a': (10, 7), 'b': (10, 5, 3)}
     """
-    if not _is_key(key):
-        key = jax.random.wrap_key_data(key)
+    key = draws.typed(key)
 
     def one(path, leaf):
         place = "/".join(trees.path_of(path))
@@ -469,9 +495,10 @@ def _rows(rows, sender):
     """How many rows the loss is a mean of."""
     if rows is None:
         return math.prod(jnp.shape(sender)[:-1])
-    if not (isinstance(rows, int | float) and rows > 0):
+    is_number = isinstance(rows, numbers.Real) and not isinstance(rows, bool)
+    if not (is_number and 0 < rows < math.inf):
         raise ValueError(f"rows is {rows!r}; expected a positive number, the size of the batch.")
-    return rows
+    return float(rows)
 
 
 def _check_array(name, array):
@@ -512,6 +539,13 @@ def _check(name, sender, activation, projection, path, *, stacked):
             raise ValueError(
                 f"the {what} has dtype {jnp.result_type(array)}; expected floating point{hint}."
             )
+    if not _is_key(projection) and not dtypes.holds(
+        jnp.result_type(activation), jnp.result_type(projection)
+    ):
+        raise ValueError(
+            f"the projection{at} has dtype {jnp.result_type(projection)} and the activation "
+            f"{jnp.result_type(activation)}; expected real numbers for a real activation."
+        )
     if jnp.ndim(sender) < 1:
         raise ValueError(f"the {name} is a scalar; expected (*leading, out): a row per example.")
     if jnp.ndim(activation) < 1 + stacked:

@@ -48,6 +48,35 @@ def normal(key: chex.PRNGKey, shape: tuple[int, ...]) -> jax.Array:
     return np.float32(math.sqrt(2)) * lax.erf_inv(u)
 
 
+def typed(key: chex.PRNGKey) -> chex.PRNGKey:
+    """The key, typed where it is raw.
+
+    Raises:
+        ValueError: if it is not one key, as `jax.random.key` or `jax.random.PRNGKey` makes it.
+
+    Example:
+        >>> import jax
+        >>> typed(jax.random.PRNGKey(0)).dtype
+        key<fry>
+    """
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.ndim == 0:
+            return key
+        got = f"{key.shape} keys"
+    else:
+        if isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32 and key.ndim == 1:
+            try:
+                return jax.random.wrap_key_data(jnp.asarray(key))
+            except TypeError:  # another generator's
+                pass
+        is_array = isinstance(key, jax.Array | np.ndarray)
+        got = f"{key.dtype}{list(key.shape)}" if is_array else repr(key)
+    raise ValueError(
+        f"key is {got}; expected one PRNG key, such as jax.random.key(0). Under `vmap` or `scan` "
+        "each run has one."
+    )
+
+
 def _bits(key, shape):
     """32 random bits for each number: Threefry-2x32 of twenty rounds, at the number's index."""
     size = math.prod(shape)

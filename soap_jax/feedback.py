@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import numbers
 import zlib
 from collections.abc import Hashable, Mapping
 from typing import Any, Literal
@@ -19,10 +21,12 @@ from typing import Any, Literal
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import serialization
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from soap_jax import rules, trees
+from soap_jax import draws, dtypes, rules, trees
 
 Initializer = jax.nn.initializers.Initializer | Literal["matched"]
 """`(key, shape, dtype) -> array`, or "matched": as large as the kernel."""
@@ -59,13 +63,38 @@ class FeedbackState:
         return jax.random.wrap_key_data(self.key_data, impl=self.key_impl)
 
 
+_ARRAYS = ("feedback", "period", "key_data")
+
+
+def _to_state_dict(state):
+    return {name: serialization.to_state_dict(getattr(state, name)) for name in _ARRAYS}
+
+
+def _from_state_dict(state, content):
+    if set(content) != set(_ARRAYS):
+        raise ValueError(
+            f"the content of a FeedbackState has the entries {sorted(content)}; expected "
+            f"{', '.join(_ARRAYS)}, as flax.serialization.to_state_dict gives them."
+        )
+    arrays = {
+        name: serialization.from_state_dict(getattr(state, name), content[name], name)
+        for name in _ARRAYS
+    }
+    return dataclasses.replace(state, **arrays)
+
+
+# `to_bytes` and `from_bytes` of a FeedbackState, and of whatever holds one. Rule and generator are
+# static: they come from the state that is restored into, as with flax.struct.
+serialization.register_serialization_state(FeedbackState, _to_state_dict, _from_state_dict)
+
+
 def init_feedback(
     key: chex.PRNGKey,
     params: chex.ArrayTree,
     rule: rules.Rule | Mapping[str, rules.Rule] = rules.Fixed(),  # noqa: B008 (immutable)
     *,
     where: trees.Where = None,
-    initializer: Initializer | Mapping[str, Initializer] = glorot_normal,
+    initializer: Initializer | Mapping[str, Initializer] = "matched",
     feedback: chex.ArrayTree | None = None,
     dtype: DTypeLike | None = None,
 ) -> FeedbackState:
@@ -88,19 +117,23 @@ def init_feedback(
         where: which leaves of `params` get feedback: what `soap_jax.explain` returned; glob
             patterns over paths such as "Dense_1/kernel"; or a predicate `(path, leaf) -> bool`. By
             default the leaves named kernel, w or weight that have two axes or more.
-        initializer: `(key, shape, dtype) -> array`, best the one of the kernels; by default
-            Glorot's normal one. Or "matched": normal, of each kernel's own root mean square,
-            whatever its library and layout. Feedback that is larger than its kernel multiplies the
-            learning rate of the layers below, which easily passes for a better method. Or a mapping
-            from path patterns to initialisers, of which the first that matches a leaf counts.
+        initializer: "matched", the default: normal, of each kernel's own root mean square, whatever
+            its library and layout. A kernel of zeros has no size to match, and feedback of zeros
+            would keep all layers below from learning: there it is Glorot's √(2/(fan_in + fan_out)),
+            with 1 for an axis that is missing. Or a function `(key, shape, dtype) -> array`, best
+            the one of the kernels, cast to the kernel's dtype. Or a mapping from path patterns to
+            initialisers, of which the first that matches a leaf counts. Feedback that is larger
+            than its kernel multiplies the learning rate of the layers below, which easily passes
+            for a better method.
         feedback: feedback weights to adopt instead, such as Linen's `variables["feedback"]`,
             `nnx.state(model, soap_jax.nnx.Feedback)`, or a second draw of `params`; with `where`,
             only the leaves that it selects. The state shares its buffers, so donating the state
             uses them up.
         dtype: of what is stored; by default the kernel's, or the adopted feedback's own. A floating
-            dtype stores the weights rounded (bfloat16: half of float32's memory). A signed integer
-            dtype stores their signs (int8: a quarter), for rules whose values are whole numbers:
-            `Fixed`, `SignSync` with "unit" or "preserve", or one of your own that returns integers.
+            dtype stores the weights rounded (bfloat16: half of float32's memory; 8-bit floats). A
+            signed integer dtype stores their signs (int8: a quarter; int4, int2), for rules whose
+            values are whole numbers: `Fixed`, `SignSync` with "unit" or "preserve", or one of your
+            own that returns integers.
             Products are taken in the kernel's dtype all the same: signs train as they do in
             float32, bit for bit on CPU, and so do rounded weights. Rules that move feedback in
             small steps lose those that are below its resolution.
@@ -111,11 +144,12 @@ def init_feedback(
         instead, since `nnx.update` would put the leaves of a tree like `params` in its place.
 
     Raises:
-        ValueError: if `rule` is neither a rule nor a mapping of rules, if a pattern matches
-            nothing or a leaf has no rule or initialiser, if a rule is not hashable, if nothing is
-            selected, if a kernel is not floating point, if adopted feedback does not fit `params`,
-            or if `dtype` is neither floating point nor a signed integer, or an integer one for a
-            rule that returns floats.
+        ValueError: if `key` is not one key, if `rule` is neither a rule nor a mapping of rules, if
+            a pattern matches nothing or a leaf has no rule or initialiser, if a rule is not
+            hashable, if nothing is selected, if a kernel is empty or not floating point, if what an
+            initialiser returns or the adopted feedback does not fit `params`, or if `dtype` is
+            neither floating point nor a signed integer, or an integer one for a rule that returns
+            floats.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -124,16 +158,15 @@ def init_feedback(
         >>> jax.tree.map(jnp.shape, state.feedback)
         {'out': {'bias': None, 'kernel': (3, 2)}}
         >>> state.rule, int(state.period)
-        (SignSync(period=1, magnitude='unit'), 10)
-        >>> state = init_feedback(jax.random.key(0), params, rules.SignSync(), dtype=jnp.int8)
+        (SignSync(period=1, magnitude='norm'), 10)
+        >>> rule = rules.SignSync(magnitude="unit")
+        >>> state = init_feedback(jax.random.key(0), params, rule, dtype=jnp.int8)
         >>> sync_feedback(params, state, 0).feedback["out"]["kernel"][0]
         Array([1, 1], dtype=int8)
     """
     static, period = _split_period(rule)
     _check_dtype(dtype)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    feedback_key, rule_key = jax.random.split(key)
+    feedback_key, rule_key = jax.random.split(draws.typed(key))
     if feedback is None or where is not None:
         chosen = trees.select(params, where)
         if feedback is None:
@@ -157,9 +190,12 @@ def init_feedback(
             return make(path, kernel) if path in chosen else None
 
         feedback = jax.tree_util.tree_map_with_path(one, params)
-    feedback = trees.map_pairs(
-        lambda path, w, b: rules.shard_like(_stored(b, dtype), w), params, feedback
-    )
+
+    def store(path, kernel, leaf):
+        trees.check_not_empty(kernel, path)
+        return rules.shard_like(_stored(leaf, dtype), kernel)
+
+    feedback = trees.map_pairs(store, params, feedback)
     try:
         hash(static)
     except TypeError as error:
@@ -187,19 +223,21 @@ def sync_feedback(params: chex.ArrayTree, state: FeedbackState, step: ArrayLike)
     Args:
         params: the parameters that the state was made for.
         state: from `init_feedback`.
-        step: integer scalar, the number of completed parameter updates.
+        step: integer scalar, the number of completed parameter updates, below 2³¹.
 
     Returns:
         The state, its feedback synced or bit-identical.
 
     Raises:
-        ValueError: if `state` is not a `FeedbackState`, if its feedback does not fit `params`, or
-            if a rule returns another shape, or floats for feedback of an integer dtype.
+        ValueError: if `state` is not a `FeedbackState`, if `step` is not an integer scalar, if the
+            state's feedback does not fit `params`, or if a rule returns no array of its shape, or
+            floats for feedback of an integer dtype.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> params = {"kernel": jnp.array([[2.0, -3.0]])}
-        >>> state = init_feedback(jax.random.key(0), params, rules.SignSync(period=10))
+        >>> rule = rules.SignSync(period=10, magnitude="unit")
+        >>> state = init_feedback(jax.random.key(0), params, rule)
         >>> sync_feedback(params, state, 20).feedback["kernel"]
         Array([[ 1., -1.]], dtype=float32)
         >>> sync_feedback(params, state, 21).feedback["kernel"] - state.feedback["kernel"]
@@ -214,6 +252,7 @@ def sync_feedback(params: chex.ArrayTree, state: FeedbackState, step: ArrayLike)
             f"state is a {type(state).__name__}; expected the FeedbackState that init_feedback "
             "returned, as in sync_feedback(params, state, step)."
         )
+    step = _as_step(step)
     pairs = trees.pairs(params, state.feedback)
     new: dict[trees.Path, jax.Array] = {}
     for pattern, rule, paths in _rules_of(state.rule, list(pairs)):
@@ -232,11 +271,7 @@ def _sync(rule, kernels, feedback, period, key, step):
 
     def one(path, leaf, key):
         new = rule(lax.stop_gradient(kernels[path]), leaf, _fold_in_path(key, path))
-        if jnp.shape(new) != leaf.shape:
-            raise ValueError(
-                f"{rule} returned feedback of shape {jnp.shape(new)} for {trees.show(path)}; "
-                f"expected {leaf.shape}, the shape of its kernel."
-            )
+        _check_drawn(f"{rule} returned", new, leaf.shape, leaf.dtype, path)
         if _is_integer(leaf) and not _is_integer(new):
             raise ValueError(
                 f"{rule} returned {jnp.result_type(new)} for {trees.show(path)}, whose feedback is "
@@ -245,18 +280,38 @@ def _sync(rule, kernels, feedback, period, key, step):
                 "'preserve'. A rule of your own whose values are whole numbers returns them "
                 "`.astype(feedback.dtype)`."
             )
-        return jnp.asarray(new, leaf.dtype)
+        return jnp.asarray(new).astype(leaf.dtype)
 
     def apply(feedback):
         now = jax.random.fold_in(key, step)
         return {path: one(path, leaf, now) for path, leaf in feedback.items()}
 
-    return lax.cond(step % period == 0, apply, lambda feedback: feedback, feedback)
+    # A traced period may be anything; below 1 no turn ever comes.
+    period = period.astype(step.dtype)
+    its_turn = (step % jnp.maximum(period, 1) == 0) & (period >= 1)
+    return lax.cond(its_turn, apply, lambda feedback: feedback, feedback)
+
+
+def _as_step(step) -> jax.Array:
+    """The step as an int32 array, or an int64 one; ValueError unless it is an integer scalar."""
+    is_array = isinstance(step, jax.Array | np.ndarray)
+    is_integer = isinstance(step, numbers.Integral) and not isinstance(step, bool)
+    if is_integer and 0 <= int(step) <= rules.LARGEST:
+        return jnp.asarray(int(step), jnp.int32)
+    if not (is_array and jnp.issubdtype(step.dtype, jnp.integer) and step.ndim == 0):
+        got = f"{step.dtype}{list(step.shape)}" if is_array else repr(step)
+        raise ValueError(
+            f"step is {got}; expected an integer scalar from 0 to {rules.LARGEST} (int32), the "
+            "number of completed parameter updates."
+        )
+    step = jnp.asarray(step)
+    return step.astype(jnp.int64 if step.dtype.itemsize == 8 else jnp.int32)
 
 
 def _split_period(rule) -> tuple[Any, chex.ArrayTree]:
     """Splits a rule, or a mapping of rules, into its static part and its periods."""
     if isinstance(rule, rules.Rule):
+        rules.check_period(type(rule).__name__, rule.period)
         static = rule if isinstance(rule, rules.Fixed) else dataclasses.replace(rule, period=1)
         return static, jnp.asarray(rule.period, jnp.int32)
     if isinstance(rule, Mapping) and rule:
@@ -294,11 +349,22 @@ def _rules_of(static, paths, *, complete=False):
 
 
 def _check_dtype(dtype):
-    signed = (jnp.floating, jnp.signedinteger)
-    if dtype is not None and not any(jnp.issubdtype(dtype, kind) for kind in signed):
+    if dtype is None:
+        return
+    try:
+        dtype = np.dtype(dtype)
+        if jnp.issubdtype(dtype, jnp.signedinteger):
+            serves = jnp.iinfo(dtype).max >= 1
+        else:
+            serves = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).min < 0
+            serves = serves and jnp.finfo(dtype).bits != 6  # of which XLA makes no arrays
+    except (TypeError, ValueError):  # no dtype at all, or no number's
+        serves = False
+    if not serves:
         raise ValueError(
-            f"dtype is {dtype!r}; expected a floating-point dtype such as jax.numpy.bfloat16, a "
-            "signed integer one such as jax.numpy.int8 for signs, or None for the kernel's."
+            f"dtype is {dtype!r}; expected a floating-point dtype of jax.numpy that holds both "
+            "signs, such as jax.numpy.bfloat16, a signed integer one such as jax.numpy.int8 for "
+            "signs, or None for the kernel's."
         )
 
 
@@ -306,7 +372,8 @@ def _stored(leaf, dtype):
     """Feedback as `dtype` holds it: rounded, or its signs."""
     if dtype is None:
         return leaf
-    return jnp.asarray(jnp.sign(leaf) if jnp.issubdtype(dtype, jnp.integer) else leaf, dtype)
+    leaf = jnp.asarray(leaf)
+    return (jnp.sign(leaf) if jnp.issubdtype(dtype, jnp.integer) else leaf).astype(dtype)
 
 
 def _is_integer(leaf):
@@ -314,21 +381,63 @@ def _is_integer(leaf):
 
 
 def _draw(initializer, key, kernel, path):
-    if initializer == "matched":
-        scale = jnp.sqrt(jnp.mean(jnp.square(kernel.astype(jnp.float32))))
-        return (scale * jax.random.normal(key, kernel.shape)).astype(kernel.dtype)
+    if isinstance(initializer, str) and initializer == "matched":
+        return _draw_matched(key, kernel, path)
     if not callable(initializer):
         raise ValueError(
             f"initializer is {initializer!r}; expected a function (key, shape, dtype) -> array, "
             "'matched', or a mapping from path patterns to these."
         )
     try:
-        return initializer(key, kernel.shape, kernel.dtype)
+        drawn = initializer(key, kernel.shape, kernel.dtype)
     except ValueError as error:
         raise ValueError(
             f"the initializer cannot draw feedback of shape {kernel.shape} for {trees.show(path)}: "
             f"{error} Is that leaf a kernel? Say with `where` which are, or give another one."
         ) from error
+    _check_drawn("the initializer returned", drawn, kernel.shape, kernel.dtype, path)
+    return jnp.asarray(drawn).astype(kernel.dtype)
+
+
+def _draw_matched(key, kernel, path):
+    """Normal feedback of the kernel's root mean square; of Glorot's where the kernel is zero."""
+    if isinstance(kernel, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"params at {trees.show(path)} is a shape without values; expected values, since "
+            "initializer='matched' draws feedback as large as its kernel. Give another initializer,"
+            " or call init_feedback within jax.eval_shape."
+        )
+    wide = dtypes.wide(kernel)
+    magnitude = jnp.abs(jnp.asarray(kernel).astype(wide))
+    largest = jnp.max(magnitude)
+    size = jnp.sqrt(jnp.mean(jnp.square(magnitude)))
+    # Squares of the largest and the smallest numbers leave the range.
+    divisor = jnp.where(largest > 0, largest, 1)
+    scaled = divisor * jnp.sqrt(jnp.mean(jnp.square(magnitude / divisor)))
+    size = jnp.where((size > 0) & jnp.isfinite(size), size, scaled)
+    *window, fan_in, fan_out = (1, 1, *kernel.shape) if kernel.ndim < 2 else kernel.shape
+    glorot = math.sqrt(2 / (math.prod(window) * (fan_in + fan_out)))
+    size = jnp.where(largest > 0, size, glorot)
+    return (size * jax.random.normal(key, kernel.shape, wide)).astype(kernel.dtype)
+
+
+def _check_drawn(who, drawn, shape, dtype, path):
+    """Raises ValueError unless what was returned can stand for feedback."""
+    found = dtypes.of(drawn)
+    if found is None:
+        raise ValueError(
+            f"{who} {type(drawn).__name__} for {trees.show(path)}; expected an array of shape "
+            f"{shape} and dtype {dtype}."
+        )
+    if jnp.shape(drawn) != shape:
+        raise ValueError(
+            f"{who} feedback of shape {jnp.shape(drawn)} for {trees.show(path)}; expected {shape}, "
+            "the shape of its kernel."
+        )
+    if not dtypes.holds(dtype, found):
+        raise ValueError(
+            f"{who} {found} for {trees.show(path)}; expected real numbers, as its kernel's are."
+        )
 
 
 def _initializers(initializer, paths):

@@ -1,11 +1,15 @@
-"""The grids of a sweep, checked before anything heavy is imported."""
+"""The numbers of a sweep, checked before anything heavy is imported or anything large is made."""
 
 from __future__ import annotations
 
 import math
 import numbers
+import reprlib
 import struct
 from collections.abc import Sequence
+
+MOST = 2**31 - 1
+"""The largest int32, in which seeds, steps and periods are counted."""
 
 
 def check(
@@ -17,7 +21,7 @@ def check(
         >>> check(seeds=[0], learning_rates=[0.1, -0.1])
         Traceback (most recent call last):
         ...
-        ValueError: learning_rates has -0.1 at index 1; expected positive, finite numbers.
+        ValueError: learning_rates has -0.1 at index 1; expected positive, finite float32 numbers.
     """
 
     def each(name, values, holds, expected, same=lambda value: value):
@@ -25,7 +29,8 @@ def check(
             raise ValueError(f"{name} is empty; expected at least one.")
         for i, value in enumerate(values):
             if isinstance(value, bool) or not holds(value):
-                raise ValueError(f"{name} has {value!r} at index {i}; expected {expected}.")
+                said = reprlib.repr(value)
+                raise ValueError(f"{name} has {said} at index {i}; expected {expected}.")
         if len(set(map(same, values))) < len(values):
             raise ValueError(f"{name} has a value twice: {list(values)}.")
 
@@ -33,14 +38,33 @@ def check(
         return isinstance(value, numbers.Integral)
 
     def positive(value):
-        return isinstance(value, numbers.Real) and 0 < _as_float32(value) < math.inf
+        return isinstance(value, numbers.Real) and 0 < as_float32(value) < math.inf
 
-    each("seeds", seeds, lambda s: whole(s) and 0 <= s < 2**31, "integers from 0 to 2³¹ - 1")
-    each("learning_rates", learning_rates, positive, "positive, finite numbers", _as_float32)
-    each("periods", periods, lambda p: whole(p) and 1 <= p < 2**31, "integers of at least 1")
+    to_most = f"to {MOST}"
+    each("seeds", seeds, lambda s: whole(s) and 0 <= s <= MOST, f"integers from 0 {to_most}")
+    each("learning_rates", learning_rates, positive, "positive, finite float32 numbers", as_float32)
+    each("periods", periods, lambda p: whole(p) and 1 <= p <= MOST, f"integers from 1 {to_most}")
 
 
-def _as_float32(value) -> float:
+def check_count(name: str, value: int, *, most: int = MOST) -> None:
+    """Raises ValueError unless the value is an integer from 1 to `most`.
+
+    Example:
+        >>> check_count("seeds", 10**9, most=1000)
+        Traceback (most recent call last):
+        ...
+        ValueError: seeds is 1000000000; expected at most 1000.
+    """
+    said = f"{name} is {reprlib.repr(value)}; expected"
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{said} an integer.")
+    if value < 1:
+        raise ValueError(f"{said} at least 1.")
+    if value > most:
+        raise ValueError(f"{said} at most {most}.")
+
+
+def as_float32(value) -> float:
     """The value as a sweep will use it: very small and very large ones become 0 and infinity."""
     try:
         return struct.unpack("f", struct.pack("f", value))[0]

@@ -12,10 +12,12 @@ layers, `soap_jax.direct.draw_projection`.
 from __future__ import annotations
 
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
 
+from soap_jax import dtypes
 from soap_jax.feedback import glorot_normal
 
 Initializer = jax.nn.initializers.Initializer
@@ -51,8 +53,8 @@ def sparse(density: float, initializer: Initializer = glorot_normal, *, axis: in
         alignment with sparse connections for local learning. Frontiers in Neuroscience, 2019.
         https://arxiv.org/abs/1903.02083
     """
-    if not 0 < density <= 1:
-        raise ValueError(f"density is {density}; expected a share of the entries, in (0, 1].")
+    if not (isinstance(density, numbers.Real) and 0 < density <= 1):
+        raise ValueError(f"density is {density!r}; expected a share of the entries, in (0, 1].")
     if axis not in (-2, -1):
         raise ValueError(f"axis is {axis}; expected -2 (columns) or -1 (rows) of the matrix.")
 
@@ -97,8 +99,8 @@ def low_rank(rank: int, initializer: Initializer = glorot_normal) -> Initializer
         Maher Hanut, Jonathan Kadmon. Training large neural networks with low-dimensional error
         feedback. 2025. https://arxiv.org/abs/2502.20580
     """
-    if rank < 1:
-        raise ValueError(f"rank is {rank}; expected 1 or more.")
+    if not (isinstance(rank, numbers.Integral) and rank >= 1):
+        raise ValueError(f"rank is {rank!r}; expected an integer, 1 or more.")
 
     def init(key, shape, dtype=jnp.float32, out_sharding=None):
         rows, columns = math.prod(shape[:-1]), shape[-1]
@@ -109,7 +111,7 @@ def low_rank(rank: int, initializer: Initializer = glorot_normal) -> Initializer
             )
         size_key, *keys = jax.random.split(key, 3)
         size = initializer(size_key, shape, dtype)
-        wide = jnp.promote_types(size.dtype, jnp.float32)
+        wide = dtypes.wide(size)
         u = jax.random.normal(keys[0], (rows, rank), wide)
         v = jax.random.normal(keys[1], (rank, columns), wide)
         # At a lower precision, accelerators' default, rounding would fill up the rank.
@@ -141,11 +143,11 @@ def scaled(gain: float, initializer: Initializer = glorot_normal) -> Initializer
         >>> scaled(0.5, jax.nn.initializers.ones)(jax.random.key(0), (2,))
         Array([0.5, 0.5], dtype=float32)
     """
-    if not (gain > 0 and math.isfinite(gain)):
-        raise ValueError(f"gain is {gain}; expected a positive, finite number.")
+    if not (isinstance(gain, numbers.Real) and 0 < gain < math.inf):
+        raise ValueError(f"gain is {gain!r}; expected a positive, finite number.")
 
     def init(key, shape, dtype=jnp.float32, out_sharding=None):
-        return _shard(gain * initializer(key, shape, dtype), out_sharding)
+        return _shard(float(gain) * initializer(key, shape, dtype), out_sharding)
 
     return init
 

@@ -15,6 +15,10 @@ cotangent): use Flax's own there. In lifted transforms name the collection besid
 True})`. The leaf `None` in place of feedback runs that layer by exact backpropagation, and so does
 a missing leaf in a collection that is there.
 
+Feedback keeps its kernel's box (`nn.Partitioned`), so that it is sharded alike. Under
+`flax.nnx.bridge.ToNNX`, which has one name for each variable of a module, give the layers
+`feedback_name="feedback"`.
+
 Direct feedback (`soap_jax.direct`) has no kernels whose place it could take, so its projections are
 a collection of their own, "projection", drawn by the same stream of keys:
 
@@ -50,6 +54,7 @@ class _FeedbackLayer(nn.Module, kw_only=True):
 
     feedback_init: nn.initializers.Initializer | None = None
     feedback_bar: ops.FeedbackBar = None
+    feedback_name: str = "kernel"
 
     @nn.nowrap  # Flax's own `__call__` is; twice would record its intermediates twice
     def __call__(self, inputs: jax.Array, *args, **kwargs) -> jax.Array:
@@ -57,20 +62,26 @@ class _FeedbackLayer(nn.Module, kw_only=True):
         if self.is_initializing():
             # First, so that it draws what Flax's layer draws.
             y = super().__call__(inputs, *args, **kwargs)
-            if not self.has_variable(COLLECTION, "kernel"):
+            if not self.has_variable(COLLECTION, self.feedback_name):
                 if not self.is_mutable_collection(COLLECTION):
                     raise ValueError(self._no_collection())
                 twin = self._flax_layer(kernel_init=self.feedback_init or self.kernel_init)
                 drawn = twin.init(self.make_rng(COLLECTION), inputs, *args, **kwargs)
-                self.put_variable(COLLECTION, "kernel", drawn["params"]["kernel"])
+                feedback = drawn["params"]["kernel"]
+                kernel: Any = self.get_variable("params", "kernel")
+                if _is_boxed(kernel) and not _is_boxed(feedback):
+                    feedback = kernel.replace_boxed(feedback)
+                trees.check_feedback(meta.unbox(feedback), meta.unbox(kernel), self._feedback_path)
+                self.put_variable(COLLECTION, self.feedback_name, feedback)
             return y
         feedback = self._read_feedback()
         if feedback is None:
             return super().__call__(inputs, *args, **kwargs)
         kernel = meta.unbox(self.get_variable("params", "kernel"))
-        trees.check_feedback(feedback, kernel, (*self.path, "kernel"))
-        if getattr(self, "mask", None) is not None:
-            feedback = feedback * self.mask  # out here, where a traced mask is an argument
+        trees.check_feedback(feedback, kernel, self._feedback_path)
+        if getattr(self, "mask", None) is not None:  # out here, where a traced mask is an argument
+            mask = jnp.asarray(self.mask).astype(kernel.dtype)
+            feedback = ops.cast_feedback(feedback, kernel) * mask
         linear = self._flax_layer()
         flax_call = super().__call__
 
@@ -92,6 +103,10 @@ class _FeedbackLayer(nn.Module, kw_only=True):
             fields["mask"] = None
         return layer(**fields | {"parent": None, "name": None, "use_bias": False} | changes)
 
+    @property
+    def _feedback_path(self):
+        return (*self.path, self.feedback_name)
+
     def _no_collection(self):
         path = "/".join(self.path)
         return (
@@ -107,7 +122,11 @@ class _FeedbackLayer(nn.Module, kw_only=True):
         assert self.scope is not None  # Flax has bound the module
         if COLLECTION not in self.scope.root.variables():
             raise ValueError(self._no_collection())
-        return meta.unbox(self.get_variable(COLLECTION, "kernel"))
+        return meta.unbox(self.get_variable(COLLECTION, self.feedback_name))
+
+
+def _is_boxed(leaf) -> bool:
+    return isinstance(leaf, meta.AxisMetadata)
 
 
 class FeedbackDense(_FeedbackLayer, nn.Dense):
@@ -115,8 +134,11 @@ class FeedbackDense(_FeedbackLayer, nn.Dense):
 
     Attributes:
         feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
-            start of one size; every attribute but these two is Flax's.
+            start of one size; every attribute but these three is Flax's. (Where `kernel_init` gives
+            zeros, give another: zeros send back no error.)
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
+        feedback_name: the variable's name in the collection, "kernel" or, for `nnx.bridge.ToNNX`,
+            "feedback".
 
     Raises:
         ValueError: in `apply`, without the collection "feedback" or with feedback of a shape that
@@ -139,8 +161,11 @@ class FeedbackDenseGeneral(_FeedbackLayer, nn.DenseGeneral):
 
     Attributes:
         feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
-            start of one size; every attribute but these two is Flax's.
+            start of one size; every attribute but these three is Flax's. (Where `kernel_init` gives
+            zeros, give another: zeros send back no error.)
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
+        feedback_name: the variable's name in the collection, "kernel" or, for `nnx.bridge.ToNNX`,
+            "feedback".
 
     Raises:
         ValueError: in `apply`, without the collection "feedback" or with feedback of a shape that
@@ -163,8 +188,11 @@ class FeedbackEinsum(_FeedbackLayer, nn.Einsum):
 
     Attributes:
         feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
-            start of one size; every attribute but these two is Flax's.
+            start of one size; every attribute but these three is Flax's. (Where `kernel_init` gives
+            zeros, give another: zeros send back no error.)
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
+        feedback_name: the variable's name in the collection, "kernel" or, for `nnx.bridge.ToNNX`,
+            "feedback".
 
     Raises:
         ValueError: in `apply`, without the collection "feedback" or with feedback of a shape that
@@ -187,8 +215,11 @@ class FeedbackConv(_FeedbackLayer, nn.Conv):
 
     Attributes:
         feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
-            start of one size; every attribute but these two is Flax's.
+            start of one size; every attribute but these three is Flax's. (Where `kernel_init` gives
+            zeros, give another: zeros send back no error.)
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
+        feedback_name: the variable's name in the collection, "kernel" or, for `nnx.bridge.ToNNX`,
+            "feedback".
 
     Raises:
         ValueError: in `apply`, without the collection "feedback" or with feedback of a shape that
@@ -211,8 +242,11 @@ class FeedbackConvTranspose(_FeedbackLayer, nn.ConvTranspose):
 
     Attributes:
         feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
-            start of one size; every attribute but these two is Flax's.
+            start of one size; every attribute but these three is Flax's. (Where `kernel_init` gives
+            zeros, give another: zeros send back no error.)
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
+        feedback_name: the variable's name in the collection, "kernel" or, for `nnx.bridge.ToNNX`,
+            "feedback".
 
     Raises:
         ValueError: in `apply`, without the collection "feedback" or with feedback of a shape that

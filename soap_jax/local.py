@@ -47,7 +47,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from soap_jax import ops
+from soap_jax import dtypes, ops
 
 
 class _Weighted(ops.LocalLoss):
@@ -101,7 +101,8 @@ class SymmetricAlignment(_Weighted):
     ) -> jax.Array:
         """Returns the loss."""
         del op, x
-        return -self.self_weight * jnp.sum(feedback * kernel) + self.decay * _half_square(feedback)
+        own, decay = jnp.sum(feedback * kernel), _half_square(feedback)
+        return decay * float(self.decay) - own * float(self.self_weight)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,8 +144,8 @@ class ActivationAlignment(_Weighted):
     ) -> jax.Array:
         """Returns the loss."""
         y, ours = op(x, kernel), op(x, feedback)
-        loss = -self.amp * jnp.sum(ours * y) + self.sparse * _half_square(ours)
-        return loss / _examples(op, x, kernel)
+        amp, sparse = jnp.sum(ours * y), _half_square(ours)
+        return (sparse * float(self.sparse) - amp * float(self.amp)) / _examples(op, x, kernel)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,8 +194,11 @@ class InformationAlignment(_Weighted):
         """Returns the loss."""
         y = op(x, kernel)
         (sent_back,) = jax.linear_transpose(lambda x: op(x, feedback), jax.typeof(x))(y)
-        local = -self.amp * jnp.sum(op(x, feedback) * y) + self.null * _half_square(sent_back)
-        return local / _examples(op, x, kernel) + self.decay * _half_square(feedback)
+        amp, null = jnp.sum(op(x, feedback) * y), _half_square(sent_back)
+        # A layer may compute in other dtypes than its kernel's.
+        amp, null, decay = dtypes.widen(amp, null, _half_square(feedback))
+        local = null * float(self.null) - amp * float(self.amp)
+        return local / _examples(op, x, kernel) + decay * float(self.decay)
 
 
 def _examples(op, x, kernel) -> float:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from soap_jax import ops, trees
+from soap_jax import dtypes, ops, trees
 
 
 def angle(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
@@ -39,7 +39,7 @@ def angle(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
         float32 (or wider) scalar, degrees in [0, 180]; NaN if either is zero.
 
     Raises:
-        ValueError: if the trees or shapes differ.
+        ValueError: if the trees or shapes differ, or hold no array.
 
     Example:
         >>> import jax.numpy as jnp
@@ -58,7 +58,10 @@ def angle(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
             f"the angle of trees that differ: {jax.tree.map(jnp.shape, a)} and "
             f"{jax.tree.map(jnp.shape, b)}; expected the same structure and shapes."
         )
-    leaves_a, leaves_b = _widen(leaves_a), _widen(leaves_b)
+    if not leaves_a:
+        raise ValueError(f"the angle of {a!r} and {b!r}, which hold no array; expected arrays.")
+    leaves = dtypes.widen(*leaves_a, *leaves_b)
+    leaves_a, leaves_b = leaves[: len(leaves_a)], leaves[len(leaves_a) :]
     units = list(zip(_unit(leaves_a), _unit(leaves_b), strict=True))
     apart = _norm([u - v for u, v in units])
     together = _norm([u + v for u, v in units])
@@ -109,7 +112,8 @@ def norm_ratio(params: chex.ArrayTree, feedback: chex.ArrayTree) -> chex.ArrayTr
     """
 
     def ratio(path, w, b):
-        return _norm(_widen([b])) / _norm(_widen([w]))
+        w, b = dtypes.widen(w, b)
+        return _norm([b]) / _norm([w])
 
     return trees.map_pairs(ratio, params, feedback)
 
@@ -141,6 +145,7 @@ def sign_concordance(params: chex.ArrayTree, feedback: chex.ArrayTree) -> chex.A
     """
 
     def concordance(path, w, b):
+        w, b = dtypes.widen(w, b)
         return jnp.mean(jnp.sign(b) == jnp.sign(w), where=w != 0)
 
     return trees.map_pairs(concordance, params, feedback)
@@ -175,8 +180,8 @@ def effective_learning_rate(
     """
 
     def rate(path, w, b):
-        (w,), (b,) = _widen([w]), _widen([b])
-        return learning_rate * jnp.sum(b * w) / jnp.sum(w * w)
+        w, b = dtypes.widen(w, b)
+        return jnp.asarray(learning_rate, w.dtype) * jnp.sum(b * w) / jnp.sum(w * w)
 
     return trees.map_pairs(rate, params, feedback)
 
@@ -439,14 +444,23 @@ def _product(name, matrices):
             "next one's in."
         )
     exact = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    return functools.reduce(exact, _widen(matrices))
+    return functools.reduce(exact, dtypes.widen(*matrices))
 
 
 def _input_cotangents(y_bar, kernel, feedback, op, x):
     """The cotangents of a layer's input through feedback and through the kernel, widened."""
     trees.check_feedback(feedback, kernel)
-    y_bar, kernel, feedback = _widen([y_bar, kernel, feedback])
+    y_bar, kernel, feedback = dtypes.widen(y_bar, kernel, feedback)
+    if y_bar.ndim < 1 + (op is None):
+        raise ValueError(
+            f"y_bar has shape {y_bar.shape}; expected (batch, ...): for one example y_bar[None]."
+        )
     if op is None:
+        if kernel.ndim != 2 or y_bar.shape[-1] != kernel.shape[-1]:
+            raise ValueError(
+                f"y_bar has shape {y_bar.shape} and the kernel {kernel.shape}; expected (batch, "
+                "..., out) and (in, out), those of a dense layer. For another layer give `op`."
+            )
         exact = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
         return exact(y_bar, feedback.T), exact(y_bar, kernel.T)
     if x is None:
@@ -455,11 +469,6 @@ def _input_cotangents(y_bar, kernel, feedback, op, x):
     return tuple(
         jax.linear_transpose(lambda x, w=w: op(x, w), x_type)(y_bar)[0] for w in (feedback, kernel)
     )
-
-
-def _widen(leaves):
-    """Half precision is too coarse for sums over a layer."""
-    return [jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)) for x in leaves]
 
 
 def _norm(leaves):
@@ -476,7 +485,7 @@ def _unit(leaves):
 
 
 def _norm_in_range(leaves):
-    return jnp.sqrt(sum((jnp.sum(jnp.square(jnp.abs(x))) for x in leaves), start=jnp.float32(0)))
+    return jnp.sqrt(sum(jnp.sum(jnp.square(jnp.abs(x))) for x in leaves))
 
 
 def _scaled(leaves):

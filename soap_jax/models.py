@@ -123,7 +123,7 @@ class DirectMLP(nn.Module):
 
     def _send_target(self, x, target):
         if target is None and self.is_initializing():
-            target = jnp.zeros((x.shape[0], self.features[-1]))
+            target = jnp.zeros((x.shape[0], self.features[-1]), x.dtype)
         if target is None:
             return ops.on_cotangent(x, self._raise_no_target)
         return linen.DirectTarget(projection_init=self.projection_init)(x, target)

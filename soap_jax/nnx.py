@@ -41,6 +41,9 @@ from soap_jax.feedback import glorot_normal
 class Feedback(nnx.Variable):
     """Feedback weights, of the shape of the sibling `kernel`. Not a `Param`.
 
+    It has the kernel's metadata, its sharding included. `nnx.bridge` knows it as the collection
+    "feedback" of Linen.
+
     Example:
         >>> from flax import nnx
         >>> layer = FeedbackLinear(3, 2, rngs=nnx.Rngs(0))
@@ -54,6 +57,9 @@ class Feedback(nnx.Variable):
 class Projection(nnx.Variable):
     """A tree of fixed random projections, or of their keys: neither `Param` nor `Feedback`.
 
+    `nnx.bridge` knows it as the collection "projection" of Linen. (`ToLinen` takes a single
+    projection, no tree of them: use `soap_jax.linen.DirectFeedback` there.)
+
     Example:
         >>> from flax import nnx
         >>> layer = DirectFeedback(3, [(7,), (5,)], rngs=nnx.Rngs(0))
@@ -61,6 +67,9 @@ class Projection(nnx.Variable):
         [(3, 7), (3, 5)]
     """
 
+
+nnx.register_variable_name("feedback", Feedback, overwrite=True)
+nnx.register_variable_name("projection", Projection, overwrite=True)
 
 _Base: Any = object  # to the type checker: whatever layer of Flax the mixin comes before
 
@@ -78,12 +87,17 @@ class _FeedbackLayer(_Base):
         rngs: nnx.Rngs,
         **kwargs,
     ):
+        _check_rngs(rngs)
         feedback_rngs = nnx.Rngs(params=_feedback_key(rngs))
         super().__init__(*args, rngs=rngs, **kwargs)
         if feedback_init is not None:
             kwargs["kernel_init"] = feedback_init
         twin = _flax_layer(type(self))(*args, rngs=feedback_rngs, **kwargs)
-        self.feedback: Feedback | None = Feedback(twin.kernel[...])
+        trees.check_feedback(twin.kernel[...], self.kernel[...], ("feedback",))
+        # Sharding and whatever else the kernel carries, unless `feedback_init` says otherwise.
+        metadata = self.kernel.get_metadata() | twin.kernel.get_metadata()
+        metadata.pop("on_create_value", None)  # which made the twin's value
+        self.feedback: Feedback | None = Feedback(twin.kernel[...], **metadata)
         self.feedback_bar = feedback_bar
 
     def __call__(self, inputs: jax.Array, *args, **kwargs) -> jax.Array:
@@ -94,8 +108,9 @@ class _FeedbackLayer(_Base):
         kernel = self.kernel[...]
         trees.check_feedback(feedback, kernel, ("feedback",))
         flax_layer = _flax_layer(type(self))
-        if getattr(self, "mask", None) is not None:
-            feedback = feedback * self.mask  # out here, where a traced mask is an argument
+        if getattr(self, "mask", None) is not None:  # out here, where a traced mask is an argument
+            mask = jnp.asarray(self.mask).astype(kernel.dtype)
+            feedback = ops.cast_feedback(feedback, kernel) * mask
         flax_call = super().__call__
         # `op` may close over no traced value: not over the layer, but over its structure.
         graph, state = nnx.split(self)
@@ -120,6 +135,11 @@ def _flax_layer(cls: type) -> Any:
     return next(c for c in cls.__mro__ if c.__module__.startswith("flax."))
 
 
+def _check_rngs(rngs) -> None:
+    if not isinstance(rngs, nnx.Rngs):
+        raise ValueError(f"rngs is {rngs!r}; expected streams of keys, such as nnx.Rngs(0).")
+
+
 def _feedback_key(rngs: nnx.Rngs) -> jax.Array:
     """A key for feedback that leaves the stream of the kernels as Flax's layers would find it."""
     if "feedback" in rngs:
@@ -136,7 +156,7 @@ class FeedbackLinear(_FeedbackLayer, nnx.Linear):
 
     Args:
         feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
-            start of one size.
+            start of one size. (Where that gives zeros, give another: zeros send back no error.)
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
         rngs: as in Flax; a stream `feedback`, if there is one, draws the feedback weights.
 
@@ -160,7 +180,7 @@ class FeedbackLinearGeneral(_FeedbackLayer, nnx.LinearGeneral):
 
     Args:
         feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
-            start of one size.
+            start of one size. (Where that gives zeros, give another: zeros send back no error.)
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
         rngs: as in Flax; a stream `feedback`, if there is one, draws the feedback weights.
 
@@ -184,7 +204,7 @@ class FeedbackEinsum(_FeedbackLayer, nnx.Einsum):
 
     Args:
         feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
-            start of one size.
+            start of one size. (Where that gives zeros, give another: zeros send back no error.)
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
         rngs: as in Flax; a stream `feedback`, if there is one, draws the feedback weights.
 
@@ -208,7 +228,7 @@ class FeedbackConv(_FeedbackLayer, nnx.Conv):
 
     Args:
         feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
-            start of one size.
+            start of one size. (Where that gives zeros, give another: zeros send back no error.)
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
         rngs: as in Flax; a stream `feedback`, if there is one, draws the feedback weights.
 
@@ -232,7 +252,7 @@ class FeedbackConvTranspose(_FeedbackLayer, nnx.ConvTranspose):
 
     Args:
         feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
-            start of one size.
+            start of one size. (Where that gives zeros, give another: zeros send back no error.)
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
         rngs: as in Flax; a stream `feedback`, if there is one, draws the feedback weights.
 
@@ -253,6 +273,7 @@ class _Projections(nnx.Module):
     """A tree of projections as one variable."""
 
     def __init__(self, out_features, features, projection_init, stored, stacked, rngs):
+        _check_rngs(rngs)
         shapes = jax.tree.map(_as_tuple, features, is_leaf=_is_shape)
 
         def one_example(shape):

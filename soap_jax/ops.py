@@ -29,6 +29,7 @@ from typing import Literal
 import jax
 import jax.ad_checkpoint
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -152,7 +153,8 @@ def through_feedback(
 
     Raises:
         ValueError: if feedback's shape is not the kernel's (the forward pass would never notice),
-            or `feedback_bar` is neither None, "kernel", a local loss nor a function.
+            if it is complex and the kernel real, or if `feedback_bar` is neither None, "kernel", a
+            local loss nor a function, or that function's value is no array of feedback's shape.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -185,7 +187,7 @@ def through_feedback(
         feedback, *activities = residuals
         x_bar = bar = None
         if _has_cotangent(x_type):
-            at_feedback = feedback.astype(kernel_type.dtype)
+            at_feedback = cast_feedback(feedback, kernel_type)
             (x_bar,) = jax.linear_transpose(lambda x: op(x, at_feedback), x_type)(y_bar)
         if feedback_bar == "kernel":
             (x,) = activities
@@ -193,11 +195,17 @@ def through_feedback(
         elif isinstance(feedback_bar, LocalLoss):
             x, kernel, _ = activities
             x = x if _has_cotangent(x) else x.astype(kernel.dtype)  # a loss may transpose `op` by x
-            at_feedback = feedback.astype(kernel.dtype)
+            at_feedback = cast_feedback(feedback, kernel)
             bar = jax.grad(feedback_bar, argnums=3)(op, x, kernel, at_feedback)
         elif feedback_bar is not None:
             x, kernel, y = activities
             bar = feedback_bar(x, y, kernel, feedback, y_bar)
+            if getattr(bar, "shape", None) != feedback.shape:
+                got = type(bar).__name__ if not hasattr(bar, "shape") else f"shape {bar.shape}"
+                raise ValueError(
+                    f"feedback_bar returned {got}; expected an array of shape {feedback.shape}, "
+                    "that of feedback."
+                )
         return y_bar, x_bar, None, None if bar is None else bar.astype(feedback.dtype)
 
     f = jax.custom_vjp(f)
@@ -205,6 +213,17 @@ def through_feedback(
     y = op(detach(x), kernel) if forward is None else forward(detach(x))
     with jax.named_scope(SCOPE):
         return f(y, x, jax.ad_checkpoint.checkpoint_name(kernel, MARK), feedback)
+
+
+def cast_feedback(feedback: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Feedback as products take it: in the kernel's dtype, whatever it is stored in.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> cast_feedback(jnp.array([1, -1], jnp.int4), jnp.ones(2, jnp.float16))
+        Array([ 1., -1.], dtype=float16)
+    """
+    return jnp.asarray(feedback).astype(kernel.dtype)
 
 
 def feedback_op(op: BilinearOp, *, feedback_bar: FeedbackBar = None) -> FeedbackOp:
@@ -230,7 +249,8 @@ def feedback_op(op: BilinearOp, *, feedback_bar: FeedbackBar = None) -> Feedback
     Returns:
         A function `(x, kernel, feedback) -> y`; `feedback=None` means exact backpropagation.
         It raises ValueError at trace time where feedback's shape is not the kernel's or where the
-        kernel is not floating point.
+        kernel is not floating point. Where JAX promotes nothing implicitly
+        (`jax_numpy_dtype_promotion="strict"`), give `x` the kernel's dtype; feedback may have any.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -395,7 +415,7 @@ def feedback_conv(
     References:
         Lillicrap et al. (2016); see the module's docstring.
     """
-    rank = kernel.ndim - 2
+    rank = _spatial_rank(x, kernel)
     op = functools.partial(
         lax.conv_general_dilated,
         window_strides=_per_axis(strides, rank),
@@ -453,7 +473,7 @@ def feedback_conv_transpose(
     References:
         Lillicrap et al. (2016); see the module's docstring.
     """
-    rank = kernel.ndim - 2
+    rank = _spatial_rank(x, kernel)
     op = functools.partial(
         lax.conv_transpose,
         strides=_per_axis(strides, rank),
@@ -476,8 +496,17 @@ def _promote(x, kernel):
     return jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
 
 
+def _spatial_rank(x, kernel) -> int:
+    if jnp.ndim(kernel) < 2 or jnp.ndim(x) != jnp.ndim(kernel):
+        raise ValueError(
+            f"x has shape {jnp.shape(x)} and the kernel {jnp.shape(kernel)}; expected (batch, "
+            "*spatial, in) and (*window, in, out), with as many axes."
+        )
+    return jnp.ndim(kernel) - 2
+
+
 def _per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    return (value,) * rank if isinstance(value, int) else tuple(value)
+    return (value,) * rank if isinstance(value, int | np.integer) else tuple(value)
 
 
 def _channels_last(rank: int) -> lax.ConvDimensionNumbers:

@@ -28,6 +28,7 @@ the update that came out:
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
 import chex
@@ -36,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from soap_jax import trees
+from soap_jax import dtypes, trees
 
 
 class KolenPollackState(NamedTuple):
@@ -71,11 +72,12 @@ def kolen_pollack(
 
     Returns:
         A gradient transformation whose `init` takes `(params, feedback)`, and whose `update` takes
-        `((gradient, anything), state, (params, feedback))`, and what else the optimiser's takes.
+        `((gradient, anything), state, (params, feedback))`, and what else the optimiser's takes
+        (`grad` and `value_fn`, too, are about the pair).
 
     Raises:
-        ValueError: if decay is not in (0, 1), or, when it is used, if `(params, feedback)` is not
-            such a pair, or feedback is not floating point.
+        ValueError: if decay is not in (0, 1), or `optimizer` is no optimiser, or, when it is used,
+            if `(params, feedback)` is not such a pair, or feedback is not floating point.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -91,8 +93,13 @@ def kolen_pollack(
         https://arxiv.org/abs/1904.05391
         John F. Kolen, Jordan B. Pollack. Backpropagation without weight transport. ICNN, 1994.
     """
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ValueError(
+            f"optimizer is a {type(optimizer).__name__}; expected an Optax optimiser, such as "
+            "optax.sgd(0.1)."
+        )
     known = not (callable(decay) or isinstance(decay, jax.core.Tracer))
-    if known and not 0 < np.asarray(decay) < 1:
+    if known and not _is_share(decay):
         raise ValueError(
             f"decay is {decay!r}; expected a number in (0, 1), the share that W and B lose at "
             "every update: the learning rate times the weight decay."
@@ -111,12 +118,14 @@ def kolen_pollack(
 
     def update(updates, state, params=None, **extra_args):
         (gradient, _), (params, feedback) = _pair(updates), _pair(params)
+        extra_args = _of_params(extra_args, feedback)
         change, inner = of_params.update(gradient, state.inner, params, **extra_args)
         share = decay(state.num_updates) if callable(decay) else decay
         kernels = trees.by_kernel(params, feedback)
 
         def decayed(leaf, weight):
-            return (leaf - share * weight).astype(weight.dtype)
+            change, wide = dtypes.widen(leaf, weight)
+            return (change - jnp.asarray(share, wide.dtype) * wide).astype(weight.dtype)
 
         def of_param(keys, leaf, weight):
             return decayed(leaf, weight) if trees.path_of(keys) in kernels else leaf
@@ -128,6 +137,20 @@ def kolen_pollack(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _of_params(extra_args, feedback):
+    """Optax's extra arguments, which are about the pair, for an optimiser of the params alone."""
+    fixed = {
+        "grad": lambda pair: pair[0],
+        "value_fn": lambda value: lambda params: value((params, feedback)),
+    }
+    return {k: fixed[k](arg) if k in fixed else arg for k, arg in extra_args.items()}
+
+
+def _is_share(decay) -> bool:
+    is_number = isinstance(decay, numbers.Real | jax.Array | np.ndarray) and np.ndim(decay) == 0
+    return is_number and bool(0 < float(decay) < 1)
 
 
 def _pair(learnt: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.ArrayTree]:

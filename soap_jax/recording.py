@@ -102,7 +102,8 @@ def record_alignment(
         )
 
     due = jnp.asarray(step) % period == 0
-    return Row(jnp.where(due, step, -1).astype(jnp.int32), lax.cond(due, measure, skip))
+    row_step = jnp.where(due, jnp.asarray(step, jnp.int32), -1)
+    return Row(row_step, lax.cond(due, measure, skip))
 
 
 def recorded(rows: Row) -> Row:
@@ -120,4 +121,5 @@ def recorded(rows: Row) -> Row:
 
 
 def _inexact(leaf):
-    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+    dtype = jnp.result_type(leaf)
+    return np.promote_types(dtype, np.float32) if jnp.issubdtype(dtype, jnp.inexact) else np.float32

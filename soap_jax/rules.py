@@ -35,9 +35,12 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from soap_jax import draws
+from soap_jax import draws, dtypes
 
-Magnitude = Literal["unit", "preserve", "norm", "glorot", "redraw"]
+Magnitude = Literal["norm", "unit", "preserve", "glorot", "redraw"]
+
+LARGEST = np.iinfo(np.int32).max
+"""The largest step and period."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,10 +51,21 @@ class Rule:
         period: feedback is synced every so many parameter updates, counted from 0.
 
     Raises:
-        ValueError: if the period is not an integer of at least 1 (a traced one is not looked at).
+        ValueError: if the period is not an integer from 1 to the largest of int32, or not a scalar;
+            or if values are given without their names. The value of a traced period is not looked
+            at: one below 1 never syncs.
     """
 
     period: ArrayLike = 1
+
+    def __new__(cls, *args, **kwargs):  # noqa: D102
+        fields = [field for field in dataclasses.fields(cls) if field.init]
+        if args and all(field.kw_only for field in fields):
+            raise ValueError(
+                f"{cls.__name__}({', '.join(map(repr, args))}) has values without names; expected "
+                f"{cls.__name__}({', '.join(f'{field.name}=...' for field in fields)})."
+            )
+        return super().__new__(cls)
 
     def __post_init__(self):
         check_period(type(self).__name__, self.period)
@@ -98,13 +112,16 @@ class SignSync(Rule):
 
     The magnitudes m are, by name,
 
+        "norm"      norm(B) / sqrt(size), so norm(B) = norm(B0) forever: the clean control
         "unit"      1: SOAP's sync, and uSF. sign(0) = 0
         "glorot"    sqrt(2 / (fan_in + fan_out)): uSF as BioTorch scales it. sign(0) = 0
         "preserve"  abs(B), so abs(B0) forever: SOAP's remedy, and frSF at period 1
-        "norm"      norm(B) / sqrt(size), so norm(B) = norm(B0) forever: the clean control
         "redraw"    abs of a fresh draw at every sync, Glorot's uniform one: brSF
 
-    In the last three a zero weight counts as positive, so that no magnitude is ever lost.
+    "norm" is the default, since it changes the direction of feedback alone. "unit" also makes it
+    larger, often ten times as large as the kernel, which multiplies the learning rate of the layers
+    below and easily passes for a better method. In "norm", "preserve" and "redraw" a zero weight
+    counts as positive, so that no magnitude is ever lost.
 
     A kernel is taken for one matrix or convolution, `(*window, in, out)`. Of kernels stacked by
     `nn.scan`, "norm" would pool the layers, and "glorot" and "redraw" would count the layers as a
@@ -115,20 +132,22 @@ class SignSync(Rule):
         magnitude: one of the names above.
 
     Raises:
-        ValueError: for an unknown magnitude, or a period as in `Rule`.
+        ValueError: for an unknown magnitude, or as `Rule`.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> kernel, feedback = jnp.array([0.5, -3.0]), jnp.array([-0.1, 0.2])
         >>> SignSync(magnitude="preserve")(kernel, feedback, jax.random.key(0))
         Array([ 0.1, -0.2], dtype=float32)
+        >>> SignSync()
+        SignSync(period=1, magnitude='norm')
 
     References:
         Qianli Liao, Joel Z. Leibo, Tomaso Poggio. How important is weight symmetry in
         backpropagation? AAAI, 2016. https://arxiv.org/abs/1510.05067
     """
 
-    magnitude: Magnitude = "unit"
+    magnitude: Magnitude = "norm"
 
     def __post_init__(self):
         super().__post_init__()
@@ -146,6 +165,8 @@ class SignSync(Rule):
             case "glorot":
                 return _glorot_deviation(kernel.shape) * jnp.sign(kernel)
             case "preserve":
+                if jnp.issubdtype(feedback.dtype, jnp.integer):
+                    feedback = feedback.astype(jnp.int32)  # there is no abs of int4
                 magnitude = jnp.abs(feedback)
             case "norm":
                 magnitude = _root_mean_square(feedback)
@@ -168,7 +189,7 @@ class Transport(Rule):
         rate: the step towards W, in [0, 1].
 
     Raises:
-        ValueError: if the rate is outside [0, 1], or for a period as in `Rule`.
+        ValueError: if the rate is outside [0, 1], or as `Rule`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -192,7 +213,8 @@ class Transport(Rule):
         del key
         if self.rate == 1:
             return kernel  # exactly, whatever the rounding of W - B
-        return feedback + self.rate * (kernel - feedback)
+        w, b = dtypes.widen(kernel, feedback)
+        return _rounded(b + float(self.rate) * (w - b), feedback)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,7 +249,7 @@ class WeightMirror(Rule):
         batch_size: examples of noise per sync, at least 1.
 
     Raises:
-        ValueError: if a value is out of range; or for a period as in `Rule`.
+        ValueError: if a value is out of range; or as `Rule`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -274,21 +296,27 @@ class WeightMirror(Rule):
                 f"a kernel of shape {kernel.shape} takes no noise; expected (*window, in, out). "
                 "Use another rule for it."
             )
-        wide = jnp.promote_types(kernel.dtype, jnp.float32)  # half precision rounds 1 - decay
+        wide = dtypes.wide(kernel, feedback)  # half precision rounds 1 - decay
         matrix = _replicated(kernel).reshape(-1, kernel.shape[-1]).astype(wide)
-        noise = self.scale * draws.normal(key, (self.batch_size, len(matrix))).astype(wide)
-        seen = noise.T @ (noise @ matrix) / self.batch_size
-        step = shard_like(self.rate * seen.reshape(kernel.shape), kernel)
-        new = (1 - self._decay) * feedback.astype(wide) + step
-        return new.astype(jnp.result_type(kernel, feedback))
+        batch_size = int(self.batch_size)
+        noise = float(self.scale) * draws.normal(key, (batch_size, len(matrix))).astype(wide)
+        seen = noise.T @ (noise @ matrix) / batch_size
+        step = shard_like(float(self.rate) * seen.reshape(kernel.shape), kernel)
+        new = float(1 - self._decay) * feedback.astype(wide) + step
+        return _rounded(new, feedback)
 
 
 def check_period(name: str, period: ArrayLike) -> None:
-    """Raises ValueError unless the period is an integer of at least 1; traced ones pass."""
+    """Raises ValueError unless the period is an integer, 1 or more; a traced value passes."""
+    if np.ndim(period) > 0:
+        raise ValueError(
+            f"{name}: period has shape {np.shape(period)}; expected a scalar. For a sweep over "
+            f"periods map over them: jax.vmap(lambda period: ... {name}(period=period) ...)."
+        )
     if not _is_period(period):
         raise ValueError(
             f"{name}: period is {period!r}; expected an integer of at least 1, the number of "
-            "parameter updates from one time to the next."
+            f"parameter updates from one time to the next (at most {LARGEST}, int32's largest)."
         )
 
 
@@ -301,6 +329,11 @@ def shard_like(x: jax.Array, kernel: jax.Array) -> jax.Array:
             return x  # device_put would commit it, even if the kernel is not
         return jax.device_put(x, kernel.sharding)
     return jax.sharding.reshard(x, jax.typeof(kernel).sharding) if _is_explicit(kernel) else x
+
+
+def _rounded(new, feedback):
+    """What a rule computed, as feedback stores it; but never as integers, which cut it off."""
+    return new.astype(feedback.dtype) if jnp.issubdtype(feedback.dtype, jnp.inexact) else new
 
 
 def _replicated(x):
@@ -327,7 +360,7 @@ def _root_mean_square(x: jax.Array) -> jax.Array:
     """`sqrt(mean(x²))`, in one pass; exactly abs(x) where all abs(x) are equal: no sync drifts."""
 
     def magnitude(x):
-        return jnp.abs(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+        return jnp.abs(x.astype(dtypes.wide(x)))
 
     def relative_to(scale):
         scale = jnp.where(scale > 0, scale, 1)
@@ -347,6 +380,8 @@ def _root_mean_square(x: jax.Array) -> jax.Array:
 
 def _is_period(period) -> bool:
     if isinstance(period, jax.Array | np.ndarray):  # only sweeps use them; the rule is transient
-        is_integer = jnp.issubdtype(period.dtype, jnp.integer)
-        return is_integer and (isinstance(period, jax.core.Tracer) or bool((period >= 1).all()))
-    return isinstance(period, numbers.Integral) and period is not True and int(period) >= 1
+        if not jnp.issubdtype(period.dtype, jnp.integer):
+            return False
+        return isinstance(period, jax.core.Tracer) or 1 <= int(period) <= LARGEST
+    is_integer = isinstance(period, numbers.Integral) and not isinstance(period, bool)
+    return is_integer and 1 <= int(period) <= LARGEST

@@ -16,7 +16,6 @@ the devices of all of them, and each gets all the results.
 from __future__ import annotations
 
 import functools
-import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
@@ -234,8 +233,8 @@ def _calls(points, num_devices, chunk_size) -> tuple[list[list[int]], int]:
     for i, point in enumerate(points):
         by_period.setdefault(point.period, []).append(i)
     most = max(len(indices) for indices in by_period.values())
-    num_calls = math.ceil(most / (num_devices * chunk_size))
-    per_device = math.ceil(most / (num_devices * num_calls))
+    num_calls = -(-most // (num_devices * chunk_size))  # in integers: floats end somewhere
+    per_device = -(-most // (num_devices * num_calls))
     chunk = num_devices * per_device
     return [
         indices[start : start + chunk]

@@ -29,6 +29,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from soap_jax.activity import ValueAndGrad as ValueAndGrad
 from soap_jax.feedback import FeedbackState, sync_feedback
 from soap_jax.sweeps import sweep as sweep
 
@@ -51,7 +52,8 @@ class TrainState(NamedTuple):
             exact backpropagation.
         opt_state: the optimiser's state, over `params` alone, or over `(params, feedback weights)`
             where the optimiser learns feedback.
-        step: int32 scalar, the number of completed parameter updates.
+        step: int32 scalar, the number of completed parameter updates; see `make_train_step` for
+            which calls complete one.
     """
 
     params: chex.ArrayTree
@@ -59,9 +61,6 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     step: jax.Array
 
-
-ValueAndGrad = Callable[..., tuple[jax.Array, chex.ArrayTree]]
-"""`(params, feedback weights, batch, step) -> (loss, gradient)`."""
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]
 """`(state, batch) -> (state, loss)`."""
@@ -115,7 +114,8 @@ def init_train_state(
         0
     """
     learnt = (params, feedback_weights(feedback)) if learn_feedback else params
-    return TrainState(params, feedback, optimizer.init(learnt), jnp.zeros((), jnp.int32))
+    opt_state = _without_aliases(optimizer.init(learnt), params)
+    return TrainState(params, feedback, opt_state, jnp.zeros((), jnp.int32))
 
 
 def feedback_weights(feedback: FeedbackState | chex.ArrayTree | None) -> chex.ArrayTree | None:
@@ -138,8 +138,23 @@ def make_train_step(
     """Makes the step of training: sync feedback, take the gradient, update the parameters.
 
     Feedback is synced first, with the number of completed updates, so learning starts with synced
-    feedback. Under `optax.MultiSteps` only real updates count, and feedback changes only right
-    after one. (If its `should_skip_update_fn` skips the first batch after one, they sync again.)
+    feedback. A call completes an update unless the optimiser's state says that the update was held
+    back:
+
+    -   by `optax.MultiSteps`, between two real updates, or where its `should_skip_update_fn` skips;
+    -   by `optax.apply_every`, between two updates;
+    -   by `optax.apply_if_finite`, where the gradient is not finite. (Its state does not tell when
+        it has had too many of these and lets one through: that one does not count either.)
+
+    Such a call leaves `step` as it is, and the next one does not sync again. Every other call
+    counts, whether or not it changed a parameter: also where `optax.conditionally_mask` or a
+    wrapper of your own set the update to zero, since their states do not say so, and where
+    `apply_if_finite` or `apply_every` acts within `optax.masked` or `optax.partition`, on a part
+    of the parameters alone.
+
+    The optimiser gets the extra arguments of Optax's protocol: `value`, the loss; `grad`; and
+    `value_fn`, the loss as a function of what is learnt, on this batch and with this feedback. Its
+    gradient is the one that is trained by, a pseudo-gradient under feedback.
 
     Args:
         apply_fn: `(params, feedback, x) -> outputs`; feedback is `state.feedback.feedback`, or
@@ -172,7 +187,7 @@ def make_train_step(
         x, targets = batch
         return loss_fn(apply_fn(params, weights, x), targets)
 
-    def value_and_grad(params, weights, batch, step):
+    def value_and_grad(params, weights, batch, *, step):
         del step
         argnums = (0, 1) if learn_feedback else 0
         return jax.value_and_grad(loss_of, argnums)(params, weights, batch)
@@ -192,8 +207,9 @@ def make_gradient_step(
     and for gradients that are not `jax.grad`'s, such as those of `soap_jax.activity`.
 
     Args:
-        value_and_grad: `(params, feedback weights, batch, step) -> (loss, gradient)`; the gradient
-            is by params, or with `learn_feedback` by `(params, feedback weights)`.
+        value_and_grad: called as `value_and_grad(params, feedback weights, batch, step=step)`,
+            with `step` the number of completed updates; returns `(loss, gradient)`. The gradient is
+            by params, or with `learn_feedback` by `(params, feedback weights)`.
         optimizer: as in `make_train_step`.
         learn_feedback: as in `make_train_step`.
 
@@ -205,7 +221,7 @@ def make_gradient_step(
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
-        >>> def value_and_grad(params, feedback, batch, step):
+        >>> def value_and_grad(params, feedback, batch, *, step):
         ...     return params, 1.0  # whatever the batch
         >>> optimizer = optax.sgd(0.25)
         >>> step = make_gradient_step(value_and_grad, optimizer)
@@ -213,6 +229,7 @@ def make_gradient_step(
         >>> float(state.params)
         0.75
     """
+    optimizer_update = _with_extra_args(optimizer)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
         feedback = state.feedback
@@ -224,20 +241,31 @@ def make_gradient_step(
                 "learn_feedback is True and the state has no feedback; expected "
                 "init_train_state(..., feedback=init_feedback(...), learn_feedback=True)."
             )
-        loss, gradient = value_and_grad(state.params, weights, batch, state.step)
         learnt = (state.params, weights) if learn_feedback else state.params
         if learn_feedback:
             _check_learns_feedback(optimizer, state.opt_state, learnt)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, learnt)
+
+        def gradient_at(learnt):
+            params, feedback_ = learnt if learn_feedback else (learnt, weights)
+            return value_and_grad(params, feedback_, batch, step=state.step)
+
+        loss, gradient = gradient_at(learnt)
+        updates, opt_state = optimizer_update(
+            gradient,
+            state.opt_state,
+            learnt,
+            value=loss,
+            grad=gradient,
+            value_fn=_value_fn(gradient_at),
+        )
         learnt = optax.apply_updates(learnt, updates)
         params, weights = learnt if learn_feedback else (learnt, weights)
         if learn_feedback and isinstance(feedback, FeedbackState):
             feedback = dataclasses.replace(feedback, feedback=weights)
         elif learn_feedback:
             feedback = weights
-        accumulation = _accumulation(opt_state)
-        completed = state.step + 1 if accumulation is None else accumulation.gradient_step
-        return TrainState(params, feedback, opt_state, completed), loss
+        completed = _completed_updates(state.opt_state, opt_state)
+        return TrainState(params, feedback, opt_state, state.step + completed), loss
 
     return step
 
@@ -300,7 +328,7 @@ def epoch_order(key: chex.PRNGKey, num_examples: int, batch_size: int) -> jax.Ar
             f"batch_size is {batch_size}; expected 1 to {num_examples}, the number of examples."
         )
     steps = num_examples // batch_size
-    order = jax.random.permutation(key, num_examples)
+    order = jax.random.permutation(key, np.arange(num_examples, dtype=np.int32))
     return order[: steps * batch_size].reshape(steps, batch_size)
 
 
@@ -361,11 +389,24 @@ def evaluate(
     def one(example):
         x, label = jax.tree.map(lambda leaf: leaf[None], example)
         outputs = apply_fn(params, feedback, x)
-        hit = jnp.argmax(outputs, -1)[0] == label[0]
+        hit = (jnp.argmax(outputs, -1)[0] == label[0]).astype(jnp.float32)
         return loss_fn(outputs, label), jnp.where(jnp.isfinite(outputs).all(), hit, jnp.nan)
 
     losses, hits = lax.map(one, data, batch_size=min(batch_size, data[0].shape[0]))
     return Evaluation(losses.mean(), hits.mean())
+
+
+def _without_aliases(opt_state, params):
+    """Copies what the optimiser's state has twice, or has of params: no buffer is donated twice."""
+    seen = {id(leaf) for leaf in jax.tree.leaves(params)}
+
+    def own(leaf):
+        if id(leaf) in seen and isinstance(leaf, jax.Array):
+            return jnp.copy(leaf)
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, opt_state)
 
 
 def _check_learns_feedback(optimizer, opt_state, learnt):
@@ -379,28 +420,89 @@ def _check_learns_feedback(optimizer, opt_state, learnt):
         )
 
 
+def _with_extra_args(optimizer):
+    """The optimiser's `update`, which takes Optax's extra arguments whether it uses them or not."""
+    if isinstance(optimizer, optax.MultiSteps):  # no GradientTransformation, but hands them on
+        return optimizer.update
+    return optax.with_extra_args_support(optimizer).update
+
+
+def _value_fn(value_and_grad):
+    """The value alone, differentiable: its gradient is the one that comes with it.
+
+    To differentiate `value_and_grad(x)[0]` would be wrong: it would differentiate the forward pass
+    of custom derivatives as it stands, so the error would pass the kernels themselves.
+    """
+
+    @jax.custom_vjp
+    def value(x):
+        return value_and_grad(x)[0]
+
+    def value_bwd(gradient, value_bar):
+        def scaled(leaf):
+            return jnp.asarray(value_bar, leaf.dtype) * leaf
+
+        return (jax.tree.map(scaled, gradient),)
+
+    value.defvjp(value_and_grad, value_bwd)
+    return lambda x: value(x)  # Optax reads the names of its arguments
+
+
 def _sync(params, feedback, state):
-    """Syncs, but between two real updates of `optax.MultiSteps` leaves feedback as it is."""
-    accumulation = _accumulation(state.opt_state)
-    if accumulation is None:
+    """Syncs, unless the last call's update was held back: then feedback is synced already."""
+    held_back = [_held_back(wrapper) for wrapper in _wrappers(state.opt_state)]
+    if not held_back:
         return sync_feedback(params, feedback, state.step)
     return lax.cond(
-        accumulation.mini_step == 0,
-        lambda: sync_feedback(params, feedback, state.step),
+        functools.reduce(jnp.logical_or, held_back),
         lambda: feedback,
+        lambda: sync_feedback(params, feedback, state.step),
     )
 
 
-def _accumulation(opt_state) -> optax.MultiStepsState | None:
-    """The state of `optax.MultiSteps` within an optimiser's state, if it has one."""
+def _held_back(wrapper) -> jax.Array:
+    """Whether the update of the last call was held back, as a wrapper's state tells."""
+    if isinstance(wrapper, optax.ApplyIfFiniteState):
+        return jnp.logical_not(wrapper.last_finite)
+    if isinstance(wrapper, optax.ApplyEvery):
+        return wrapper.count != 0
+    skipped = wrapper.skip_state
+    said = skipped.get("should_skip", False) if isinstance(skipped, dict) else False
+    return jnp.logical_or(wrapper.mini_step != 0, said)
 
-    def is_one(node):
-        return isinstance(node, optax.MultiStepsState)
 
-    found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_one) if is_one(node)]
-    if len(found) > 1:
+def _completed_updates(before, after) -> jax.Array | int:
+    """1, or 0 where a wrapper held the update back, from the optimiser's states around a call."""
+    completed: jax.Array | int = 1
+    for old, new in zip(_wrappers(before), _wrappers(after), strict=True):
+        if isinstance(new, optax.MultiStepsState):  # counts, whichever way an update is skipped
+            now = new.gradient_step != old.gradient_step
+        else:
+            now = jnp.logical_not(_held_back(new))
+        completed = completed * now.astype(jnp.int32)
+    return completed
+
+
+_WRAPPERS = (optax.MultiStepsState, optax.ApplyIfFiniteState, optax.ApplyEvery)
+
+
+def _wrappers(opt_state) -> list:
+    """The states of wrappers that hold updates back, the outermost first."""
+    found = list(_find_wrappers(opt_state))
+    num = sum(isinstance(state, optax.MultiStepsState) for state in found)
+    if num > 1:
         raise ValueError(
-            f"the optimiser's state has {len(found)} states of optax.MultiSteps; expected one at "
+            f"the optimiser's state has {num} states of optax.MultiSteps; expected one at "
             "most, since its updates are the clock that feedback is synced by."
         )
-    return found[0] if found else None
+    return found
+
+
+def _find_wrappers(node, in_part=False):
+    stop = (*_WRAPPERS, optax.MaskedState)
+    for state in jax.tree.leaves(node, is_leaf=lambda inner: isinstance(inner, stop)):
+        if not isinstance(state, stop):
+            continue
+        if isinstance(state, optax.MultiStepsState if in_part else _WRAPPERS):
+            yield state
+        yield from _find_wrappers(tuple(state), in_part or isinstance(state, optax.MaskedState))

@@ -9,12 +9,14 @@ kernels with feedback goes through it. A missing or `None` leaf means exact back
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+
+from soap_jax import dtypes
 
 Path = tuple[str, ...]
 """Names from a tree's root to a leaf; the box that Flax may put around a leaf does not count."""
@@ -43,8 +45,8 @@ def map_pairs(
         A tree of feedback's structure; `None` leaves stay `None`.
 
     Raises:
-        ValueError: if a feedback leaf has no kernel, or not its kernel's shape, or if its kernel
-            is not floating point.
+        ValueError: if a feedback leaf has no kernel, or not its kernel's shape, if it is complex
+            and its kernel real, or if its kernel is not floating point.
 
     Example:
         >>> import jax.numpy as jnp
@@ -151,7 +153,7 @@ def select(params: chex.ArrayTree, where: Where) -> set[Path]:
 
     Raises:
         ValueError: if a pattern matches nothing, if nothing at all is selected, or if what is
-            selected is not floating point.
+            selected is not floating point or has no entries.
     """
     leaves = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
     if where is None:
@@ -160,7 +162,12 @@ def select(params: chex.ArrayTree, where: Where) -> set[Path]:
     elif callable(where):
         chosen = {p for p, leaf in leaves.items() if where("/".join(p), leaf)}
     else:
-        patterns = (where,) if isinstance(where, str) else tuple(where)
+        patterns = (where,) if isinstance(where, str) else where
+        if not isinstance(patterns, Iterable):
+            raise ValueError(
+                f"where is {where!r}; expected glob patterns such as 'Dense_1/kernel', what "
+                "soap_jax.explain returned, or a predicate (path, leaf) -> bool."
+            )
         chosen = set()
         for pattern in patterns:
             matched = {p for p in leaves if matches(pattern, p)}
@@ -183,25 +190,52 @@ def select(params: chex.ArrayTree, where: Where) -> set[Path]:
         )
     for path in chosen:
         check_kernel(leaves[path], path)
+        check_not_empty(leaves[path], path)
     return chosen
 
 
 def check_kernel(kernel: jax.Array, path: Path = ()) -> None:
     """Raises ValueError unless the kernel is floating point."""
-    if not jnp.issubdtype(jnp.result_type(kernel), jnp.inexact):
+    if not is_inexact(kernel):
         raise ValueError(
-            f"the kernel{_at(path)} has dtype {jnp.result_type(kernel)}; expected a floating-point "
-            "dtype, since only such a kernel has a gradient. Leave it out, or cast it."
+            f"the kernel{_at(path)} {_kind(kernel)}; expected a floating-point dtype, since only "
+            "such a kernel has a gradient. Leave it out, or cast it."
+        )
+
+
+def check_not_empty(kernel: jax.Array, path: Path = ()) -> None:
+    """Raises ValueError for a kernel without entries."""
+    if 0 in jnp.shape(kernel):
+        raise ValueError(
+            f"the kernel{_at(path)} has shape {jnp.shape(kernel)}, which is empty; expected at "
+            "least one weight. Give it no feedback: leave it out of `where`, or make its leaf None."
         )
 
 
 def check_feedback(feedback: jax.Array, kernel: jax.Array, path: Path = ()) -> None:
-    """Raises ValueError unless feedback has its kernel's shape; a forward pass never notices."""
+    """Raises ValueError unless feedback has its kernel's shape, and is real if the kernel is.
+
+    No forward pass would notice either.
+    """
     if jnp.shape(feedback) != jnp.shape(kernel):
         raise ValueError(
             f"feedback{_at(path)} has shape {jnp.shape(feedback)}; expected {jnp.shape(kernel)}, "
             "the shape of its kernel. Feedback is laid out like the kernel, not transposed."
         )
+    dtype = dtypes.of(feedback)
+    if dtype is None:
+        raise ValueError(f"feedback{_at(path)} {_kind(feedback)}; expected an array of numbers.")
+    if not dtypes.holds(jnp.result_type(kernel), dtype):
+        raise ValueError(
+            f"feedback{_at(path)} has dtype {dtype} and its kernel {jnp.result_type(kernel)}; "
+            "expected real feedback for a real kernel, whose error has no imaginary part."
+        )
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf is an array, or a number, that has a derivative."""
+    dtype = dtypes.of(leaf)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
 def path_of(keys: Sequence[Any]) -> Path:
@@ -214,6 +248,11 @@ def path_of(keys: Sequence[Any]) -> Path:
 
 def matches(pattern: str, path: Path) -> bool:
     """Whether the glob `pattern` matches the path; `*` also spans "/"."""
+    if not isinstance(pattern, str):
+        raise ValueError(
+            f"a pattern is {pattern!r}; expected a string over paths, such as 'Dense_1/kernel' or "
+            "'Dense_*/kernel'."
+        )
     return fnmatch.fnmatchcase("/".join(path), pattern)
 
 
@@ -224,3 +263,8 @@ def show(path: Path) -> str:
 
 def _at(path: Path) -> str:
     return f" at {show(path)}" if path else ""
+
+
+def _kind(leaf):
+    dtype = dtypes.of(leaf)
+    return f"is a {type(leaf).__name__}" if dtype is None else f"has dtype {dtype}"

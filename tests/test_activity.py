@@ -104,7 +104,7 @@ def numpy_reference(params, x, labels, *, back=None, arrives_replaced=True):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_two_taps_by_hand(seed):
     params, data = weights(seed), batch(seed)
-    value, gradients = jax.jit(make())(0, params, *data)
+    value, gradients = jax.jit(make())(params, *data, step=0)
     expected_value, expected = numpy_reference(params, *data)
     np.testing.assert_allclose(value, expected_value, rtol=1e-6)
     assert_close(gradients, expected)
@@ -132,7 +132,7 @@ def rewritten_loss(tap, params, feedback, x, labels):
 @pytest.mark.parametrize("loss_fa", [feedback_loss, rewritten_loss])
 def test_both_passes_go_through_feedback(loss_fa):
     params, feedback, data = weights(), weights(5)[1:], batch()
-    value, gradients = jax.jit(make(loss_fa))(0, params, feedback, *data)
+    value, gradients = jax.jit(make(loss_fa))(params, feedback, *data, step=0)
     expected_value, expected = numpy_reference(params, *data, back=feedback)
     np.testing.assert_allclose(value, expected_value, rtol=1e-6)
     assert_close(gradients, expected)
@@ -151,23 +151,23 @@ def test_a_tapped_quadratic_takes_newtons_step():
         return jnp.sum(h * tap("a", a) ** 2) / 2
 
     rate = 0.3 / 3
-    _, newton = make(quadratic, learning_rate=0.3, bias=1e-12)(0, a)
+    _, newton = make(quadratic, learning_rate=0.3, bias=1e-12)(a, step=0)
     np.testing.assert_allclose(newton, a, rtol=1e-5)
     bias = 0.05
-    _, biased = make(quadratic, learning_rate=0.3, bias=bias)(0, a)
+    _, biased = make(quadratic, learning_rate=0.3, bias=bias)(a, step=0)
     g = h * a
     np.testing.assert_allclose(
         biased, rate * g**2 / (rate * h * g + 2 * bias * np.sign(g)), rtol=1e-5
     )
     # Where bias outweighs all, what is left is g² with the sign of g - g'.
-    _, heavy = make(quadratic, learning_rate=0.3, bias=1e4)(0, a)
+    _, heavy = make(quadratic, learning_rate=0.3, bias=1e4)(a, step=0)
     np.testing.assert_allclose(heavy, rate * g * np.abs(g) / 2e4, rtol=1e-4)
 
 
 def test_where_the_gradient_does_not_change_bias_stands_in():
     """A linear loss: d = 0, so a_bar = (lr / n) g² / bias, never negative."""
     c = np.array([[2.0, -3.0, 0.0]], np.float32)
-    _, a_bar = make(lambda tap, a: jnp.sum(c * tap("a", a)), learning_rate=0.3, bias=0.5)(0, c)
+    _, a_bar = make(lambda tap, a: jnp.sum(c * tap("a", a)), learning_rate=0.3, bias=0.5)(c, step=0)
     np.testing.assert_allclose(a_bar, 0.1 * c**2 / 0.5, rtol=1e-6)
 
 
@@ -176,13 +176,13 @@ def test_an_activation_that_does_not_matter_gets_no_error():
         tap("unused", 2 * a)
         return jnp.sum(tap("used", a) ** 2)
 
-    _, a_bar = make(f, learning_rate=0.3, bias=1e-12)(0, jnp.ones(3))
+    _, a_bar = make(f, learning_rate=0.3, bias=1e-12)(jnp.ones(3), step=0)
     np.testing.assert_allclose(a_bar, 1, rtol=1e-5)
 
 
 def test_tiny_errors_do_not_underflow():
     c = np.float32(1e-25)  # whose square is zero in float32
-    _, a_bar = make(lambda tap, a: c * tap("a", a), learning_rate=1.0, bias=1e-20)(0, 1.0)
+    _, a_bar = make(lambda tap, a: c * tap("a", a), learning_rate=1.0, bias=1e-20)(1.0, step=0)
     np.testing.assert_allclose(a_bar, 1e-30, rtol=1e-5)
 
 
@@ -193,7 +193,7 @@ def test_the_tap_above_a_layer_leaves_its_own_gradient_to_the_moved_activation()
     def f(tap, w):
         return jnp.sum(tap("h", h) @ w)
 
-    _, w_bar = make(f, learning_rate=0.2)(0, w)
+    _, w_bar = make(f, learning_rate=0.2)(w, step=0)
     np.testing.assert_allclose(w_bar, (h - 0.1 * w.T).T, rtol=1e-6)
 
 
@@ -211,9 +211,9 @@ def test_warmup_is_backprop_and_then_it_is_not():
     f = jax.jit(make(counted, warmup=3))
     backprop = jax.jit(jax.value_and_grad(functools.partial(loss, activity.untapped)))
     expected = backprop(params, *data)
-    always = jax.jit(make())(0, params, *data)
+    always = jax.jit(make())(params, *data, step=0)
     for step in (0, 2, 3, 10**6):
-        value, gradients = f(step, params, *data)
+        value, gradients = f(params, *data, step=step)
         assert_close((value, gradients), expected if step < 3 else always, rtol=1e-6, atol=1e-7)
     assert len(traces) == 4  # types, first and second pass, backprop: once each
     distance = np.abs(np.asarray(always[1][0]) - np.asarray(expected[1][0])).max()
@@ -225,7 +225,7 @@ def train(params, steps, *, warmup, scanned):
 
     def body(carry, data):
         params, step = carry
-        value, gradients = f(step, params, *data)
+        value, gradients = f(params, *data, step=step)
         params = jax.tree.map(lambda w, g: w - 0.1 * g, params, gradients)
         return (params, step + 1), value
 
@@ -254,7 +254,7 @@ def test_vmap_over_seeds_and_rates_equals_a_python_loop():
 
     @jax.jit
     def f(rate, step, params):
-        return make(learning_rate=rate, warmup=1)(step, params, *data)
+        return make(learning_rate=rate, warmup=1)(params, *data, step=step)
 
     together = jax.vmap(f)(rates, steps, stacked)
     for i in range(3):
@@ -275,8 +275,8 @@ def test_aux_is_the_first_passs():
     params, (x, labels) = weights(), batch()
     for warmup in (0, 1):
         f = jax.jit(make(with_aux, has_aux=True, warmup=warmup))
-        (value, kept), gradients = f(1, params, x, labels)
-        assert_close((value, gradients), jax.jit(make())(0, params, x, labels))
+        (value, kept), gradients = f(params, x, labels, step=1)
+        assert_close((value, gradients), jax.jit(make())(params, x, labels, step=0))
         np.testing.assert_allclose(kept["hidden_0"], np.tanh(x @ params[0]), rtol=1e-5)
 
 
@@ -287,7 +287,7 @@ def test_half_precision_keeps_its_dtype_and_steps_in_float32(dtype):
     def quadratic(tap, a):
         return jnp.sum(tap("a", a).astype(jnp.float32) ** 2)
 
-    _, a_bar = make(quadratic, learning_rate=1.0, bias=1e-9)(0, a)
+    _, a_bar = make(quadratic, learning_rate=1.0, bias=1e-9)(a, step=0)
     assert a_bar.dtype == dtype
     np.testing.assert_allclose(a_bar.astype(jnp.float32), [3, -2], rtol=2e-2)
 
@@ -297,7 +297,7 @@ def test_it_differentiates_by_the_rate():
 
     def a_bar(rate):
         f = make(lambda tap, a: 2 * tap("a", a) ** 2, learning_rate=rate, bias=0.5)
-        return f(0, 1.0)[1]  # g = h = 4: rate * 16 / (rate * 16 + 1)
+        return f(1.0, step=0)[1]  # g = h = 4: rate * 16 / (rate * 16 + 1)
 
     np.testing.assert_allclose(jax.grad(a_bar)(0.5), 16 / 81, rtol=1e-5)
 
@@ -319,7 +319,7 @@ def linen_gradients(params, *data, net=LinenNet):
         return cross_entropy(net().apply({"params": params}, x, tap), labels)
 
     tree = {f"dense_{i}": {"kernel": w} for i, w in enumerate(params)}
-    _, gradients = jax.jit(make(f))(0, tree, *data)
+    _, gradients = jax.jit(make(f))(tree, *data, step=0)
     return [gradients[f"dense_{i}"]["kernel"] for i in range(3)]
 
 
@@ -343,7 +343,7 @@ def nnx_gradients(params, *data):
     def f(tap, state, x, labels):
         return cross_entropy(nnx.merge(graph, state)(x, tap), labels)
 
-    _, gradients = jax.jit(make(f))(0, state, *data)
+    _, gradients = jax.jit(make(f))(state, *data, step=0)
     return [gradients["dense"][i]["kernel"][...] for i in range(3)]
 
 
@@ -359,7 +359,7 @@ def jitted_inside(params, *data):
         x = jax.jit(lambda x: tap("hidden_1", jnp.tanh(x @ params[1])))(x)
         return cross_entropy(x @ params[2], labels)
 
-    return jax.jit(make(f))(0, params, *data)[1]
+    return jax.jit(make(f))(params, *data, step=0)[1]
 
 
 def rematerialised(params, *data):
@@ -368,7 +368,7 @@ def rematerialised(params, *data):
         x = tap("hidden_1", jnp.tanh(hidden(x, params[0]) @ params[1]))
         return cross_entropy(x @ params[2], labels)
 
-    return jax.jit(make(f))(0, params, *data)[1]
+    return jax.jit(make(f))(params, *data, step=0)[1]
 
 
 WAYS = {
@@ -378,7 +378,7 @@ WAYS = {
     "nnx": nnx_gradients,
     "jit inside": jitted_inside,
     "checkpoint inside": rematerialised,
-    "outside jit": lambda params, *data: make()(0, params, *data)[1],
+    "outside jit": lambda params, *data: make()(params, *data, step=0)[1],
 }
 
 
@@ -395,7 +395,7 @@ def test_arguments_need_not_be_arrays():
 
     params, data = weights(), batch()
     g = make(lambda tap, params, x, labels, kind: f(tap, params, x, labels), warmup=1)
-    assert_close(g(1, params, *data, "a string")[1], numpy_reference(params, *data)[1])
+    assert_close(g(params, *data, "a string", step=1)[1], numpy_reference(params, *data)[1])
 
 
 # Several devices
@@ -414,14 +414,14 @@ def test_an_explicitly_sharded_batch_changes_nothing(mesh):
             jnp.sum((labels[:, None] == classes[None]) * jax.nn.log_softmax(x @ third), -1)
         )
 
-    assert_close(jax.jit(make(one_hot_loss))(0, params, x, labels), expected)
+    assert_close(jax.jit(make(one_hot_loss))(params, x, labels, step=0), expected)
 
 
 def test_in_shard_map_each_device_taps_its_own_share(auto_mesh):
     params, data = weights(), batch(size=4 * BATCH)
     f = jax.jit(
         jax.shard_map(
-            lambda *args: make()(0, *args)[1],
+            lambda *args: make()(*args, step=0)[1],
             mesh=auto_mesh,
             in_specs=(P(), P("data"), P("data")),
             out_specs=P(),
@@ -437,7 +437,7 @@ def test_in_shard_map_each_device_taps_its_own_share(auto_mesh):
 
 def raises(message, f, *args, **options):
     with pytest.raises(ValueError, match=message):
-        make(f, **options)(0, jnp.ones((2, 3)), *args)
+        make(f, **options)(jnp.ones((2, 3)), *args, step=0)
 
 
 def test_no_tap_raises():
@@ -523,7 +523,7 @@ def test_outside_a_scan_or_vmap_one_may_tap():
         states = lax.scan(lambda c, row: (c + row, jnp.tanh(c + row)), jnp.zeros(3), w)[1]
         return jnp.sum(tap("mapped", jax.vmap(jnp.sin)(tap("states", states))))
 
-    assert np.all(np.isfinite(make(f)(0, jnp.ones((2, 3)))[1]))
+    assert np.all(np.isfinite(make(f)(jnp.ones((2, 3)), step=0)[1]))
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "bias"])
@@ -542,4 +542,4 @@ def test_a_warmup_that_is_no_count_raises(warmup):
 @pytest.mark.parametrize("step", [0.0, None, {"w": 1}, np.zeros(2, np.int32), jnp.float32(0)])
 def test_a_step_that_is_no_integer_scalar_raises(step):
     with pytest.raises(ValueError, match=r"step is .*; expected an integer scalar, the number of"):
-        make()(step, weights(), *batch())
+        make()(weights(), *batch(), step=step)

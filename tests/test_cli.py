@@ -1,6 +1,7 @@
 """The command line, as a user runs it: in a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -23,9 +24,10 @@ SMALL = [
 ]
 
 
-def soap_jax(*args, cwd):
-    command = [sys.executable, "-W", "error", "-c", "from soap_jax.cli import main; main()", *args]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+def soap_jax(*args, cwd, script="from soap_jax.cli import main; main()", **env):
+    command = [sys.executable, "-W", "error", "-c", script, *args]
+    env = os.environ | env
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,60 @@ def test_report_at_another_target_counts_steps_to_it_and_leaves_the_first_report
     assert steps == pytest.approx(stats.gmean([results.steps_to(c, target) for c in curves]))
 
 
+READ_ONLY = """
+import tempfile, pathlib
+make = tempfile.TemporaryFile
+def refuse(*args, dir=None, **more):
+    if pathlib.Path(dir) == pathlib.Path({!r}):
+        raise PermissionError(13, "Permission denied")
+    return make(*args, dir=dir, **more)
+tempfile.TemporaryFile = refuse
+from soap_jax.cli import main; main()
+"""
+"""The command where a directory cannot be written, whoever runs the test."""
+
+
+def test_a_report_on_a_directory_that_may_only_be_read_goes_elsewhere_and_says_where(
+    small_study, tmp_path
+):
+    out = small_study[0] / "results" / "digits"
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    done = soap_jax("report", str(out), cwd=tmp_path, script=READ_ONLY.format(str(out)))
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "digits may only be read: the report goes to results/report-digits." in said
+    made = tmp_path / "results" / "report-digits"
+    assert (made / "report.html").read_bytes() == (out / "report.html").read_bytes()
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+def test_a_terminal_without_degree_and_plus_minus_signs_gets_the_rest(small_study, tmp_path):
+    """As all of what is printed goes through two streams, one command stands for all."""
+    cwd, _ = small_study
+    tiny = ("train", "--epochs=1", "--hidden=3", "--method=fa", f"--out={tmp_path}/one")
+    for args in (tiny, ("report", "results/digits"), ("study", "--help")):
+        done = soap_jax(*args, cwd=cwd, PYTHONIOENCODING="ascii")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.isascii() and ("?" in done.stdout or args[0] == "study")
+    done = soap_jax("report", "nirgendwo-ü", cwd=cwd, PYTHONIOENCODING="ascii")
+    assert done.returncode == 2 and "nirgendwo-? holds no study" in done.stderr
+
+
+def test_too_little_memory_is_one_line(tmp_path):
+    broken = """
+from soap_jax import cli
+def fail(*args):
+    raise {}
+cli._run_train = fail
+cli.main()
+"""
+    for error in ("MemoryError", "RuntimeError('RESOURCE_EXHAUSTED: 9 bytes.\\nat once')"):
+        done = soap_jax("train", cwd=tmp_path, script=broken.format(error))
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("error: not enough memory (")
+        assert len(done.stderr.splitlines()) == 1
+
+
 def test_report_of_nothing_says_so(tmp_path):
     done = soap_jax("report", "nowhere", cwd=tmp_path)
     assert done.returncode == 2 and "nowhere holds no study" in done.stderr
@@ -146,6 +202,12 @@ def test_another_study_in_the_same_directory_is_refused(small_study):
         (["--period=0"], "periods has 0 at index 0"),
         (["--memory-limit=0"], "memory_limit is 0.0"),
         (["--out=/dev/null/out"], "cannot write results to /dev/null/out"),
+        ([f"--out={'a' * 300}"], "File name too long"),
+        (["--seeds=99999999999999999999"], "seeds is 99999999999999999999; expected at most"),
+        (["--seeds=300000000"], "seeds is 300000000; expected at most"),
+        (["--epochs=999999999999"], "epochs is 999999999999; expected at most"),
+        (["--hidden=99999999999"], "hidden is (99999999999,); expected at most"),
+        ([f"--period={'9' * 5000}"], "expected numbers with commas between them"),
     ],
 )
 def test_bad_input_is_one_line_without_a_traceback(args, message, tmp_path):

@@ -208,7 +208,7 @@ def of_activity(through=None):
     below = of_loss(None) if through is None else of_rule(through)
 
     def value_and_grad(params, weights, batch, step):
-        return grad_fn(step, params, weights, *batch)
+        return grad_fn(params, weights, *batch, step=step)
 
     return below._replace(value_and_grad=value_and_grad)
 

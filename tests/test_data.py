@@ -18,6 +18,7 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 
 import hypothesis
 import numpy as np
@@ -343,6 +344,141 @@ def test_file_of_another_data_set_is_recognised(publish):
     folder = publish("kmnist", *map(idx_gz, small_arrays(seed=1)))
     with pytest.raises(ValueError, match=r"wrong checksum.*It is the file of that name of kmnist"):
         data.load("mnist", data_dir=folder)
+
+
+# --- unpacked files, and torchvision's folders
+
+
+@pytest.fixture
+def unpack(publish, monkeypatch):
+    """Publishes small arrays as a data set and unpacks them, with or without known checksums."""
+
+    def unpack(name, folder, *, known=True, seed=0):
+        contents = [*map(idx_bytes, small_arrays(seed))]
+        packed = publish(name, *map(gz, contents))
+        archive = _archives.ARCHIVES[name]
+        sums = [hashlib.md5(content).hexdigest() if known else "" for content in contents]
+        files = [
+            file._replace(unpacked_md5=md5) for file, md5 in zip(archive.files, sums, strict=True)
+        ]
+        monkeypatch.setitem(_archives.ARCHIVES, name, archive._replace(files=tuple(files)))
+        folder.mkdir(parents=True)
+        for file, content in zip(files, contents, strict=True):
+            (folder / file.name.removesuffix(".gz")).write_bytes(content)
+        return packed
+
+    return unpack
+
+
+@pytest.mark.parametrize(
+    "name, inside",
+    [
+        ("mnist", "."),
+        ("mnist", "mnist"),
+        ("mnist", "MNIST/raw"),
+        ("mnist", "raw"),
+        ("fashion_mnist", "FashionMNIST/raw"),
+        ("kmnist", "KMNIST/raw"),
+    ],
+)
+def test_unpacked_files_are_the_packed_ones_wherever_they_lie(name, inside, unpack, tmp_path):
+    packed = unpack(name, tmp_path / "root" / inside)
+    dataset = data.load(name, data_dir=tmp_path / "root")
+    expected = data.load(name, data_dir=packed)
+    assert_same_arrays(dataset, expected)
+    assert dataset.source == expected.source  # so a study may go on with the other
+    (tmp_path / "root" / inside / IDX[1]).write_bytes((packed / IDX[1]).read_bytes())
+    (tmp_path / "root" / inside / IDX[1].removesuffix(".gz")).write_bytes(b"")
+    assert_same_arrays(data.load(name, data_dir=tmp_path / "root"), expected)  # packed go first
+
+
+def test_unpacked_files_without_a_published_checksum_are_said_not_to_be_checked(unpack, tmp_path):
+    unpack("kmnist", tmp_path / "one", known=False)
+    source = data.load("kmnist", data_dir=tmp_path / "one").source
+    assert source.startswith("idx directory unpacked and not checked sha256:")
+    labels = tmp_path / "one" / IDX[1].removesuffix(".gz")
+    content = bytearray(labels.read_bytes())
+    content[-1] = (content[-1] + 1) % 10
+    labels.write_bytes(content)
+    assert data.load("kmnist", data_dir=tmp_path / "one").source != source
+
+
+@pytest.mark.parametrize("asked", ["mnist", "kmnist"])
+def test_unpacked_files_of_another_data_set_are_recognised(asked, unpack, tmp_path):
+    unpack(asked, tmp_path / "own", known=asked == "mnist", seed=1)
+    unpack("fashion_mnist", tmp_path / "other")
+    with pytest.raises(ValueError, match=r"wrong checksum: MD5 .* of that name of fashion_mnist"):
+        data.load(asked, data_dir=tmp_path / "other")
+
+
+def test_an_unpacked_file_under_the_packed_name_says_how_to_call_it(publish):
+    folder = publish("mnist", *corrupted(0, idx_bytes(IMAGES)))
+    with pytest.raises(ValueError, match=r"not a gzip file.*an unpacked one its name without \.gz"):
+        data.load("mnist", data_dir=folder)
+
+
+@needs("mnist")
+def test_real_mnist_unpacked_in_torchvisions_folder(tmp_path):
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for name in IDX:
+        content = gzip.decompress((REAL / "mnist" / name).read_bytes())
+        (folder / name.removesuffix(".gz")).write_bytes(content)
+    dataset = data.load("mnist", data_dir=tmp_path)
+    expected = data.load("mnist", data_dir=REAL / "mnist")
+    assert_same_arrays(dataset, expected)
+    assert dataset.source == expected.source
+
+
+# --- files that hold more than they should
+
+
+def bomb(size):
+    """A gzip file of zeros, a thousandth of its size."""
+    return gzip.compress(bytes(2**20), 1) * (size // 2**20)
+
+
+def peak_memory(call):
+    tracemalloc.start()
+    call()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_file_that_unpacks_to_more_than_the_published_one_is_refused_at_once(which, publish):
+    folder = publish("mnist", *corrupted(which, bomb(2**30)))
+
+    def load():
+        with pytest.raises(ValueError, match=f"{IDX[which]} holds more than [0-9]+ bytes"):
+            data.load("mnist", data_dir=folder)
+
+    assert peak_memory(load) < 150e6  # three times the largest file
+
+
+def test_a_file_longer_than_the_published_one_is_refused_unread(publish, tmp_path, unpack):
+    folder = publish("mnist", *map(idx_gz, small_arrays()))
+    os.truncate(folder / IDX[1], 2**40)  # zeros after the end: gzip would skip them all
+    with pytest.raises(ValueError, match=r"train-labels.* holds more than 60008 bytes"):
+        data.load("mnist", data_dir=folder)
+    unpack("kmnist", tmp_path / "unpacked")
+    os.truncate(tmp_path / "unpacked" / IDX[2].removesuffix(".gz"), 2**40)
+    with pytest.raises(ValueError, match=r"t10k-images.* holds more than 7840016 bytes"):
+        data.load("kmnist", data_dir=tmp_path / "unpacked")
+
+
+@pytest.mark.parametrize("member", ["readme.html", "data_batch_1.bin"])
+def test_a_tar_file_that_unpacks_to_more_than_the_published_one_is_refused(
+    member, publish, monkeypatch
+):
+    folder = publish("cifar10", cifar_tar(small_cifar() | {member: bytes(3073 * 1000)}))
+    archive = _archives.ARCHIVES["cifar10"]
+    data.load("cifar10", data_dir=folder)
+    files = (archive.files[0]._replace(unpacked_size=10**6),)
+    monkeypatch.setitem(_archives.ARCHIVES, "cifar10", archive._replace(files=files))
+    with pytest.raises(ValueError, match="holds more when unpacked than the published file"):
+        data.load("cifar10", data_dir=folder)
 
 
 # --- through TFDS

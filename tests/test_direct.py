@@ -1022,3 +1022,40 @@ def test_params_that_are_no_stack_raise(params):
 def test_a_block_whose_output_is_unlike_its_input_raises(block):
     with pytest.raises(ValueError, match=r"block maps float32\[4, 5\] to .*; expected the same"):
         scan_blocks(block, jnp.ones((3, 5, 5)), jnp.ones((4, 5)))
+
+
+@pytest.mark.parametrize("rows", [True, float("inf"), "8", 1j])
+def test_rows_that_are_no_finite_number_raise(rows):
+    with pytest.raises(ValueError, match=r"rows is .*; expected a positive number"):
+        direct_target(jnp.ones((4, 3)), jnp.ones((4, 2)), jnp.ones((2, 3)), rows=rows)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, None, "3", (3, 0)])
+def test_sizes_of_a_projection_that_are_no_positive_integers_raise(size):
+    with pytest.raises(ValueError, match=r"out is .* and features are .*; expected a positive int"):
+        draw_projection(KEY, 2, size)
+    with pytest.raises(ValueError, match=r"out is .* and features are .*; expected a positive int"):
+        draw_projection(KEY, size, 3)
+
+
+@pytest.mark.parametrize("key", [0, None, jnp.ones(2), jax.random.split(KEY)])
+def test_what_is_no_key_draws_no_projection(key):
+    for draw in (
+        lambda: draw_projection(key, 2, 3),
+        lambda: draw_projections(key, jnp.ones((4, 2)), jnp.ones((4, 3))),
+    ):
+        with pytest.raises(ValueError, match=r"key is .*; expected one PRNG key"):
+            draw()
+
+
+@pytest.mark.parametrize("drawn", [None, jnp.ones((3, 2)), 1.0])
+def test_an_initialiser_that_returns_no_projection_raises(drawn):
+    with pytest.raises(ValueError, match=r"initializer returned .*; expected .* shape \(2, 3\)"):
+        draw_projection(KEY, 2, 3, initializer=lambda key, shape, dtype: drawn)
+
+
+def test_a_complex_projection_of_a_real_activation_raises():
+    with pytest.raises(
+        ValueError, match=r"projection has dtype complex64 and the activation float"
+    ):
+        direct_feedback(jnp.ones((4, 2)), jnp.ones((4, 3)), jnp.ones((2, 3), jnp.complex64))

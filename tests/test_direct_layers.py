@@ -291,7 +291,9 @@ def test_init_is_abstract_and_apply_changes_nothing():
 def test_a_mixed_linen_model_syncs_the_feedback_that_has_kernels():
     variables = LinenDFA().init(KEY, X)
     params = variables["params"]
-    state = init_feedback(KEY, params, rules.SignSync(), feedback=variables["feedback"])
+    state = init_feedback(
+        KEY, params, rules.SignSync(magnitude="unit"), feedback=variables["feedback"]
+    )
     synced = sync_feedback(params, state, 0).feedback
     equal(synced["third"]["kernel"], np.sign(params["third"]["kernel"]))
     LinenDFA().apply({**variables, "feedback": synced}, X)
@@ -303,7 +305,7 @@ def test_a_mixed_nnx_model_syncs_the_feedback_that_has_kernels():
     model = NNXDFA(nnx.Rngs(0))
     params, feedback = nnx.state(model, nnx.Param), nnx.state(model, soap_nnx.Feedback)
     projection = nnx.state(model, soap_nnx.Projection)
-    state = init_feedback(KEY, params, rules.SignSync(), feedback=feedback)
+    state = init_feedback(KEY, params, rules.SignSync(magnitude="unit"), feedback=feedback)
     nnx.update(model, sync_feedback(params, state, 0).feedback)
     equal(model.third.feedback[...], np.sign(model.third.kernel[...]))
     equal(nnx.state(model, soap_nnx.Projection), projection)

@@ -228,7 +228,7 @@ def test_layers_with_feedback_of_their_own_are_told_from_backprop():
 
 def test_init_feedback_takes_the_explanation():
     explanation = explain(mlp, PARAMS, X)
-    state = init_feedback(KEY, PARAMS, soap_jax.SignSync(), where=explanation)
+    state = init_feedback(KEY, PARAMS, soap_jax.SignSync(magnitude="unit"), where=explanation)
     assert jax.tree.map(jnp.shape, state.feedback) == {
         "a": None, "b": (5, 5), "c": (5, 5), "bias": None
     }  # fmt: skip

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import soap_jax.linen
 import soap_jax.nnx
-from soap_jax import ops, rules, training
+from soap_jax import ops, optimizers, rules, training
 from soap_jax.feedback import FeedbackState, init_feedback, sync_feedback
 
 KEY = jax.random.key(7)
@@ -55,7 +56,7 @@ EVERY_RULE = all_rules(3) | {
 }
 INTEGER_RULES = (
     rules.Fixed(),
-    rules.SignSync(period=3),
+    rules.SignSync(period=3, magnitude="unit"),
     rules.SignSync(period=3, magnitude="preserve"),
 )
 every_rule = pytest.mark.parametrize("rule", EVERY_RULE.values(), ids=EVERY_RULE.keys())
@@ -144,7 +145,7 @@ def test_the_rule_survives_jit():
 
 def test_feedback_has_its_kernels_shape_and_dtype_and_its_initialisers_values():
     params = {"out": {"kernel": jnp.ones((60, 40), jnp.bfloat16)}, "w": jnp.ones((50, 70))}
-    state = init_feedback(KEY, params)
+    state = init_feedback(KEY, params, initializer=jax.nn.initializers.glorot_normal())
     assert types(state.feedback) == types(params)
     # 3,500 normal deviates: a relative standard error of 1.2 %.
     assert np.std(state.feedback["w"]) == pytest.approx(np.sqrt(2 / 120), rel=0.05)
@@ -183,7 +184,9 @@ def test_both_kinds_of_keys_work(key):
     assert np.any(np.asarray(synced.feedback["b"]["kernel"] != state.feedback["b"]["kernel"]))
 
 
-@pytest.mark.parametrize("rule", [rules.SignSync(period=3), EVERY_RULE["mapping"]], ids=str)
+@pytest.mark.parametrize(
+    "rule", [rules.SignSync(period=3, magnitude="unit"), EVERY_RULE["mapping"]], ids=str
+)
 def test_init_under_jit_equals_eager(rule):
     state = jax.jit(lambda key: init_feedback(key, PARAMS, rule))(KEY)
     eager = init(rule)
@@ -201,7 +204,9 @@ def test_init_under_jit_equals_eager(rule):
 
 def test_a_layers_draw_depends_on_the_key_and_its_path_alone():
     everything = init(rules.Fixed()).feedback
-    one = init_feedback(KEY, PARAMS, rules.SignSync(period=5), where="b/*").feedback
+    one = init_feedback(
+        KEY, PARAMS, rules.SignSync(period=5, magnitude="unit"), where="b/*"
+    ).feedback
     assert one["a"] == {"kernel": None, "bias": None}
     chex.assert_trees_all_equal(one["b"], everything["b"])
     more = init_feedback(KEY, PARAMS | {"A": {"kernel": PARAMS["b"]["kernel"]}}).feedback
@@ -257,7 +262,7 @@ def test_feedback_syncs_where_the_period_divides_the_step_and_nowhere_else(rule)
 
 @pytest.mark.parametrize("period", [1, 2, 5])
 def test_step_0_and_every_multiple_of_the_period_are_synced(period):
-    _, history = run(init(rules.SignSync(period=period)), np.arange(STEPS))
+    _, history = run(init(rules.SignSync(period=period, magnitude="unit")), np.arange(STEPS))
     for step in range(STEPS):
         last = step - step % period
         expected = jnp.sign(params_at(last)["b"]["kernel"])
@@ -266,7 +271,7 @@ def test_step_0_and_every_multiple_of_the_period_are_synced(period):
 
 def test_each_pattern_keeps_its_own_period_and_the_first_match_counts():
     rule = {
-        "a/kernel": rules.SignSync(period=2),
+        "a/kernel": rules.SignSync(period=2, magnitude="unit"),
         "*/kernel": rules.Transport(period=3),
     }
     state = init(rule)
@@ -274,7 +279,10 @@ def test_each_pattern_keeps_its_own_period_and_the_first_match_counts():
         "a/kernel": 2,
         "*/kernel": 3,
     }
-    assert state.rule == (("a/kernel", rules.SignSync()), ("*/kernel", rules.Transport()))
+    assert state.rule == (
+        ("a/kernel", rules.SignSync(magnitude="unit")),
+        ("*/kernel", rules.Transport()),
+    )
     _, history = run(state, np.arange(STEPS))
     for step in range(STEPS):
         signs = jnp.sign(params_at(step - step % 2)["a"]["kernel"])
@@ -285,11 +293,11 @@ def test_each_pattern_keeps_its_own_period_and_the_first_match_counts():
 
 def test_a_sweep_over_periods_equals_runs_with_each():
     periods = jnp.array([1, 2, 5])
-    states = jax.vmap(lambda period: init(rules.SignSync(period=period)))(periods)
+    states = jax.vmap(lambda period: init(rules.SignSync(period=period, magnitude="unit")))(periods)
     chex.assert_trees_all_equal(states.period, periods)
     _, swept = lax.map(lambda state: run(state, np.arange(STEPS)), states)
     for i, period in enumerate((1, 2, 5)):
-        _, alone = run(init(rules.SignSync(period=period)), np.arange(STEPS))
+        _, alone = run(init(rules.SignSync(period=period, magnitude="unit")), np.arange(STEPS))
         chex.assert_trees_all_equal(at(swept, i), alone)
 
 
@@ -324,7 +332,7 @@ def test_neither_steps_nor_periods_retrace():
         return sync_feedback(params, state, step)
 
     for period in (1, 2, 7):
-        state = init(rules.SignSync(period=period))
+        state = init(rules.SignSync(period=period, magnitude="unit"))
         for step in range(3):
             state = counted(PARAMS, state, step)
     assert len(traces) == 1
@@ -340,7 +348,11 @@ def test_three_thousand_syncs_leak_nothing():
         state = sync_feedback(params, state, step)
         return jax.tree.map(lambda leaf: 0.999 * leaf, params), state, step + 1
 
-    carry = (jax.tree.map(jnp.float32, PARAMS), init(rules.SignSync(period=2)), jnp.array(0))
+    carry = (
+        jax.tree.map(jnp.float32, PARAMS),
+        init(rules.SignSync(period=2, magnitude="unit")),
+        jnp.array(0),
+    )
     for _ in range(3):
         carry = step_fn(*carry)
     live = len(jax.live_arrays())
@@ -363,7 +375,7 @@ def test_adopted_feedback_keeps_its_dtype(rule):
 
 def test_int8_feedback_holds_signs():
     feedback = {"b": {"kernel": jnp.zeros((8, 4), jnp.int8)}}
-    state = init_feedback(KEY, PARAMS, rules.SignSync(), feedback=feedback)
+    state = init_feedback(KEY, PARAMS, rules.SignSync(magnitude="unit"), feedback=feedback)
     synced = sync(PARAMS, state, 0).feedback["b"]["kernel"]
     chex.assert_trees_all_equal(synced, np.sign(PARAMS["b"]["kernel"]).astype(np.int8), strict=True)
 
@@ -528,7 +540,7 @@ def test_adopted_feedback_moves_to_where_its_kernel_lies(auto_mesh, where):
         feedback = {"b": {"kernel": feedback["b"]["kernel"]}, "a": feedback["a"]}
         swapped = jax.sharding.NamedSharding(auto_mesh, P(None, "data"))
         feedback["b"]["kernel"] = jax.device_put(feedback["b"]["kernel"], swapped)
-    state = init_feedback(KEY, params, rules.SignSync(), feedback=feedback)
+    state = init_feedback(KEY, params, rules.SignSync(magnitude="unit"), feedback=feedback)
     assert lie_alike(state.feedback, params)
     chex.assert_trees_all_equal(kernels_of(state.feedback), [-leaf for leaf in kernels_of(PARAMS)])
 
@@ -539,7 +551,7 @@ def test_adopted_feedback_is_resharded_under_jit_on_an_explicit_mesh(mesh):
 
     @jax.jit
     def adopt(params, feedback):
-        return init_feedback(KEY, params, rules.SignSync(), feedback=feedback)
+        return init_feedback(KEY, params, rules.SignSync(magnitude="unit"), feedback=feedback)
 
     adopted = adopt(params, feedback).feedback["b"]["kernel"]
     assert jax.typeof(adopted) == jax.typeof(params["b"]["kernel"])
@@ -586,7 +598,7 @@ def test_linens_feedback_is_adopted_as_it_is():
     x = np.ones((5, 4), np.float32)
     variables = model.init(KEY, x)
     state = init_feedback(
-        KEY, variables["params"], rules.SignSync(), feedback=variables["feedback"]
+        KEY, variables["params"], rules.SignSync(magnitude="unit"), feedback=variables["feedback"]
     )
     chex.assert_trees_all_equal(state.feedback, variables["feedback"])
     synced = sync(variables["params"], state, 0).feedback
@@ -602,7 +614,9 @@ def test_boxed_leaves_keep_their_boxes():
     layer = soap_jax.linen.FeedbackDense(2, kernel_init=boxed, feedback_init=boxed)
     variables = layer.init(KEY, np.ones((5, 4), np.float32))
     for feedback in (variables["feedback"], None):
-        state = init_feedback(KEY, variables["params"], rules.SignSync(), feedback=feedback)
+        state = init_feedback(
+            KEY, variables["params"], rules.SignSync(magnitude="unit"), feedback=feedback
+        )
         synced = sync(variables["params"], state, 0)
         assert synced.feedback["kernel"].names == ("in", "out")
         chex.assert_trees_all_equal(synced.feedback["kernel"].value, jnp.ones((4, 2)))
@@ -613,7 +627,7 @@ def test_nnx_gets_a_state_back_that_is_ready_for_update():
         nnx.Linear(4, 3, rngs=nnx.Rngs(0)), soap_jax.nnx.FeedbackLinear(3, 2, rngs=nnx.Rngs(1))
     )
     params, feedback = nnx.state(model, nnx.Param), nnx.state(model, soap_jax.nnx.Feedback)
-    state = init_feedback(KEY, params, rules.SignSync(), feedback=feedback)
+    state = init_feedback(KEY, params, rules.SignSync(magnitude="unit"), feedback=feedback)
     synced = sync(params, state, 0)
     assert isinstance(synced.feedback, nnx.State)
     assert jax.tree.structure(synced.feedback) == jax.tree.structure(feedback)
@@ -645,7 +659,7 @@ def test_where_says_which_leaves_get_feedback(where, expected):
 
 def test_adopted_feedback_may_leave_layers_out():
     feedback = {"a": {"kernel": None}, "b": {"kernel": PARAMS["b"]["kernel"]}}
-    state = init_feedback(KEY, PARAMS, rules.SignSync(), feedback=feedback)
+    state = init_feedback(KEY, PARAMS, rules.SignSync(magnitude="unit"), feedback=feedback)
     synced = sync(PARAMS, state, 0).feedback
     assert synced["a"] == {"kernel": None}
     chex.assert_trees_all_equal(synced["b"]["kernel"], np.sign(PARAMS["b"]["kernel"]))
@@ -663,13 +677,13 @@ def test_a_rule_of_another_type_raises(rule):
 
 
 def test_a_rules_pattern_that_matches_nothing_raises():
-    rule = {"Dense_9/*": rules.SignSync(), "*": rules.Fixed()}
+    rule = {"Dense_9/*": rules.SignSync(magnitude="unit"), "*": rules.Fixed()}
     with pytest.raises(ValueError, match=r"pattern 'Dense_9/\*' matches no feedback.*\['b'\]"):
         init(rule)
 
 
 def test_a_rules_pattern_that_matches_only_leaves_without_feedback_raises():
-    rule = {"a/*": rules.SignSync(), "b/*": rules.Fixed()}
+    rule = {"a/*": rules.SignSync(magnitude="unit"), "b/*": rules.Fixed()}
     with pytest.raises(ValueError, match=r"pattern 'a/\*' matches no feedback"):
         init_feedback(KEY, PARAMS, rule, where="b/*")
 
@@ -677,7 +691,7 @@ def test_a_rules_pattern_that_matches_only_leaves_without_feedback_raises():
 def test_feedback_without_a_rule_raises():
     message = r"no rule for the feedback at \['b'\]\['kernel'\].*'a/\*'.*Add a last pattern"
     with pytest.raises(ValueError, match=message):
-        init({"a/*": rules.SignSync()})
+        init({"a/*": rules.SignSync(magnitude="unit")})
 
 
 def test_an_initialiser_that_is_none_raises():
@@ -687,7 +701,7 @@ def test_an_initialiser_that_is_none_raises():
 
 def test_a_leaf_that_cannot_be_drawn_is_named():
     with pytest.raises(ValueError, match=r"shape \(8,\) for \['a'\]\['bias'\].*Say with `where`"):
-        init_feedback(KEY, PARAMS, where="a/*")
+        init_feedback(KEY, PARAMS, where="a/*", initializer=jax.nn.initializers.glorot_normal())
 
 
 def test_where_selects_among_adopted_feedback():
@@ -743,7 +757,7 @@ def test_adopted_feedback_that_does_not_fit_raises():
 
 
 def test_params_that_the_state_was_not_made_for_raise():
-    state = init(rules.SignSync())
+    state = init(rules.SignSync(magnitude="unit"))
     with pytest.raises(ValueError, match=r"feedback at \['b'\]\['kernel'\] has no kernel"):
         sync({"a": PARAMS["a"]}, state, 0)
 
@@ -777,7 +791,9 @@ def test_a_pattern_that_an_earlier_one_shadows_is_refused():
     with pytest.raises(
         ValueError, match=r"'a/\*' matches no feedback that an earlier pattern left"
     ):
-        init_feedback(jax.random.key(0), params, {"*": rules.Fixed(), "a/*": rules.SignSync()})
+        init_feedback(
+            jax.random.key(0), params, {"*": rules.Fixed(), "a/*": rules.SignSync(magnitude="unit")}
+        )
 
 
 def test_a_rule_that_cannot_be_hashed_is_refused_at_once():
@@ -794,7 +810,7 @@ def test_a_rule_that_cannot_be_hashed_is_refused_at_once():
 
 def test_a_last_star_may_have_nothing_left_to_catch():
     params = {"a": {"kernel": jnp.ones((3, 2))}}
-    rule = {"a/*": rules.SignSync(), "*": rules.Fixed()}
+    rule = {"a/*": rules.SignSync(magnitude="unit"), "*": rules.Fixed()}
     state = init_feedback(jax.random.key(0), params, rule)
     assert (sync_feedback(params, state, 0).feedback["a"]["kernel"] == 1).all()
 
@@ -848,7 +864,7 @@ def test_an_integer_dtype_stores_the_signs_of_what_is_drawn_or_adopted(dtype):
 @pytest.mark.parametrize("rule", [*INTEGER_RULES[1:], "mapping"], ids=str)
 def test_signs_sync_as_they_do_in_float32(rule, dtype):
     if rule == "mapping":
-        rule = {"a/*": rules.SignSync(period=2), "*": INTEGER_RULES[2]}
+        rule = {"a/*": rules.SignSync(period=2, magnitude="unit"), "*": INTEGER_RULES[2]}
     signs = init_feedback(KEY, PARAMS, rule, dtype="int8").feedback
     state = init_feedback(KEY, PARAMS, rule, feedback=signs, dtype=dtype)
     last, history = run(state, np.arange(STEPS))
@@ -927,7 +943,7 @@ def test_stored_in_fewer_bits_it_trains_as_the_same_values_in_float32(rule, dtyp
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
 def test_the_dtype_is_kept_under_jit_vmap_and_sharding(explicit_mesh, dtype):
-    rule = rules.SignSync(period=3)
+    rule = rules.SignSync(period=3, magnitude="unit")
 
     def both(key):
         state = init_feedback(key, PARAMS, rule, dtype=dtype)
@@ -951,7 +967,11 @@ def test_boxed_and_flax_feedback_is_stored_in_another_dtype():
     variables = layer.init(KEY, np.ones((5, 4), np.float32))
     for feedback in (variables["feedback"], None):
         state = init_feedback(
-            KEY, variables["params"], rules.SignSync(), feedback=feedback, dtype=jnp.int8
+            KEY,
+            variables["params"],
+            rules.SignSync(magnitude="unit"),
+            feedback=feedback,
+            dtype=jnp.int8,
         )
         synced = sync(variables["params"], state, 0)
         assert synced.feedback["kernel"].names == ("in", "out") and dtypes(synced) == {"int8"}
@@ -975,7 +995,7 @@ def test_integer_feedback_under_a_rule_of_floats_raises_when_made_and_when_synce
 
 
 def test_each_rule_of_a_mapping_is_asked_for_integers():
-    rule = {"a/*": rules.SignSync(magnitude="glorot"), "*": rules.SignSync()}
+    rule = {"a/*": rules.SignSync(magnitude="glorot"), "*": rules.SignSync(magnitude="unit")}
     with pytest.raises(ValueError, match=r"glorot.* returned float32 for \['a'\]\['kernel'\]"):
         init_feedback(KEY, PARAMS, rule, dtype=jnp.int8)
     feedback = init(rules.Fixed()).feedback  # in float32 at "a"
@@ -988,3 +1008,229 @@ def test_each_rule_of_a_mapping_is_asked_for_integers():
 def test_a_dtype_that_holds_no_signs_raises(dtype):
     with pytest.raises(ValueError, match=r"dtype is .*; expected a floating-point dtype .*int8"):
         init_feedback(KEY, PARAMS, dtype=dtype)
+
+
+# Flax's serialisation
+
+
+def mixed_state():
+    """A state with a mapping of rules, boxes and None leaves."""
+    params = {
+        "a": {"kernel": nn.Partitioned(PARAMS["a"]["kernel"], names=(None, "x"))},
+        "b": PARAMS["b"],
+        "c": {"bias": np.ones(3, np.float32)},
+    }
+    rule = {"a/*": rules.SignSync(period=3, magnitude="redraw"), "*": rules.Transport(period=7)}
+    return init_feedback(KEY, params, rule)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize("make", [lambda dtype: init_feedback(KEY, PARAMS, dtype=dtype)])
+def test_a_state_survives_flax_serialisation(make, dtype):
+    state = make(dtype)
+    again = serialization.from_bytes(
+        jax.tree.map(jnp.zeros_like, state), serialization.to_bytes(state)
+    )
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    chex.assert_trees_all_equal(again, state, strict=True)
+
+
+def test_whatever_holds_a_state_survives_flax_serialisation():
+    state = mixed_state()
+    optimizer = optax.MultiSteps(optimizers.kolen_pollack(optax.adam(0.1), decay=0.5), 2)
+    params = {name: PARAMS[name] for name in "ab"} | {"c": {"bias": np.ones(3, np.float32)}}
+    opt_state = optimizer.init((params, jax.tree.map(jnp.asarray, {"b": PARAMS["b"]})))
+    whole = training.TrainState(params, state, opt_state, jnp.asarray(5))
+    for tree in (state, whole, {"nested": [whole]}):
+        content = serialization.to_bytes(tree)
+        again = serialization.from_bytes(jax.tree.map(jnp.zeros_like, tree), content)
+        assert jax.tree.structure(again) == jax.tree.structure(tree)
+        chex.assert_trees_all_equal(again, tree)
+    synced = sync_feedback(PARAMS | {"c": params["c"]}, again["nested"][0].feedback, 21)
+    expected = sync_feedback(PARAMS | {"c": params["c"]}, state, 21)
+    chex.assert_trees_all_equal(synced, expected)
+
+
+def test_a_states_content_is_a_plain_dict_and_other_content_is_refused():
+    state = init_feedback(KEY, {"kernel": PARAMS["b"]["kernel"]}, rules.SignSync(period=3))
+    content = serialization.to_state_dict(state)
+    assert set(content) == {"feedback", "period", "key_data"}
+    assert set(content["feedback"]) == {"kernel"}
+    with pytest.raises(ValueError, match=r"has the entries \['feedback'\]; expected feedback, per"):
+        serialization.from_state_dict(state, {"feedback": content["feedback"]})
+
+
+# Defaults
+
+
+def test_matched_feedback_is_the_default():
+    matched = init_feedback(KEY, PARAMS, initializer="matched")
+    chex.assert_trees_all_equal(init_feedback(KEY, PARAMS), matched, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((30, 70), 0.02), ((5, 5, 4, 36), 0.002), ((2000,), 2 / 2001), ((), 1)]
+)
+@pytest.mark.parametrize("jit", [False, True])
+def test_feedback_of_a_kernel_of_zeros_has_glorots_size(shape, expected, jit):
+    def make(key, kernel):
+        return init_feedback(key, {"w": kernel}, where="w").feedback["w"]
+
+    make = jax.jit(make) if jit else make
+    draws = [make(key, jnp.zeros(shape)) for key in jax.random.split(KEY, 2 if shape else 500)]
+    # 2,000 deviates and more, 500 of the scalar: a relative standard error of at most 6 %.
+    assert np.mean(np.square(draws)) == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_matched_feedback_neither_underflows_nor_overflows(size):
+    params = {"w": np.full((50, 60), size, np.float32)}
+    feedback = init_feedback(KEY, params).feedback["w"]
+    assert np.std(feedback / np.float32(size)) == pytest.approx(1, rel=0.06)
+
+
+def test_matched_feedback_takes_a_stack_of_kernels_of_any_sharding(explicit_mesh):
+    kernel = jax.device_put(np.ones((8, 4), np.float32), NamedSharding(explicit_mesh, P("data")))
+    with jax.set_mesh(explicit_mesh):
+        feedback = init_feedback(KEY, {"kernel": kernel}).feedback["kernel"]
+    assert feedback.sharding == kernel.sharding
+    np.testing.assert_allclose(feedback, init_feedback(KEY, {"kernel": np.ones((8, 4), np.float32)})
+                               .feedback["kernel"], rtol=1e-6)  # fmt: skip
+
+
+# Wrong arguments
+
+
+@pytest.mark.parametrize(
+    "key",
+    [0, None, "key", jnp.ones(2), np.zeros(3, np.uint32), jax.random.split(KEY), jax.random.key],
+)
+def test_what_is_no_key_raises(key):
+    with pytest.raises(ValueError, match=r"key is .*; expected one PRNG key, such as jax.random"):
+        init_feedback(key, PARAMS)
+
+
+@pytest.mark.parametrize("initializer", ["matched", jax.nn.initializers.glorot_normal()])
+def test_an_empty_kernel_raises(initializer):
+    params = {"a": {"kernel": jnp.ones((0, 3))}, "b": PARAMS["b"]}
+    message = r"kernel at \['a'\]\['kernel'\] has shape \(0, 3\), which is empty; .* of `where`"
+    with pytest.raises(ValueError, match=message):
+        init_feedback(KEY, params, initializer=initializer)
+    with pytest.raises(ValueError, match=message):
+        init_feedback(KEY, params, feedback=params)
+    init_feedback(KEY, params, where="b/*", initializer=initializer)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        10.5,
+        10.0,
+        float("nan"),
+        2**31,
+        -1,
+        True,
+        None,
+        "1",
+        jnp.ones(()),
+        jnp.array([1]),
+        np.ones(2),
+    ],
+    ids=str,
+)
+def test_a_step_that_is_no_whole_number_raises(step):
+    state = init(rules.SignSync(period=10))
+    with pytest.raises(ValueError, match=r"step is .*; expected an integer scalar from 0 to 21474"):
+        sync_feedback(PARAMS, state, step)
+
+
+def test_a_traced_step_that_is_no_whole_number_raises():
+    state = init(rules.SignSync(period=10))
+    with pytest.raises(ValueError, match=r"step is float32\[\]; expected an integer scalar"):
+        sync(PARAMS, state, 10.5)
+
+
+@pytest.mark.parametrize("period", [0, -1, -7, -(2**31)])
+def test_a_traced_period_below_one_never_syncs(period):
+    @jax.jit
+    def synced(period, step):
+        state = init(rules.SignSync(period=period))
+        return state.feedback, sync_feedback(PARAMS, state, step).feedback
+
+    for step in (0, 1, 7):
+        before, after = synced(jnp.int32(period), step)
+        chex.assert_trees_all_equal(before, after)
+
+
+def test_several_periods_in_a_rule_of_ones_own_raise():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Unchecked(rules.Rule):
+        def __post_init__(self):
+            pass
+
+    with pytest.raises(ValueError, match=r"Unchecked: period has shape \(2,\); expected a scalar"):
+        init(Unchecked(period=jnp.array([1, 2])))
+
+
+@pytest.mark.parametrize(
+    ("drawn", "message"),
+    [
+        (None, r"returned NoneType for \['b'\]\['kernel'\]; expected an array of shape \(8, 4\)"),
+        ("x", r"returned str for"),
+        (jnp.ones((4, 8)), r"returned feedback of shape \(4, 8\) for .*; expected \(8, 4\)"),
+        (1.0, r"returned feedback of shape \(\) for .*; expected \(8, 4\)"),
+        (jnp.ones((8, 4), jnp.complex64), r"returned complex64 for .*; expected real numbers"),
+    ],
+)
+def test_an_initialiser_that_returns_no_feedback_raises(drawn, message):
+    with pytest.raises(ValueError, match="the initializer " + message):
+        init_feedback(KEY, PARAMS, where="b/*", initializer=lambda key, shape, dtype: drawn)
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Wrong(rules.Rule):
+        def __call__(self, kernel, feedback, key):
+            return drawn
+
+    with pytest.raises(ValueError, match=r"Wrong\(period=1\) " + message):
+        sync_feedback(PARAMS, init_feedback(KEY, PARAMS, Wrong(), where="b/*"), 0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int32", "bool"])
+def test_what_an_initialiser_returns_is_cast_to_the_kernels_dtype(dtype):
+    feedback = init_feedback(KEY, PARAMS, initializer=lambda key, shape, _: np.ones(shape, dtype))
+    assert dtypes(feedback) == {"float32"}
+
+
+def test_complex_feedback_of_a_real_kernel_raises():
+    message = r"feedback at \['b'\]\['kernel'\] has dtype complex64 and its kernel float32"
+    feedback = {"b": {"kernel": PARAMS["b"]["kernel"] * np.complex64(1j)}}
+    with pytest.raises(ValueError, match=message):
+        init_feedback(KEY, PARAMS, feedback=feedback)
+    with pytest.raises(ValueError, match=message.replace(r" at \['b'\]\['kernel'\]", "")):
+        ops.feedback_dense(jnp.ones((2, 8)), PARAMS["b"]["kernel"], feedback["b"]["kernel"])
+    kernel = {"kernel": jnp.ones((3, 2), jnp.complex64)}
+    assert init_feedback(KEY, kernel, feedback={"kernel": jnp.ones((3, 2))}).feedback
+    assert init_feedback(KEY, kernel).feedback["kernel"].dtype == jnp.complex64
+
+
+@pytest.mark.parametrize("wrong", [5, 0.5, [5], ("b/*", None)], ids=str)
+def test_where_and_patterns_that_are_no_strings_raise(wrong):
+    with pytest.raises(ValueError, match=r"where is .*; expected glob|a pattern is .*; expected a"):
+        init_feedback(KEY, PARAMS, where=wrong)
+    for more in ({"rule": {5: rules.Fixed()}}, {"initializer": {5: "matched"}}):
+        with pytest.raises(ValueError, match="a pattern is 5; expected a string over paths"):
+            init_feedback(KEY, PARAMS, **more)
+
+
+def test_leaves_that_are_no_arrays_are_left_alone_or_named():
+    params = {"kernel": PARAMS["b"]["kernel"], "activation": jnp.tanh}
+    assert init_feedback(KEY, params).feedback["activation"] is None
+    with pytest.raises(ValueError, match=r"kernel at \['activation'\] is a .*; expected a floatin"):
+        init_feedback(KEY, params, where="*")
+
+
+def test_matched_feedback_of_a_shape_without_values_raises():
+    shapes = jax.eval_shape(lambda: PARAMS)
+    with pytest.raises(ValueError, match=r"\['kernel'\] is a shape without values; .*eval_shape"):
+        init_feedback(KEY, shapes)
+    assert types(jax.eval_shape(lambda p: init_feedback(KEY, p).feedback, shapes))

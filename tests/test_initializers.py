@@ -115,7 +115,7 @@ def test_sparse_along_another_axis_raises():
 
 
 def test_a_rank_below_one_raises():
-    with pytest.raises(ValueError, match=r"rank is 0; expected 1 or more"):
+    with pytest.raises(ValueError, match=r"rank is 0; expected an integer, 1 or more"):
         initializers.low_rank(0)
 
 
@@ -130,3 +130,18 @@ def test_a_rank_above_the_matrixs_smaller_side_raises():
 def test_a_gain_that_is_not_positive_and_finite_raises(gain):
     with pytest.raises(ValueError, match=r"gain is .*; expected a positive, finite number"):
         initializers.scaled(gain)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: initializers.sparse("0.5", axis=-1), "density is '0.5'; expected a share"),
+        (lambda: initializers.sparse(float("nan"), axis=-1), "density is nan; expected a share"),
+        (lambda: initializers.low_rank(1.5), "rank is 1.5; expected an integer, 1 or more"),
+        (lambda: initializers.scaled("2"), "gain is '2'; expected a positive, finite number"),
+        (lambda: initializers.scaled(float("nan")), "gain is nan; expected a positive"),
+    ],
+)
+def test_what_is_no_number_raises(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

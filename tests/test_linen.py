@@ -450,7 +450,7 @@ def test_feedback_bar_kernel_does_not_need_a_float_input(dtype):
 
 
 @pytest.mark.parametrize("layer", sorted({one.layer for one in CASES.values()}))
-def test_fields_are_those_of_flax_in_order_and_two_more(layer):
+def test_fields_are_those_of_flax_in_order_and_three_more(layer):
     def fields(cls):
         return [
             (f.name, f.default, f.default_factory, f.kw_only)
@@ -460,7 +460,8 @@ def test_fields_are_those_of_flax_in_order_and_two_more(layer):
 
     flax, ours = fields(getattr(nn, layer)), fields(getattr(linen, "Feedback" + layer))
     assert ours[: len(flax)] == flax
-    assert [name for name, *_ in ours[len(flax) :]] == ["feedback_init", "feedback_bar"]
+    more = ["feedback_init", "feedback_bar", "feedback_name"]
+    assert [name for name, *_ in ours[len(flax) :]] == more
 
 
 def test_positional_arguments_are_those_of_flax():
@@ -896,16 +897,21 @@ def test_plain_vmap_over_models_equals_a_loop():
         )
 
 
-@pytest.mark.parametrize("boxed_feedback", [False, True])
-def test_partitioned_kernels_keep_their_boxes(boxed_feedback):
-    boxed = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
-    extra = {} if boxed_feedback else {"feedback_init": nn.initializers.lecun_normal()}
+@pytest.mark.parametrize(
+    ("names", "expected"), [(None, (None, "model")), (("model", None), ("model", None))], ids=str
+)
+@pytest.mark.parametrize("own_init", [False, True])
+def test_partitioned_kernels_and_their_feedback_keep_their_boxes(own_init, names, expected):
+    init = nn.initializers.lecun_normal()
+    boxed = nn.with_partitioning(init, (None, "model"))
+    own = init if names is None else nn.with_partitioning(init, names)
+    extra = {"feedback_init": own} if own_init or names else {}
     ours, flax = linen.FeedbackDense(5, kernel_init=boxed, **extra), nn.Dense(5, kernel_init=boxed)
     x, y_bar = draw(0, (4, 3)), draw(1, (4, 5))
     variables = ours.init(jax.random.key(0), x)
     params, feedback = variables["params"], variables["feedback"]
     equal(params, flax.init(jax.random.key(0), x)["params"])
-    assert isinstance(feedback["kernel"], meta.Partitioned) == boxed_feedback
+    assert feedback["kernel"].names == expected
     y, (grads, _, x_bar) = pull_back(ours)(params, feedback, x, y_bar)
     exact_y, (exact, _, _) = pull_back(flax)(params, feedback, x, y_bar)
     equal(y, exact_y)
@@ -913,7 +919,11 @@ def test_partitioned_kernels_keep_their_boxes(boxed_feedback):
     close(grads, exact)
     close(x_bar, y_bar @ meta.unbox(feedback["kernel"]).T)
     synced = sync_feedback(
-        params, init_feedback(jax.random.key(2), params, rules.SignSync(), feedback=feedback), 0
+        params,
+        init_feedback(
+            jax.random.key(2), params, rules.SignSync(magnitude="unit"), feedback=feedback
+        ),
+        0,
     ).feedback
     equal(meta.unbox(synced["kernel"]), jnp.sign(meta.unbox(params["kernel"])))
     assert jax.tree.structure(synced) == jax.tree.structure(feedback)

@@ -757,3 +757,17 @@ def test_gradient_angle_takes_a_linen_models_collections():
     angles = metrics.gradient_angle(gradient, variables["params"], variables["feedback"])
     np.testing.assert_allclose(angles["layers_2"]["kernel"], 0, atol=1e-3)
     assert float(angles["layers_0"]["kernel"]) > 1
+
+
+def test_an_error_without_a_batch_or_of_another_layer_raises():
+    kernel, feedback = jnp.ones((3, 2)), jnp.ones((3, 2))
+    for metric in (metrics.cotangent_angle, metrics.descent_condition):
+        with pytest.raises(ValueError, match=r"y_bar has shape \(2,\); expected \(batch, ...\)"):
+            metric(jnp.ones(2), kernel, feedback)
+        with pytest.raises(ValueError, match=r"y_bar has shape \(4, 3\) and the kernel \(3, 2\)"):
+            metric(jnp.ones((4, 3)), kernel, feedback)
+
+
+def test_the_angle_of_nothing_raises():
+    with pytest.raises(ValueError, match="which hold no array; expected arrays"):
+        metrics.angle({}, {})

@@ -6,14 +6,16 @@ import math
 import re
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
-from soap_jax import init_feedback, linen, rules, sync_feedback
+from soap_jax import init_feedback, linen, rules, sync_feedback, trees
 from soap_jax import nnx as soap_nnx
 
 
@@ -811,8 +813,172 @@ def test_synced_feedback_goes_back_into_the_model_under_jit():
 def test_sync_keeps_the_layouts(name):
     layer = CASES[name].ours()
     state = init_feedback(
-        jax.random.key(0), params_of(layer), rules.SignSync(), feedback=feedback_of(layer)
+        jax.random.key(0),
+        params_of(layer),
+        rules.SignSync(magnitude="unit"),
+        feedback=feedback_of(layer),
     )
     nnx.update(layer, sync_feedback(params_of(layer), state, 0).feedback)
     equal(layer.feedback[...], jnp.sign(layer.kernel[...]))
     layer(measure(name).x)
+
+
+# Sharding and other metadata
+
+
+LAYERS = {  # arguments, and the axes of the kernel
+    "FeedbackLinear": ((4, 8), 2),
+    "FeedbackLinearGeneral": ((4, (2, 8)), None),
+    "FeedbackEinsum": (("bi,io->bo", (4, 8)), 2),
+    "FeedbackConv": ((4, 8, (3,)), 3),
+    "FeedbackConvTranspose": ((4, 8, (3,)), 3),
+}
+
+
+@pytest.fixture
+def auto(auto_mesh):
+    with jax.set_mesh(auto_mesh):
+        yield
+
+
+@pytest.mark.parametrize("own_init", [False, True])
+@pytest.mark.parametrize("by", ["init", "metadata"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_feedback_has_its_kernels_partition_spec(name, by, own_init, auto):
+    args, rank = LAYERS[name]
+    names = (*[None] * ((rank or 3) - 1), "data")
+    init = nnx.initializers.lecun_normal()
+    if by == "init" and rank is not None:  # LinearGeneral draws a flat kernel
+        more = {"kernel_init": nnx.with_partitioning(init, names)}
+    else:
+        more = {"kernel_metadata": {"out_sharding": names, "tag": "ours"}}
+    if own_init:
+        more["feedback_init"] = init
+    if (
+        "kernel_metadata" in more
+        and "kernel_metadata"
+        not in inspect.signature(getattr(nnx, name.removeprefix("Feedback")).__init__).parameters
+    ):
+        pytest.skip("this Flax has no kernel_metadata")
+    layer = getattr(soap_nnx, name)(*args, rngs=nnx.Rngs(0), **more)
+    specs = nnx.get_partition_spec(nnx.state(layer))
+    assert specs["feedback"].get_value() == specs["kernel"].get_value() == P(*names)
+    assert layer.feedback[...].sharding == layer.kernel[...].sharding
+    assert layer.feedback.get_metadata() == layer.kernel.get_metadata()
+    state = init_feedback(
+        jax.random.key(0), params_of(layer), rules.SignSync(), feedback=feedback_of(layer)
+    )
+    nnx.update(layer, sync_feedback(params_of(layer), state, 0).feedback)
+    assert layer.feedback.get_metadata() == layer.kernel.get_metadata()
+    assert layer.feedback[...].sharding == layer.kernel[...].sharding
+
+
+def test_feedback_init_may_bring_a_sharding_of_its_own(auto):
+    init = nnx.initializers.lecun_normal()
+    layer = soap_nnx.FeedbackLinear(
+        4,
+        8,
+        rngs=nnx.Rngs(0),
+        kernel_init=nnx.with_partitioning(init, (None, "data")),
+        feedback_init=nnx.with_partitioning(init, ("data", None)),
+    )
+    specs = nnx.get_partition_spec(nnx.state(layer))
+    assert specs["kernel"].get_value() == P(None, "data")
+    assert specs["feedback"].get_value() == P("data", None)
+
+
+def test_the_recipe_for_sharded_models_shards_feedback_like_its_kernel(auto):
+    @nnx.jit
+    def create():
+        init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "data"))
+        layer = soap_nnx.FeedbackLinear(8, 8, rngs=nnx.Rngs(0), kernel_init=init)
+        state = nnx.state(layer)
+        nnx.update(layer, jax.lax.with_sharding_constraint(state, nnx.get_partition_spec(state)))
+        return layer
+
+    layer = create()
+    assert layer.feedback[...].sharding.spec == layer.kernel[...].sharding.spec == P(None, "data")
+
+
+# Bridges between Linen and NNX
+
+
+X_BRIDGE = np.cos(np.arange(12, dtype=np.float32)).reshape(4, 3)
+
+
+def x_bar_by_hand(y, feedback):
+    return 2 * np.asarray(y) @ np.asarray(feedback).T
+
+
+def test_linens_layer_works_within_nnx():
+    linen_layer = linen.FeedbackDense(2, feedback_name="feedback")
+    rngs = nnx.Rngs(params=0, feedback=1)
+    layer = nnx.bridge.ToNNX(linen_layer, rngs=rngs).lazy_init(X_BRIDGE)
+    assert isinstance(layer.feedback, soap_nnx.Feedback)
+    x_bar = nnx.grad(lambda layer, x: jnp.sum(layer(x) ** 2), argnums=1)(layer, X_BRIDGE)
+    close(x_bar, x_bar_by_hand(layer(X_BRIDGE), layer.feedback[...]))
+    params, feedback = params_of(layer), feedback_of(layer)
+    state = init_feedback(jax.random.key(0), params, rules.Transport(), feedback=feedback)
+    nnx.update(layer, sync_feedback(params, state, 0).feedback)
+    equal(layer.feedback[...], layer.kernel[...])
+    optimizer = nnx.Optimizer(layer, optax.sgd(0.1), wrt=nnx.Param)
+    optimizer.update(layer, nnx.grad(lambda layer: jnp.sum(layer(X_BRIDGE) ** 2))(layer))
+    assert differ(layer.feedback[...], layer.kernel[...])
+
+
+def test_a_linen_model_within_nnx_keeps_boxes_and_pairs(auto):
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "data"))
+    model = nn.Sequential(
+        [nn.Dense(8), linen.FeedbackDense(4, kernel_init=init, feedback_name="feedback")]
+    )
+    wrapped = nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)).lazy_init(X_BRIDGE)
+    specs = nnx.get_partition_spec(nnx.state(wrapped))["layers_1"]
+    assert specs["feedback"].get_value() == specs["kernel"].get_value() == P(None, "data")
+    pairs = trees.by_kernel(params_of(wrapped), feedback_of(wrapped))
+    assert list(pairs) == [("layers_1", "kernel")]
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_our_layer_works_within_linen(shard, auto):
+    init = nnx.initializers.lecun_normal()
+    more = {"kernel_init": nnx.with_partitioning(init, (None, "data"))} if shard else {}
+    model = nnx.bridge.ToLinen(soap_nnx.FeedbackLinear, args=(3, 4), kwargs=more)
+    variables = model.init(jax.random.key(0), X_BRIDGE)
+    params, feedback = variables["params"], variables["feedback"]
+    spec = nn.get_partition_spec(variables)
+    assert spec["feedback"]["feedback"] == spec["params"]["kernel"]
+    assert spec["params"]["kernel"] == (P(None, "data") if shard else P())
+
+    @jax.jit
+    def x_bar_and_y(params, feedback, x):
+        def apply(x):
+            return model.apply({"params": params, "feedback": feedback}, x)
+
+        return jax.grad(lambda x: jnp.sum(apply(x) ** 2))(x), apply(x)
+
+    state = init_feedback(jax.random.key(1), params, rules.SignSync(), feedback=feedback)
+    state = sync_feedback(params, state, 0)
+    x_bar, y = x_bar_and_y(params, state.feedback, X_BRIDGE)
+    (leaf,) = jax.tree.leaves(state.feedback)
+    close(x_bar, x_bar_by_hand(y, leaf))
+
+
+def test_direct_feedback_works_through_both_bridges():
+    output, hidden = jnp.ones((4, 3)), jnp.ones((4, 7))
+    module = nnx.bridge.ToNNX(linen.DirectFeedback(), rngs=nnx.Rngs(0))
+    module = module.lazy_init(output, hidden)
+    assert isinstance(module.projection, soap_nnx.Projection)
+    model = nnx.bridge.ToLinen(soap_nnx.DirectFeedback, args=(3, 7))
+    variables = model.init(jax.random.key(0), output, hidden)
+    bar = nnx.grad(lambda m, hidden: m(output, hidden).sum(), argnums=1)(module, hidden)
+    close(bar, jnp.ones((4, 3)) @ module.projection[...])
+    bar = jax.grad(lambda hidden: model.apply(variables, output, hidden).sum())(hidden)
+    close(bar, jnp.ones((4, 3)) @ variables["projection"]["projection"])
+
+
+@pytest.mark.parametrize("rngs", [0, None, jax.random.key(0)], ids=["0", "None", "key"])
+def test_what_are_no_streams_of_keys_raises(rngs):
+    with pytest.raises(ValueError, match=r"(?s)rngs is .*; expected streams of keys, such as"):
+        soap_nnx.FeedbackLinear(3, 2, rngs=rngs)
+    with pytest.raises(ValueError, match="expected streams of keys"):
+        soap_nnx.DirectFeedback(3, 2, rngs=rngs)

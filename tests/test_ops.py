@@ -930,7 +930,9 @@ def test_a_feedback_bar_of_another_shape_raises():
     f = functools.partial(
         ops.feedback_dense, feedback_bar=lambda x, y, kernel, feedback, y_bar: kernel.T
     )
-    with pytest.raises(ValueError, match=r"\[4,3\].*\[3,4\]"):
+    with pytest.raises(
+        ValueError, match=r"feedback_bar returned shape \(4, 3\); expected .* \(3, 4\)"
+    ):
         pull_back(f, *draw(CASES["dense"]))
 
 
@@ -953,3 +955,30 @@ def test_a_local_loss_that_is_a_class_raises():
     x, w = jnp.ones((2, 3)), jnp.ones((3, 4))
     with pytest.raises(ValueError, match="expected None, 'kernel', a local loss such as"):
         ops.feedback_dense(x, w, w, feedback_bar=local.SymmetricAlignment)
+
+
+@pytest.mark.parametrize("bar", [None, (1, 2)])
+def test_a_feedback_bar_function_that_returns_no_array_raises(bar):
+    f = functools.partial(ops.feedback_dense, feedback_bar=lambda *args: bar)
+    with pytest.raises(ValueError, match=r"feedback_bar returned .*; expected an array of shape"):
+        jax.grad(lambda b: f(jnp.ones((2, 3)), jnp.ones((3, 4)), b).sum())(jnp.ones((3, 4)))
+
+
+@pytest.mark.parametrize("op", [ops.feedback_conv, ops.feedback_conv_transpose])
+@pytest.mark.parametrize(("x", "kernel"), [((2, 8, 3), (3, 3, 3, 5)), ((2, 3), (3,))])
+def test_a_convolution_of_other_axes_than_its_kernels_raises(op, x, kernel):
+    with pytest.raises(ValueError, match=r"x has shape .* and the kernel .*; expected \(batch, "):
+        op(jnp.ones(x), jnp.ones(kernel), jnp.ones(kernel))
+
+
+def test_strides_may_be_numpys_integers():
+    x, kernel = jnp.ones((2, 8, 3)), jnp.ones((3, 3, 5))
+    assert ops.feedback_conv(x, kernel, kernel, strides=np.int64(2)).shape == (2, 4, 5)
+
+
+def test_feedback_that_is_no_array_of_numbers_raises():
+    keys = jax.random.split(jax.random.key(0), 6).reshape(3, 2)
+    with pytest.raises(
+        ValueError, match=r"feedback .*key<fry>.*; expected|feedback is a .*; expec"
+    ):
+        ops.feedback_dense(jnp.ones((4, 3)), jnp.ones((3, 2)), keys)

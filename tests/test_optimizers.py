@@ -395,3 +395,15 @@ def test_what_else_an_optimiser_takes_is_handed_on():
     for _ in range(3):
         _, state = optimizer.update((learnt[0], None), state, learnt, value=jnp.float32(1.0))
     assert float(optax.tree_utils.tree_get(state, "scale")) < 1
+
+
+@pytest.mark.parametrize("optimizer", [None, 0.1, optax.sgd])
+def test_what_is_no_optimiser_raises(optimizer):
+    with pytest.raises(ValueError, match=r"optimizer is a .*; expected an Optax optimiser"):
+        kolen_pollack(optimizer, decay=0.5)
+
+
+@pytest.mark.parametrize("decay", [float("nan"), "0.5", None, 1j, np.ones(2)], ids=str)
+def test_a_decay_that_is_no_share_raises(decay):
+    with pytest.raises(ValueError, match=r"decay is .*; expected a number in \(0, 1\)"):
+        kolen_pollack(optax.sgd(0.1), decay=decay)

@@ -116,9 +116,17 @@ def test_version_is_that_of_the_project():
 
 
 @pytest.mark.parametrize("name", CORE)
-def test_core_knows_no_flax(name):
-    below = everything_below(f"soap_jax.{name}")
-    assert not below & {"flax", "soap_jax.linen", "soap_jax.nnx", "soap_jax.models"}
+def test_core_knows_no_layers_of_flax(name):
+    below = everything_below(f"soap_jax.{name}") | {f"soap_jax.{name}"}
+    assert not below & {"soap_jax.linen", "soap_jax.nnx", "soap_jax.models"}
+    ours = {module for module in below if "flax" in IMPORTS.get(module, ())}
+    assert ours <= {"soap_jax.feedback"}  # whose states Flax can serialise
+
+
+def test_of_flax_a_state_needs_the_serialisation_alone():
+    tree = MODULES["soap_jax.feedback"]
+    lines = [ast.unparse(node) for node in nodes_of(tree) if isinstance(node, ast.ImportFrom)]
+    assert [line for line in lines if "flax" in line] == ["from flax import serialization"]
 
 
 def test_ops_knows_nothing_of_rules_or_states():

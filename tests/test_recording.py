@@ -60,7 +60,7 @@ def test_feedback_stored_in_fewer_bits_is_synced_and_measured():
     params, _ = make_pair()
     expected = weight_angle(params, jax.tree.map(jnp.sign, params))
     for dtype in (jnp.int8, jnp.bfloat16):
-        state = init_feedback(jax.random.key(0), params, SignSync(), dtype=dtype)
+        state = init_feedback(jax.random.key(0), params, SignSync(magnitude="unit"), dtype=dtype)
         row = jax.jit(functools.partial(record_alignment, {"angle": weight_angle}, period=5))(
             params, state, 10
         )

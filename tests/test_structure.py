@@ -130,7 +130,11 @@ def test_a_transformed_model_takes_the_matrix_products_of_backprop(name):
 
     where = soap_jax.explain(loss, params, x)
     state = soap_jax.init_feedback(
-        jax.random.key(1), params, soap_jax.SignSync(), where=where, initializer="matched"
+        jax.random.key(1),
+        params,
+        soap_jax.SignSync(magnitude="unit"),
+        where=where,
+        initializer="matched",
     )
 
     def gradient(params, state, x):

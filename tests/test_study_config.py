@@ -60,3 +60,42 @@ def test_importing_the_command_line_loads_nothing_heavy():
     code = f"import sys, soap_jax.cli; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stdout + done.stderr
+
+
+HUGE = 10**12
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seeds": HUGE},
+        {"seeds": 100_000},  # times methods, rates and periods
+        {"epochs": HUGE},
+        {"batch_size": HUGE},
+        {"evaluations": HUGE},
+        {"chunk_size": HUGE},
+        {"hidden": (HUGE,)},
+        {"hidden": (10**6, 10**6)},
+        {"hidden": (10**4000,)},
+        {"periods": (1, HUGE)},
+        {"learning_rates": (0.1, 1e39)},
+        {"weight_decay": 1e39},
+        {"target_loss": float("inf")},
+    ],
+    ids=lambda change: f"{change}"[:40],
+)
+def test_a_number_too_large_is_refused_before_anything_is_made_of_it(change):
+    (name,) = change
+    with pytest.raises(ValueError, match=f"^{name} .*; expected") as caught:
+        StudyConfig(**change)
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("name", ["epochs", "period", "checkpoint_every", "keep", "seed"])
+def test_a_number_too_large_for_a_single_training_is_refused(name):
+    with pytest.raises(ValueError, match=f"^{name} is {HUGE}; expected"):
+        TrainConfig(**{name: HUGE})
+
+
+def test_a_large_study_is_allowed():
+    assert StudyConfig(seeds=1000, epochs=1000, hidden=(10_000, 10_000)).seeds == 1000

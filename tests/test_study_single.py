@@ -210,8 +210,27 @@ def test_without_partitionable_keys_training_cannot_be_extended(tmp_path, digits
         single.TrainDir(tmp_path, TrainConfig(**TINY)).begin(digits)
         with pytest.raises(ValueError, match="jax_threefry_partitionable is off"):
             single.TrainDir(tmp_path, TrainConfig(**TINY | {"epochs": 6})).begin(digits)
-    with pytest.raises(ValueError, match=r"random: .* there, .* now"):
+    with pytest.raises(ValueError, match=r"jax_threefry_partitionable: False there, True now"):
         single.TrainDir(tmp_path).begin(digits)
+
+
+def test_the_settings_that_an_older_version_noted_are_compared(copy, digits):
+    facts = json.loads((copy / "train.json").read_text())
+    del facts["settings"]
+    facts["random"] = {"default_prng_impl": "rbg", "threefry_partitionable": True}
+    (copy / "train.json").write_text(json.dumps(facts))
+    config = TrainConfig(**TINY | {"method": "sign_preserve", "epochs": 6})
+    with pytest.raises(ValueError, match=r"\(settings\.jax_default_prng_impl: rbg there, threefry"):
+        single.TrainDir(copy, config).begin(digits)
+
+
+def test_more_steps_than_an_int32_counts_are_refused(digits, tmp_path):
+    config = TrainConfig(**TINY | {"epochs": 10**6, "batch_size": 1})
+    many = digits._replace(
+        train=data.Split(np.zeros((5000, 8, 8, 1), np.uint8), np.arange(5000) % 10)
+    )
+    with pytest.raises(ValueError, match="1000000 epochs are 4000000000 steps; expected at most"):
+        single.TrainDir(tmp_path, config).begin(many)
 
 
 def test_other_versions_are_noted_where_training_goes_on(copy, digits):

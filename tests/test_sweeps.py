@@ -282,7 +282,7 @@ BAD = [
     ({"learning_rates": [float("nan")]}, "learning_rates has nan"),
     ({"learning_rates": [float("inf")]}, "learning_rates has inf"),
     ({"learning_rates": [0.1, 0.1]}, "learning_rates has a value twice"),
-    ({"periods": [0]}, "periods has 0 at index 0; expected integers of at least 1"),
+    ({"periods": [0]}, "periods has 0 at index 0; expected integers from 1 to 2147483647"),
     ({"periods": [True]}, "periods has True at index 0"),
     ({"periods": [2, 2]}, "periods has a value twice"),
     ({"chunk_size": 0}, "chunk_size is 0; expected at least 1"),

@@ -248,7 +248,7 @@ def test_activity_propagation_equals_torch(activation, curvature):
         return our_loss(dense(params[NAMES[-1]], a))
 
     step = jax.jit(activity.value_and_grad(loss, learning_rate=rate, bias=bias))
-    _, ours = step(0, PARAMS)
+    _, ours = step(PARAMS, step=0)
     theirs = torch_reference.activity_gradients(
         layers_of(PARAMS),
         *IN_TORCH,

@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,7 @@ def as_list(weights):
 
 RULES = {  # what the rule does, by hand
     Fixed(): lambda w, b: b,
-    SignSync(): lambda w, b: np.sign(w),
+    SignSync(magnitude="unit"): lambda w, b: np.sign(w),
     SignSync(magnitude="preserve"): lambda w, b: np.copysign(b, w),
     Transport(): lambda w, b: w,
     Transport(rate=0.5): lambda w, b: (w + b) / 2,
@@ -152,7 +153,7 @@ def test_a_run_is_the_one_by_hand_that_syncs_before_each_gradient_for_every_peri
 
 
 def test_step_0_is_synced_so_that_the_first_gradient_meets_synced_feedback():
-    state, _ = run(jit_step(SGD), make_state(SGD, SignSync(period=1000)), 1)
+    state, _ = run(jit_step(SGD), make_state(SGD, SignSync(period=1000, magnitude="unit")), 1)
     signs = jax.tree.map(jnp.sign, make_weights(1)) | {"layer_0": None}
     assert_bits_equal(state.feedback.feedback, signs)
 
@@ -220,7 +221,9 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
-    "rule", [None, SignSync(magnitude="redraw"), {"layer_1/*": SignSync(), "*": Fixed()}], ids=repr
+    "rule",
+    [None, SignSync(magnitude="redraw"), {"layer_1/*": SignSync(magnitude="unit"), "*": Fixed()}],
+    ids=repr,
 )
 def test_a_step_keeps_the_states_structure_and_types(optimizer, rule):
     optimizer = OPTIMIZERS[optimizer]()
@@ -244,11 +247,11 @@ def test_a_step_is_traced_once_whatever_the_step_and_period(optimizer):
     optimizer = OPTIMIZERS[optimizer]()
     step = jax.jit(training.make_train_step(counted, optimizer), donate_argnums=0)
     for period in (1, 3):
-        run(step, make_state(optimizer, SignSync(period=period)), 4)
+        run(step, make_state(optimizer, SignSync(period=period, magnitude="unit")), 4)
     assert traces == 1
 
 
-@pytest.mark.parametrize("rule", [None, SignSync()], ids=repr)
+@pytest.mark.parametrize("rule", [None, SignSync(magnitude="unit")], ids=repr)
 def test_a_step_is_compiled_once(rule):
     step = jax.jit(training.make_train_step(apply_fn, SGD))
     run(step, make_state(SGD, rule), 3)
@@ -263,7 +266,7 @@ def test_weight_decay_never_changes_feedback():
     assert jax.tree.structure(moments) == jax.tree.structure(state.params)
 
 
-@pytest.mark.parametrize("rule", [Fixed(), SignSync(), Transport()], ids=repr)
+@pytest.mark.parametrize("rule", [Fixed(), SignSync(magnitude="unit"), Transport()], ids=repr)
 def test_a_donated_state_is_taken_over_buffer_by_buffer(rule):
     optimizer = optax.adam(0.1)
     state, batch = make_state(optimizer, rule), make_data(6)
@@ -315,7 +318,7 @@ def fa_value_and_grad(params, feedback, batch, step):
     return jax.value_and_grad(loss)(params)
 
 
-@pytest.mark.parametrize("rule", [None, SignSync(period=2)], ids=repr)
+@pytest.mark.parametrize("rule", [None, SignSync(period=2, magnitude="unit")], ids=repr)
 def test_a_gradient_step_with_the_losss_gradient_is_the_train_step(rule):
     optimizer = optax.adam(0.05)
     step = jax.jit(training.make_gradient_step(fa_value_and_grad, optimizer), donate_argnums=0)
@@ -332,7 +335,7 @@ def see_all(params, feedback, batch, step):
 def test_a_gradient_step_hands_over_synced_weights_the_batch_and_the_step():
     params = {"kernel": jnp.array([[2.0, -3.0]])}
     optimizer = optax.sgd(1.0)
-    feedback = init_feedback(jax.random.key(0), params, SignSync(period=2))
+    feedback = init_feedback(jax.random.key(0), params, SignSync(period=2, magnitude="unit"))
     state = training.init_train_state(params, optimizer, feedback=feedback)
     step = jax.jit(training.make_gradient_step(see_all, optimizer))
     # w - (w - 5 sign(w) - step), from step 0 and 1; the signs are those of the first sync.
@@ -359,7 +362,7 @@ def test_a_plain_tree_of_projections_is_handed_over_and_left_alone():
 
 
 def test_feedback_weights_are_a_states_tree_or_what_is_given():
-    state = make_state(SGD, SignSync())
+    state = make_state(SGD, SignSync(magnitude="unit"))
     assert training.feedback_weights(state.feedback) is state.feedback.feedback
     assert training.feedback_weights(state.params) is state.params
     assert training.feedback_weights(None) is None
@@ -662,6 +665,160 @@ def test_multi_steps_inside_a_chain_counts_real_updates():
     assert int(state.step) == 1
 
 
+# Optax's extra arguments
+
+
+def by_polyak():
+    return optax.polyak_sgd(max_learning_rate=0.5)
+
+
+NEED_THE_LOSS = {
+    "reduce_on_plateau": lambda: optax.chain(SGD, optax.contrib.reduce_on_plateau(patience=1)),
+    "polyak_sgd": by_polyak,
+    "multi_steps": lambda: optax.MultiSteps(by_polyak(), 2),
+    "apply_if_finite": lambda: optax.apply_if_finite(by_polyak(), 3),
+    "momo": lambda: optax.contrib.momo(),
+    "backtracking": lambda: optax.chain(
+        optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5, store_grad=True)
+    ),
+    "lbfgs": lambda: optax.lbfgs(memory_size=3),
+}
+"""Optimisers of which `update` takes more than gradient, state and parameters."""
+
+
+@pytest.mark.parametrize("rule", [None, SignSync(magnitude="preserve")], ids=repr)
+@pytest.mark.parametrize("name", NEED_THE_LOSS)
+def test_optimisers_that_need_the_loss_get_it(name, rule):
+    optimizer = NEED_THE_LOSS[name]()
+    step, state, batch = jit_step(optimizer), make_state(optimizer, rule), make_data(6)
+    losses = []
+    for _ in range(12):
+        state, loss = step(state, batch)
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+
+
+class Seen(NamedTuple):
+    value: jax.Array
+    grad: Any
+    of_value_fn: Any
+
+
+def keep():
+    """An optimiser that keeps what it is given in its state, and changes nothing."""
+
+    def init(params):
+        return Seen(jnp.zeros(()), *[jax.tree.map(jnp.zeros_like, params)] * 2)
+
+    def update(updates, state, params, *, value, grad, value_fn):
+        again, of_value_fn = jax.value_and_grad(value_fn)(params)
+        seen = Seen(value + again - value_fn(params), grad, of_value_fn)
+        return jax.tree.map(jnp.zeros_like, updates), seen
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+@pytest.mark.parametrize("wrap", ["train step", "gradient step", "under vmap"])
+def test_the_gradient_of_value_fn_is_the_pseudo_gradient(wrap):
+    optimizer, batch = keep(), make_data(6)
+    state = make_state(optimizer, Fixed())
+    expected = fa_value_and_grad(state.params, state.feedback.feedback, batch, 0)
+    step = training.make_train_step(apply_fn, optimizer)
+    if wrap == "gradient step":
+        step = training.make_gradient_step(fa_value_and_grad, optimizer)
+    if wrap == "under vmap":
+        several = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), (state, batch))
+        seen = jax.tree.map(lambda leaf: leaf[1], jax.jit(jax.vmap(step))(*several)[0].opt_state)
+    else:
+        seen = jax.jit(step)(state, batch)[0].opt_state
+    assert_close(seen.value, expected[0])
+    for gradient in (seen.grad, seen.of_value_fn):
+        assert_close(gradient, expected[1])
+    exact = fa_value_and_grad(state.params, None, batch, 0)[1]["layer_0"]["kernel"]
+    assert np.abs(exact - expected[1]["layer_0"]["kernel"]).max() > 0.01  # they would differ
+
+
+def test_the_extra_arguments_are_about_params_and_feedback_where_both_are_learnt():
+    params, feedback = make_weights(1), make_weights(2) | {"layer_0": None}
+
+    def value_and_grad(params, weights, batch, *, step):
+        value, gradient = fa_value_and_grad(params, weights, batch, step)
+        return value, (gradient, jax.tree.map(jnp.ones_like, weights))
+
+    batch = make_data(6)
+    _, expected = value_and_grad(params, feedback, batch, step=0)
+
+    def seen_by(optimizer):
+        state = training.init_train_state(params, optimizer, feedback=feedback, learn_feedback=True)
+        step = training.make_gradient_step(value_and_grad, optimizer, learn_feedback=True)
+        return jax.jit(step)(state, batch)[0].opt_state
+
+    pair, alone = seen_by(keep()), seen_by(kolen_pollack(keep(), decay=0.1)).inner
+    for gradient, of_params in zip(pair[1:], alone[1:], strict=True):
+        assert_close(gradient, expected)
+        assert_close(of_params, expected[0])
+
+
+# Updates that the optimiser holds back
+
+BROKEN = (jnp.full((6, SIZES[0]), jnp.nan), jnp.zeros(6, jnp.int32))
+HELD_BACK = {
+    "apply_if_finite": (lambda: optax.apply_if_finite(SGD, 5), BROKEN),
+    "apply_if_finite in a chain": (
+        lambda: optax.chain(optax.clip(1e9), optax.apply_if_finite(SGD, 5)),
+        BROKEN,
+    ),
+    "multi_steps, skip_not_finite": (
+        lambda: optax.MultiSteps(SGD, 1, should_skip_update_fn=optax.skip_not_finite),
+        BROKEN,
+    ),
+    "apply_every": (lambda: optax.chain(SGD, optax.apply_every(2)), None),
+}
+
+
+@pytest.mark.parametrize("name", HELD_BACK)
+def test_an_update_that_is_held_back_is_no_step_and_no_second_sync(name):
+    make_optimizer, broken = HELD_BACK[name]
+    optimizer, rule = make_optimizer(), Transport(rate=0.5)  # half way: a second sync would show
+    step, state = jit_step(optimizer), make_state(optimizer, rule)
+    for update in range(3):
+        before = values(state.params)
+        state, _ = step(state, make_data(6) if broken is None else broken)
+        assert_bits_equal(state.params, before)
+        assert int(state.step) == update
+        synced = values(state.feedback)
+        state, _ = step(state, make_data(6, seed=update))
+        assert_bits_equal(state.feedback, synced)
+        assert int(state.step) == update + 1
+    with pytest.raises(AssertionError):
+        assert_bits_equal(state.params, before)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(0.0),
+        optax.chain(SGD, optax.set_to_zero()),
+        optax.apply_if_finite(optax.sgd(0.0), 5),
+        optax.MultiSteps(optax.sgd(0.0), 1),
+        optax.conditionally_mask(SGD, lambda step: step > 5),
+    ],
+)
+def test_an_update_of_zero_that_nobody_held_back_is_a_step(optimizer):
+    state, _ = run(jit_step(optimizer), make_state(optimizer, SignSync()), 2)
+    assert int(state.step) == 2
+    assert_bits_equal(state.params, make_weights(1))
+
+
+def test_what_holds_a_part_of_the_parameters_back_leaves_the_count_alone():
+    parts = {"first": optax.chain(SGD, optax.apply_every(3)), "rest": SGD}
+    labels = {f"layer_{i}": "rest" if i else "first" for i in range(3)}
+    optimizer = optax.partition(parts, labels)
+    state, _ = run(jit_step(optimizer), make_state(optimizer, SignSync()), 2)
+    assert int(state.step) == 2
+    assert_bits_equal(state.params["layer_0"], make_weights(1)["layer_0"])
+
+
 # Checkpoints
 
 
@@ -718,7 +875,7 @@ def test_a_restored_run_goes_on_bit_for_bit_as_if_it_had_never_stopped(tmp_path)
 
 def test_a_checkpoint_restored_under_another_rule_raises_and_would_pass_unnoticed(tmp_path):
     optimizer = optax.sgd(0.1)
-    state = make_state(optimizer, SignSync(period=5))
+    state = make_state(optimizer, SignSync(period=5, magnitude="unit"))
     save_training(tmp_path, state)
 
     def other():
@@ -780,7 +937,7 @@ def test_a_step_on_a_batch_shared_by_four_devices_is_that_of_one(rule, axis_type
 # Whole trainings
 
 
-@pytest.mark.parametrize("rule", [Fixed(), SignSync(period=10)], ids=repr)
+@pytest.mark.parametrize("rule", [Fixed(), SignSync(period=10, magnitude="unit")], ids=repr)
 def test_feedback_alignment_learns(rule):
     optimizer = optax.sgd(0.3)
     x, _ = make_data(64)
@@ -822,7 +979,7 @@ def test_epochs_and_evaluations_outside_jit_compile_once_and_take_numpy_data():
 
     optimizer = optax.sgd(0.1)
     step = training.make_train_step(counted, optimizer)
-    state = make_state(optimizer, SignSync(period=2))
+    state = make_state(optimizer, SignSync(period=2, magnitude="unit"))
     data = jax.device_get(make_data(20))
     for i in range(3):
         state, _ = training.train_epoch(step, state, data, jax.random.key(i), batch_size=6)
@@ -843,7 +1000,7 @@ def test_two_clocks_are_refused():
     parts = {"a": optax.MultiSteps(optax.sgd(0.1), 2), "b": optax.MultiSteps(optax.sgd(0.1), 3)}
     optimizer = optax.chain(*(part.gradient_transformation() for part in parts.values()))
     with pytest.raises(ValueError, match=r"2 states of optax\.MultiSteps"):
-        jit_step(optimizer)(make_state(optimizer, SignSync()), make_data(6))
+        jit_step(optimizer)(make_state(optimizer, SignSync(magnitude="unit")), make_data(6))
 
 
 def test_an_optimisers_state_without_feedback_raises_where_feedback_is_learnt():

@@ -18,7 +18,7 @@ from soap_jax import models, training
 
 RULES = {
     "FA": soap_jax.Fixed(),
-    "uSF": soap_jax.SignSync(period=1),
+    "uSF": soap_jax.SignSync(period=1, magnitude="unit"),
     "frSF": soap_jax.SignSync(period=1, magnitude="preserve"),
     "brSF": soap_jax.SignSync(period=1, magnitude="redraw"),
 }

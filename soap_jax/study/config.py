@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
+import math
+import reprlib
 
 from soap_jax import grids
 
-DATASETS = ("digits", "mnist", "fashion_mnist", "kmnist", "cifar10")
+DATASETS = {"digits": 64, "mnist": 784, "fashion_mnist": 784, "kmnist": 784, "cifar10": 3072}
+"""The data sets, and the values in an example of each."""
 METHODS = {
     "bp": "backprop",
     "fa": "FA, fixed feedback",
@@ -41,6 +45,12 @@ ACTIVATIONS = ("tanh", "relu", "sigmoid")
 OPTIMIZERS = ("sgd", "momentum", "adam")
 INITS = ("matched", "soap")
 INPUTS = ("standard", "unit")
+MAX_RUNS = 10**6
+"""The most runs in a study; each of them is known by name from the start."""
+MAX_EPOCHS = 10**6
+"""The most epochs, since their orders are drawn at the start."""
+MAX_WEIGHTS = 2**31 - 1
+"""The most weights in a network: 8 GiB of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,17 +115,20 @@ class StudyConfig:
         _check_names("optimizer", (self.optimizer,), OPTIMIZERS)
         _check_names("init", (self.init,), INITS)
         _check_names("inputs", (self.inputs,), INPUTS)
-        for name in ("seeds", "epochs", "batch_size", "evaluations", "chunk_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")
-        if not self.hidden or min(self.hidden) < 1:
+        grids.check_count("seeds", self.seeds, most=MAX_RUNS)
+        grids.check_count("epochs", self.epochs, most=MAX_EPOCHS)
+        for name in ("batch_size", "evaluations", "chunk_size"):
+            if getattr(self, name) is not None:
+                grids.check_count(name, getattr(self, name))
+        self._check_hidden()
+        grids.check(seeds=[0], learning_rates=self.learning_rates, periods=self.periods)
+        runs = sum(len(self.periods_of(method)) for method in self.methods)
+        runs *= len(self.learning_rates) * self.seeds
+        if runs > MAX_RUNS:
             raise ValueError(
-                f"hidden is {self.hidden}; expected the widths of one hidden layer or more: "
-                "without one there is nothing for feedback to do."
+                f"seeds is {self.seeds}, which makes {runs} runs with these methods, "
+                f"learning_rates and periods; expected at most {MAX_RUNS} runs."
             )
-        grids.check(
-            seeds=range(self.seeds), learning_rates=self.learning_rates, periods=self.periods
-        )
         for name in ("target_loss", "memory_limit"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -124,10 +137,27 @@ class StudyConfig:
         if decay is None:
             decay = WEIGHT_DECAY if "kp" in self.methods else 0.0
             object.__setattr__(self, "weight_decay", decay)
-        if not 0 <= decay < float("inf"):
-            raise ValueError(f"weight_decay is {decay}; expected a number of at least 0.")
+        if not 0 <= grids.as_float32(decay) < math.inf:
+            raise ValueError(
+                f"weight_decay is {decay}; expected a number of at least 0, finite as a float32."
+            )
         for name in ("learning_rates", "periods"):
             object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
+
+    def _check_hidden(self):
+        said = f"hidden is {reprlib.repr(self.hidden)}; expected"
+        if not self.hidden or min(self.hidden) < 1:
+            raise ValueError(
+                f"{said} the widths of one hidden layer or more: without one there is nothing for "
+                "feedback to do."
+            )
+        sizes = (DATASETS[self.dataset], *self.hidden, 10)
+        weights = sum(a * b for a, b in itertools.pairwise(sizes))
+        if weights > MAX_WEIGHTS:
+            raise ValueError(
+                f"{said} at most {MAX_WEIGHTS} weights in all; with {self.dataset} these are "
+                f"{reprlib.repr(weights)}."
+            )
 
     def periods_of(self, method: str) -> tuple[int, ...]:
         """The sync periods that a method runs with; `(0,)` for one that never syncs.

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from soap_jax import data, sweeps, training
-from soap_jax.feedback import init_feedback
+from soap_jax import data, grids, sweeps, training
+from soap_jax.feedback import glorot_normal, init_feedback
 from soap_jax.study import measurements, methods, networks
 from soap_jax.study.config import StudyConfig
 from soap_jax.study.networks import Scaling
@@ -70,8 +70,13 @@ def evaluation_steps(config: StudyConfig, num_train: int) -> np.ndarray:
     Runs train for the last of them: the steps of all epochs, less a remainder.
 
     Raises:
-        ValueError: if there are fewer steps than evaluations.
+        ValueError: if there are fewer steps than evaluations, or too many to be drawn at the start.
     """
+    if config.epochs * num_train > grids.MOST:
+        raise ValueError(
+            f"{config.epochs} epochs of {num_train} examples are {config.epochs * num_train} "
+            f"examples to be put in order; expected at most {grids.MOST}. Ask for fewer epochs."
+        )
     steps = config.epochs * (num_train // config.batch_size)
     if steps < config.evaluations:
         raise ValueError(
@@ -171,7 +176,9 @@ def setup(config: StudyConfig, method: str, num_classes: int, scaling: Scaling) 
         rule = methods.rule_of(method, period)
         if rule is not None:
             above_first = [f"{name}/kernel" for name in methods.layers(params)[1:]]
-            weights = init_feedback(feedback_key, params, rule, where=above_first)
+            weights = init_feedback(
+                feedback_key, params, rule, where=above_first, initializer=glorot_normal
+            )
         state = training.init_train_state(
             params, optimizer(learning_rate), feedback=weights, learn_feedback=learn_feedback
         )
@@ -210,13 +217,13 @@ def make_run(config: StudyConfig, method: str, num_classes: int, scaling: Scalin
             return training.scan_batches(step, state, arrays.train, order[i - 1])
 
         def wait(state, i):
-            return state, jnp.zeros(order.shape[1])
+            return state, jnp.zeros(order.shape[1], jnp.float32)
 
         def segment(state, i):  # the first only measures: so XLA compiles measuring once
             state, losses = lax.cond(i > 0, train, wait, state, i)
             return state, (losses, of_method.measure(state, learning_rate, arrays.validation))
 
-        segments = jnp.arange(config.evaluations + 1)
+        segments = jnp.arange(config.evaluations + 1, dtype=jnp.int32)
         state, (losses, evaluations) = lax.scan(segment, state, segments)
         weights = training.feedback_weights(state.feedback)
         test = training.evaluate(of_method.apply_fn, state.params, weights, arrays.test)

@@ -36,9 +36,7 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
             "--out."
         ) from None
     except OSError as error:
-        raise ValueError(
-            f"cannot write results to {path}: {error.strerror}. Name another directory with --out."
-        ) from error
+        raise _cannot_write(path, error) from error
     try:
         for depth in ("", "*/"):  # no deeper, whatever else lies under `path`
             for leftover in path.glob(f"{depth}.*{_UNFINISHED}"):
@@ -46,6 +44,31 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_writable(path: pathlib.Path) -> bool:
+    """Whether files can be made in a directory."""
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            return True
+    except OSError:
+        return False
+
+
+def check_path(path: pathlib.Path) -> None:
+    """Raises ValueError if no directory can be called so: a name is too long, or out of reach."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # `locked` makes it, or says why not
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path, error):
+    return ValueError(
+        f"cannot write results to {path}: {error.strerror}. Name another directory with --out."
+    )
 
 
 def write_atomically(path: pathlib.Path, write: Callable[[IO[bytes]], Any]) -> None:

@@ -64,7 +64,7 @@ def measure(
         num = config.batch_size if of_method.propagates_activity else PROBE_SIZE
         probe = jax.tree.map(lambda leaf: leaf[:num], validation)
         gradient = network.value_and_grad(learning_rate)
-        _, pseudo = gradient(params, weights, probe, state.step)
+        _, pseudo = gradient(params, weights, probe, step=state.step)
         pseudo = pseudo[0] if of_method.learns_feedback else pseudo
         true = jax.grad(network.true_loss)(params, weights, probe)
         for name in hidden:
@@ -111,9 +111,9 @@ def _rate_factors(method, state) -> methods.Factors:
         if of_method.factors is not None and of_method.live:
             return of_method.factors(state.params)
         kept = optax.tree_utils.tree_get(state.opt_state, "layer_factors")
-        return dict.fromkeys(names, jnp.ones(())) if kept is None else kept
+        return dict.fromkeys(names, jnp.ones((), jnp.float32)) if kept is None else kept
     along = metrics.effective_learning_rate(1.0, state.params, state.feedback.feedback)
-    factor, factors = jnp.ones(()), {}
+    factor, factors = jnp.ones((), jnp.float32), {}
     for name in reversed(names):
         factors[name] = factor
         if along[name]["kernel"] is not None:
@@ -124,7 +124,7 @@ def _rate_factors(method, state) -> methods.Factors:
 def _path_factors(params, projections) -> methods.Factors:
     """`<Pᵀ, W> / <W, W>` of each projection and the product of the kernels above it."""
     *hidden, output = methods.layers(params)
-    path, factors = params[output]["kernel"], {output: jnp.ones(())}
+    path, factors = params[output]["kernel"], {output: jnp.ones((), jnp.float32)}
     for name in reversed(hidden):
         factors[name] = _share(projections[name].T, path)
         path = jnp.matmul(params[name]["kernel"], path, precision=lax.Precision.HIGHEST)

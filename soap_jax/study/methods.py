@@ -91,7 +91,7 @@ def amplification(params: chex.ArrayTree) -> Factors:
         >>> {name: float(factor) for name, factor in amplification(params).items()}
         {'Dense_1': 1.0, 'Dense_0': 4.0}
     """
-    factor, factors = jnp.ones(()), {}
+    factor, factors = jnp.ones((), jnp.float32), {}
     for name in reversed(layers(params)):
         factors[name] = factor
         kernel = params[name]["kernel"]
@@ -102,7 +102,8 @@ def amplification(params: chex.ArrayTree) -> Factors:
 def only_output(params: chex.ArrayTree) -> Factors:
     """Factors that leave every layer but the last untrained."""
     *hidden, output = layers(params)
-    return dict.fromkeys(hidden, jnp.zeros(())) | {output: jnp.ones(())}
+    zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
+    return dict.fromkeys(hidden, zero) | {output: one}
 
 
 class ScaleLayersState(NamedTuple):
@@ -276,7 +277,8 @@ def optimizer_of(
             )
     if weight_decay:
         trained = _is_output if spec.factors is only_output else None
-        decay = optax.add_decayed_weights(-weight_decay * jnp.asarray(learning_rate), mask=trained)
+        share = weight_decay * jnp.asarray(learning_rate, jnp.float32)
+        decay = optax.add_decayed_weights(-share, mask=trained)
         chosen = optax.chain(chosen, decay)
     if spec.factors is not None:
         chosen = optax.chain(scale_layers(spec.factors, live=spec.live), chosen)

@@ -76,7 +76,7 @@ def make(
 
     def loss(params, weights, batch):
         x, labels = batch
-        target = jax.nn.one_hot(labels, num_classes)
+        target = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
         return training.cross_entropy(apply_fn(params, weights, x, target), labels)
 
     def true_loss(params, weights, batch, *tap):
@@ -91,9 +91,9 @@ def make(
                 learning_rate=learning_rate,
                 warmup=methods.WARMUP,
             )
-            return lambda params, weights, batch, step: propagate(step, params, batch)
+            return lambda params, weights, batch, *, step: propagate(params, batch, step=step)
         argnums = (0, 1) if method.learns_feedback else 0
         gradient = jax.value_and_grad(loss, argnums)
-        return lambda params, weights, batch, step: gradient(params, weights, batch)
+        return lambda params, weights, batch, *, step: gradient(params, weights, batch)
 
     return Network(plain, direct, apply_fn, loss, true_loss, value_and_grad)

@@ -350,7 +350,15 @@ def _details(config: StudyConfig, facts: Mapping[str, Any]) -> dict[str, dict[st
     lists = {"Configuration": chosen}
     known = {
         key.replace("_", " "): _said(facts[key])
-        for key in ("data_source", "examples", "device", "versions", "loss_window", "seconds")
+        for key in (
+            "data_source",
+            "examples",
+            "device",
+            "versions",
+            "settings",
+            "loss_window",
+            "seconds",
+        )
         if key in facts
     }
     rules = facts.get("rules")

@@ -14,7 +14,7 @@ import pandas as pd
 
 import soap_jax
 from soap_jax import data, sweeps
-from soap_jax.study import experiment, methods
+from soap_jax.study import circumstances, experiment, methods
 from soap_jax.study.config import StudyConfig
 
 FORMAT = 2
@@ -168,6 +168,7 @@ def provenance(config: StudyConfig, dataset: data.Dataset) -> dict[str, Any]:
             "machine": platform.machine(),
             "processor": _processor(),
         },
+        "settings": circumstances.settings(),
     }
 
 

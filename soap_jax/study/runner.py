@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 import soap_jax
 from soap_jax import data, sweeps
-from soap_jax.study import directory, experiment
+from soap_jax.study import circumstances, directory, experiment
 from soap_jax.study.config import StudyConfig
 
 
@@ -54,14 +54,15 @@ def train(
 
 def _check_alike(config: StudyConfig) -> None:
     """Raises ValueError, in every process, if they were not all started alike."""
-    known = repr((config, soap_jax.__version__, jax.__version__)).encode()
+    versions = soap_jax.__version__, jax.__version__
+    known = repr((config, versions, circumstances.settings())).encode()
     try:
         digest = np.frombuffer(hashlib.sha256(known).digest(), np.uint8)
         multihost_utils.assert_equal(digest)
     except AssertionError:
         raise ValueError(
-            "the processes of this study were started with different options, or with different "
-            "versions of soap_jax or jax; expected the same everywhere."
+            "the processes of this study were started with different options, different versions "
+            "of soap_jax or jax, or different settings of JAX or XLA; expected the same everywhere."
         ) from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 
 from soap_jax import grids
 from soap_jax.study.config import METHODS, PERIODIC, StudyConfig
@@ -61,19 +62,21 @@ class TrainConfig:
             )
         if self.method not in PERIODIC:
             object.__setattr__(self, "period", 0)
-        elif self.period < 1:
-            raise ValueError(f"period is {self.period}; expected at least 1.")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed is {self.seed}; expected 0 to 2³¹ - 1.")
+        else:
+            grids.check_count("period", self.period)
+        if not 0 <= self.seed <= grids.MOST:
+            raise ValueError(
+                f"seed is {reprlib.repr(self.seed)}; expected an integer from 0 to {grids.MOST}."
+            )
         try:
             grids.check(seeds=[0], learning_rates=[self.learning_rate])
         except ValueError:
             raise ValueError(
-                f"learning_rate is {self.learning_rate!r}; expected a positive, finite number."
+                f"learning_rate is {self.learning_rate!r}; expected a positive, finite float32 "
+                "number."
             ) from None
         for name in ("checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")
+            grids.check_count(name, getattr(self, name))
         object.__setattr__(self, "weight_decay", self.as_study().weight_decay)
 
     def as_study(self) -> StudyConfig:

@@ -10,11 +10,10 @@ import os
 import pathlib
 from typing import Any
 
-import jax
 import pandas as pd
 
-from soap_jax import data
-from soap_jax.study import experiment, files, methods, results
+from soap_jax import data, grids
+from soap_jax.study import circumstances, experiment, files, methods, results
 from soap_jax.study.single_config import TrainConfig
 
 FORMAT = 1
@@ -75,8 +74,8 @@ class TrainDir:
         """Notes under which circumstances training begins or goes on.
 
         Raises:
-            ValueError: if it went on with other data or another random generator, or if the batch
-                size is more than all examples.
+            ValueError: if it went on with other data or under other settings of JAX or XLA, if the
+                batch size is more than all examples, or if there are too many steps.
         """
         facts = provenance(self.config, dataset)
         num_train = facts["examples"]["train"]
@@ -85,18 +84,24 @@ class TrainDir:
                 f"batch_size is {self.config.batch_size}; expected 1 to {num_train}, the number of "
                 "training examples."
             )
+        steps = self.config.epochs * (num_train // self.config.batch_size)
+        if steps > grids.MOST:
+            raise ValueError(
+                f"{self.config.epochs} epochs are {steps} steps; expected at most {grids.MOST}. "
+                "Ask for fewer epochs."
+            )
         before = self.facts
         if before is not None:
-            fixed = ("data_source", "examples", "network", "random")
-            differ = [name for name in fixed if before.get(name) != facts[name]]
+            fixed = ("data_source", "examples", "network", "settings")
+            ours = json.loads(json.dumps({name: facts[name] for name in fixed}))
+            differ = circumstances.differences(before, ours)
             if differ:
-                changes = "; ".join(f"{n}: {before.get(n)} there, {facts[n]} now" for n in differ)
                 raise ValueError(
-                    f"{self.path} was trained under other circumstances ({changes}). Go on under "
-                    "those, name another directory with --out, or delete this one."
+                    f"{self.path} was trained under other circumstances ({'; '.join(differ)}). Go "
+                    "on under those, name another directory with --out, or delete this one."
                 )
             extended = self.config.epochs > before["config"]["epochs"]
-            if extended and not facts["random"]["threefry_partitionable"]:
+            if extended and not facts["settings"]["jax_threefry_partitionable"]:
                 raise ValueError(
                     "jax_threefry_partitionable is off, so the order of examples depends on the "
                     "number of epochs and training cannot be extended. Name another directory with "
@@ -154,6 +159,8 @@ class TrainDir:
             if not isinstance(facts["config"], dict):
                 raise TypeError("its config is no object")
             facts["config"].setdefault("weight_decay", 0.0)  # older trainings do not say so
+            older = facts.pop("random", {})
+            facts.setdefault("settings", {f"jax_{name}": older[name] for name in older})
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(
                 f"{file} is not the description of a training ({error}). Name another directory "
@@ -207,10 +214,7 @@ def provenance(config: TrainConfig, dataset: data.Dataset) -> dict[str, Any]:
         },
         "data_source": facts["data_source"],
         "examples": facts["examples"],
-        "random": {
-            name: getattr(jax.config, f"jax_{name}")
-            for name in ("default_prng_impl", "threefry_partitionable")
-        },
+        "settings": facts["settings"],
         "versions": facts["versions"] | orbax,
         "device": facts["device"],
         "resumed": [],

@@ -199,7 +199,7 @@ def _row(notes: reader.Notes) -> Found:
         return "feedback", [*notes.served]
     if notes.met or not notes.first:
         return "no effect", [*notes.met]
-    return "exact", [*notes.numbers, notes.first]
+    return "exact", [*notes.numbers, *([notes.last] if notes.last else [])]
 
 
 def _given(notes: reader.Notes) -> Found:
@@ -258,7 +258,8 @@ def _table(explanation: Explanation) -> str:
         if len(places) > 1:
             name = f"{name} and {len(places) - 1} more"
         total = sum(row.nbytes for row in rows)
-        stored = f"{filesize.decimal(total)} {row.stored}" if total else "-"
+        narrow = f" {row.stored}" if row.stored != row.dtype else ""
+        stored = f"{filesize.decimal(total)}{narrow}" if total else "-"
         grid.add_row(*map(text.Text, (path, row.effect, name, operands, stored)))
         problems = [f"{use}, {use.problem}." for use in row.uses if use.problem]
         notes += [f"{path}: {problem}" for problem in dict.fromkeys(problems)][:2]
@@ -281,5 +282,6 @@ def _table(explanation: Explanation) -> str:
     shown = [line.rstrip() for line in file.getvalue().splitlines() if line.strip()]
     shown = [*shown, ""] if groups else []
     for line in [*lines, *notes]:
-        shown += textwrap.wrap(line, max(80, len(shown[0]) if shown else 0), break_long_words=False)
+        width = max(80, len(shown[0]) if shown else 0)
+        shown += textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
     return "\n".join(shown)

@@ -172,7 +172,7 @@ class Reader:
         """Reads one equation."""
         name = eqn.primitive.name
         labels = [value.label for value in values]
-        if not self.quiet:
+        if not self.quiet and name not in bodies.BODIES:
             for i in lb.merged(labels):
                 note, use = self.note(i), self._use(eqn)
                 note.first, note.last = note.first or use, use

@@ -1,0 +1,75 @@
+"""Settings of JAX and XLA that bear on results, and how two records of circumstances differ.
+
+A study and a single training both note them. Who goes on under others is refused: with another
+generator the rest would start from other weights, and in other precision it would round otherwise.
+(`jax_numpy_dtype_promotion` is not among them: all dtypes here are explicit.)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+_JAX_SETTINGS = (
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_random_seed_offset",
+    "jax_default_matmul_precision",
+    "jax_enable_x64",
+    "jax_disable_jit",
+    "jax_disable_most_optimizations",
+    "jax_optimization_level",
+    "jax_exec_time_optimization_effort",
+)
+_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
+_HARMLESS_FLAGS = ("--xla_dump_", "--xla_force_host_platform_device_count")
+
+
+def settings() -> dict[str, Any]:
+    """The settings in force, by the names under which JAX and XLA know them.
+
+    Example:
+        >>> settings()["jax_default_prng_impl"]
+        'threefry2x32'
+    """
+    known = {name: getattr(jax.config, name, None) for name in _JAX_SETTINGS}
+    plain = (bool, int, float, str, type(None))
+    return {
+        name: value if isinstance(value, plain) else str(value) for name, value in known.items()
+    } | {name: _flags(os.environ.get(name, "")) for name in _VARIABLES}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What `now` says otherwise than `before`, in words, each with both values.
+
+    A setting that an older version did not note is not compared.
+
+    Example:
+        >>> differences({"versions": {"jax": "1"}}, {"versions": {"jax": "2"}})
+        ['versions.jax: 1 there, 2 now']
+    """
+    found = []
+    for name, value in now.items():
+        old = before.get(name)
+        if name == "settings":
+            old = old or {}
+            value = {key: value.get(key) for key in old}
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = {**dict.fromkeys(old), **value}
+            found += [f"{name}.{said}" for said in differences(old, value)]
+        elif old != value:
+            found.append(f"{name}: {_said(old)} there, {_said(value)} now")
+    return found
+
+
+def _flags(text: str) -> str:
+    """Flags in one order, the last of each name, without those that do not bear on results."""
+    flags = {flag.partition("=")[0]: flag for flag in text.split()}
+    return " ".join(sorted(f for f in flags.values() if not f.startswith(_HARMLESS_FLAGS)))
+
+
+def _said(value) -> str:
+    return "not set" if value in (None, "") else str(value)
