@@ -211,7 +211,9 @@ class Tape:
             return factor.val, kind
         if made == DATA:
             return factor.val, touched if product else kind
-        if made == ACT and operand.made == NUMBER:  # its gradient may be a kernel's own term, or not
+        if (
+            made == ACT and operand.made == NUMBER
+        ):  # its gradient may be a kernel's own term, or not
             self.may_refuse = True
             return factor.val, "murky"
         if made == ACT:

@@ -706,6 +706,15 @@ HIDDEN = {  # changed kernels where the same kernel, or rows of it, hide them
         lambda h: m.dot(m.add(h, m.unary(m.rows(v["a"]), "tanh")), v["a"]),
         h,
     ),
+    "tanh(w) in a sum, before another": lambda m, v, h: m.dot(
+        m.add(h, m.unary(m.rows(v["a"]), "tanh")), v["b"]
+    ),
+    "a gate in a sum, scaled by another that is stopped": lambda m, v, h: m.experts(
+        m.mul(m.add(m.gate(m.rows(v["a"])), h), m.stop(m.rows(v["b"]))), v["s"], v["ids"]
+    ),
+    "tanh(w) in a sum, scaled by another that is stopped": lambda m, v, h: m.mul(
+        m.add(h, m.unary(m.rows(v["a"]), "tanh")), m.stop(m.rows(v["b"]))
+    ),
     "looked-up rows, and tanh(w)": lambda m, v, h: m.dot(
         m.lookup(v["a"], v["ids"]), m.unary(v["a"], "tanh")
     ),
@@ -751,9 +760,7 @@ OWN = {  # terms of the loss, of kernels alone
 }
 
 OWN_OF_SEVERAL = {  # as penalties of a flattened tree of params
-    "squares of two kernels": lambda m, v: m.sum_of_squares(
-        m.join(v["a"], v["b"], "rows of both")
-    ),
+    "squares of two kernels": lambda m, v: m.sum_of_squares(m.join(v["a"], v["b"], "rows of both")),
     "squares of a kernel and a param": lambda m, v: m.sum_of_squares(
         m.join(v["a"], v["p"], "rows of both")
     ),
