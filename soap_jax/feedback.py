@@ -355,9 +355,9 @@ def _check_dtype(dtype):
         dtype = np.dtype(dtype)
         if jnp.issubdtype(dtype, jnp.signedinteger):
             serves = jnp.iinfo(dtype).max >= 1
-        else:
-            serves = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).min < 0
-            serves = serves and jnp.finfo(dtype).bits != 6  # of which XLA makes no arrays
+        else:  # XLA makes no arrays of 6 bits
+            info = jnp.finfo(dtype) if jnp.issubdtype(dtype, jnp.floating) else None
+            serves = info is not None and bool(info.min < 0) and info.bits != 6
     except (TypeError, ValueError):  # no dtype at all, or no number's
         serves = False
     if not serves:

@@ -149,8 +149,9 @@ def _of_params(extra_args, feedback):
 
 
 def _is_share(decay) -> bool:
-    is_number = isinstance(decay, numbers.Real | jax.Array | np.ndarray) and np.ndim(decay) == 0
-    return is_number and bool(0 < float(decay) < 1)
+    if isinstance(decay, jax.Array | np.ndarray):
+        return decay.ndim == 0 and 0 < float(decay) < 1
+    return isinstance(decay, numbers.Real) and 0 < float(decay) < 1
 
 
 def _pair(learnt: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.ArrayTree]:

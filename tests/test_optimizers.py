@@ -30,8 +30,8 @@ def cross_entropy(logits):
     return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean()
 
 
-def plain_loss(params):
-    h = X
+def plain_loss(params, x):
+    h = x
     for i in range(3):
         layer = params[f"Dense_{i}"]
         h = h @ layer["kernel"] + layer["bias"][None]
@@ -53,8 +53,8 @@ def make_weights(seed):
 def plain():
     drawn = make_weights(2)
     feedback = {"Dense_0": None} | {i: drawn[i] | {"bias": None} for i in ("Dense_1", "Dense_2")}
-    loss = soap_jax.with_feedback(plain_loss, feedback_bar="kernel")
-    return (make_weights(1), feedback), jax.grad(loss, argnums=(0, 1))
+    gradient = jax.grad(soap_jax.with_feedback(plain_loss, feedback_bar="kernel"), argnums=(0, 1))
+    return (make_weights(1), feedback), lambda params, feedback: gradient(params, feedback, X)
 
 
 def linen():
@@ -325,7 +325,7 @@ def test_it_takes_the_matrix_products_of_backprop():
         return optimizer.update(gradient(*learnt), optimizer.init(learnt), learnt)[0]
 
     def backprop(params):
-        return optimizer.update(jax.grad(plain_loss)(params), optimizer.init(params))[0]
+        return optimizer.update(jax.grad(plain_loss)(params, X), optimizer.init(params))[0]
 
     # Three forward, three for the kernels, two for the hidden layers' errors.
     assert products(backprop, learnt[0]) == 8
