@@ -444,7 +444,8 @@ def check(case, report):
 def survey(cases):
     """Checks programs. Returns how often what happened, and notes of what should be looked at.
 
-    With `SHOW_REFUSED=50` in the environment, prints the first 50 programs refused with room left.
+    With `SHOW_REFUSED=50` in the environment, prints the first 50 that were refused though the
+    definition does not demand it.
     """
     counts, notes = {}, []
     with enable_x64(True):
