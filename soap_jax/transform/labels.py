@@ -395,12 +395,12 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label]) -> Step:
         if name in LOOKUPS and _by_integers(labels):
             kernels.pop(own, None)  # an embedding's
         return Step(out._replace(own=own, kernels=kernels), decided=False)
-    passed = merged([*mine, *foreign])
+    passed = forms | merged([*mine, *foreign])
     return Step(
         out,
         exact=frozenset(exact),
         served=tuple(i for i, status in passed.items() if not isinstance(status, Broken)),
-        broken={i: s for i, s in (forms | passed).items() if isinstance(s, Broken)},
+        broken={i: status for i, status in passed.items() if isinstance(status, Broken)},
         mixed=frozenset(i for label in labels if label.data for i in label.kernels),
     )
 
