@@ -169,9 +169,12 @@ LAYOUTS = {  # of a kernel (3, 8)
     "moveaxis under vmap": lambda w: jax.vmap(lambda row: row[::-1], 1, 1)(w),
     "product with a constant": lambda w: FACTOR[:, :3] @ w,
     "product with a constant on the right": lambda w: w @ FACTOR.T[:, :2],
+    "cumulated sums": lambda w: jnp.cumsum(w, axis=1),
+    "sums along an axis": lambda w: jnp.broadcast_to(w.sum(1, keepdims=True), (3, 8)),
     "jit": jax.jit(lambda w: w[:, ::-1]),
     "checkpoint": jax.checkpoint(lambda w: w[:, ::-1]),
     "map": lambda w: lax.map(lambda row: row[::-1], w),
+    "scaled in a loop": lambda w: lax.fori_loop(0, 2, lambda _, w: 0.9 * w[:, ::-1], w),
 }
 
 
@@ -236,6 +239,9 @@ PRODUCTS = {
             x, w, (2,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
         ),
     ),
+    "elementwise": ((5, 3), (5, 3), jnp.multiply),
+    "elementwise, by a row": ((5, 3), (1, 3), jnp.multiply),
+    "elementwise, by an element": ((5, 3), (2, 2), lambda x, w: x * w[0, 1]),
     "under vmap": ((5, 3), (3, 8), lambda x, w: jax.vmap(lambda x: x @ w)(x)),
     "under vmap of both": ((4, 3), (4, 3, 5), lambda x, w: jax.vmap(jnp.dot)(x, w)),
 }
@@ -265,7 +271,7 @@ def test_two_kernels_concatenated_have_their_feedback_concatenated():
     assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("by", ["dynamic_slice", "index", "expert"])
+@pytest.mark.parametrize("by", ["dynamic_slice", "index", "expert", "cond", "switch"])
 def test_a_traced_index_chooses_kernel_and_feedback(by):
     def model(params, x, i):
         w = params["w"]
@@ -273,6 +279,10 @@ def test_a_traced_index_chooses_kernel_and_feedback(by):
             return x @ lax.dynamic_slice(w, (i, 0, 1), (1, 3, 4))[0]
         if by == "index":
             return x @ w[i]
+        if by == "cond":
+            return x @ lax.cond(i > 0, lambda w: w[0], lambda w: -w[1], w)
+        if by == "switch":
+            return x @ lax.switch(i, [lambda i=i: w[i] for i in range(3)])
         return jnp.einsum("bi,bio->bo", x, w[jnp.stack([i, 0, i, 1, 2])])
 
     params, x = {"w": draw(4, 3, 6)}, draw(5, 3)
@@ -323,10 +333,10 @@ def shared(params, x):
 
 
 def tied(params, x, ids=(2, 0, 1, 2)):
-    """Word embeddings that also are the last layer."""
+    """Rows of a kernel that scale the input; and the kernel as the last layer."""
     e = params["e"]
-    rows = (e.kernel if isinstance(e, Pair) else e)[jnp.array(ids)]
-    return product(jnp.tanh(product(rows * x, params["w"])), lay(jnp.transpose, e))
+    scaled = product(x, lay(lambda e: e[jnp.array(ids)], e), jnp.multiply)
+    return product(jnp.tanh(product(scaled, params["w"])), lay(jnp.transpose, e))
 
 
 def experts(params, x, ids=(2, 0, 0, 3)):
@@ -360,7 +370,7 @@ def gradient_inside(params, x):
 MODELS = {
     "mlp": (mlp, MLP, (4, 3)),
     "a shared kernel": (shared, {"w": draw(5, 5)}, (4, 5)),
-    "tied embeddings": (tied, {"e": draw(6, 5), "w": draw(5, 5)}, (4, 5)),
+    "a kernel's rows as scales": (tied, {"e": draw(6, 5), "w": draw(5, 5)}, (4, 5)),
     "experts": (experts, {"experts": draw(4, 5, 2), "w": draw(3, 5)}, (4, 3)),
     "a constant's product": (hypercube, {"u": draw(3, 5), "v": draw(5, 2)}, (4, 3)),
     "attention": (attention, {"q": draw(5, 3), "k": draw(5, 3), "v": draw(5, 2)}, (4, 5)),
@@ -425,6 +435,34 @@ def over_layers(body, **options):
         return lax.scan(lambda h, w: (body(h, w), None), h, p["ws"], **options)[0]
 
     return middle
+
+
+def scaled(h, w):
+    return jnp.tanh(product(h, lay(lambda w: w[:1], w), jnp.multiply))
+
+
+def carried_and_scaled(h, p):
+    def body(carry, _):
+        w, h = carry
+        return (lay(lambda w: 0.9 * w.T, w), layer(h, w)), None
+
+    (w, h), _ = lax.scan(body, (p["w"], h), length=3)
+    return layer(h, w)
+
+
+def chosen(h, p):
+    """A branch returns a kernel, another a part of it."""
+
+    def padded(w):
+        return jnp.pad(w[1:], ((1, 0), (0, 0)))
+
+    return layer(
+        h, lax.cond(h[0, 0] > 0, lambda w: lay(jnp.transpose, w), lambda w: lay(padded, w), p["w"])
+    )
+
+
+def by_platform(h, p):
+    return lax.platform_dependent(h, p["w"], cpu=layer, default=layer)
 
 
 def carried(h, p):
@@ -502,12 +540,17 @@ STRUCTURES = {
     "scan over kernels, reverse": over_layers(layer, reverse=True),
     "scan over kernels, unrolled": over_layers(layer, unroll=2),
     "scan that carries a kernel": carried,
+    "scan that carries and scales a kernel": carried_and_scaled,
     "scan that returns kernels": scanned_layouts,
+    "scan that scales": repeat(scaled),
+    "scan over scales": over_layers(scaled),
     "scan in scan": over_layers(lambda h, w: repeat(layer, 2)(h, {"w": w})),
     "fori_loop": fori,
     "cond": cond,
     "cond of operands": cond_of_operands,
+    "cond that returns kernels": chosen,
     "switch": switch,
+    "a choice by platform": by_platform,
     "checkpoint": lambda h, p: jax.checkpoint(layer)(h, p["w"]),
     "checkpoint with a policy": repeat(jax.checkpoint(layer, policy=POLICY)),
     "checkpointed scan over kernels": over_layers(jax.checkpoint(layer, prevent_cse=False)),
@@ -548,6 +591,16 @@ def jaxprs_in(tree):
             yield leaf
 
 
+def equations(jaxpr, name):
+    """Those of a primitive, in all the jaxprs of a jaxpr."""
+    found = []
+    for eqn in jaxpr.eqns:
+        found += [eqn] * (eqn.primitive.name == name)
+        for inner in jaxprs_in(eqn.params):
+            found += equations(inner, name)
+    return found
+
+
 KEPT = {  # the params of an equation that are its user's choice
     "jit": (jax.jit(layer), ("name", "inline")),
     "remat2": (
@@ -575,12 +628,17 @@ def test_equations_keep_their_options(name):
     def model(params, h):
         return fun(h, params["w"])
 
-    ours = jax.make_jaxpr(with_feedback(model))(params, params, h)
-    theirs = jax.make_jaxpr(model)(params, h)
-    a, b = ([e for e in jaxpr.eqns if e.primitive.name == name] for jaxpr in (ours, theirs))
-    assert (
-        [[e.params[k] for k in kept] for e in a] == [[e.params[k] for k in kept] for e in b] != []
-    )
+    def loss(params, h):
+        return jnp.sum(model(params, h))
+
+    def options(fun, *args):
+        found = equations(jax.make_jaxpr(fun)(*args), name)
+        return [[eqn.params[k] for k in kept] for eqn in found]
+
+    forward = options(model, params, h)
+    assert options(with_feedback(model), params, params, h) == forward != []
+    backward = options(jax.grad(loss, (0, 1)), params, h)
+    assert options(jax.grad(with_feedback(loss), (0, 2)), params, params, h) == backward
 
 
 def test_names_and_metadata_reach_the_compiler():
@@ -612,11 +670,7 @@ def test_an_error_meets_nothing_but_feedback(name):
 
 
 def count(jaxpr, name):
-    """Equations of a primitive, in all the jaxprs of a jaxpr."""
-    return sum(
-        (eqn.primitive.name == name) + sum(count(inner, name) for inner in jaxprs_in(eqn.params))
-        for eqn in jaxpr.eqns
-    )
+    return len(equations(jaxpr, name))
 
 
 def test_count_looks_into_jaxprs():
@@ -915,19 +969,6 @@ def test_inputs_of_a_larger_function_get_pseudo_gradients():
     assert_close(scale_bar, jnp.sum(inner_bar * x, 0))
 
 
-def test_closed_over_activations_get_pseudo_gradients():
-    params, feedback, x = {"w": draw(3, 5)}, {"w": draw(3, 5, seed=1)}, draw(4, 3)
-
-    @jax.jit
-    @jax.grad
-    def closed_over(x):
-        inner = jax.jit(lambda p: jnp.sum((jnp.sin(x) @ p["w"]) ** 2))
-        return with_feedback(inner)(params, feedback)
-
-    y_bar = 2 * (jnp.sin(x) @ params["w"])
-    assert_close(closed_over(x), (y_bar @ feedback["w"].T) * jnp.cos(x))
-
-
 def test_new_feedback_does_not_retrace():
     traces = []
 
@@ -1060,17 +1101,6 @@ def test_numpy_params_and_python_scalars():
         lambda gain: with_feedback(loss_of(model))(params | {"gain": gain}, {"w": params["w"]}, x)
     )(0.5)
     assert_close(gain_bar, jnp.sum(jnp.cos(y) * mlp(MLP, x)))
-
-
-def test_closed_over_constants_are_constants():
-    x = draw(4, 3)
-
-    def loss(params):
-        return loss_of(mlp)(params, x)
-
-    feedback = like(MLP, 3)
-    expected = fa(loss_of(mlp))(MLP, feedback, x)[1][0]
-    assert_close(jax.jit(jax.grad(with_feedback(loss)))(MLP, feedback), expected)
 
 
 def test_feedback_called_as_in_nnx_lies_beside_its_kernel():
@@ -1262,202 +1292,18 @@ def test_an_unknown_feedback_bar_raises():
         with_feedback(mlp, feedback_bar="kernels")(MLP, MLP, draw(4, 3))
 
 
-# Never backprop in silence
+# What is no feedback
 
 
-@jax.custom_vjp
-def fused(x, w):
-    return jnp.tanh(x @ w)
-
-
-fused.defvjp(
-    lambda x, w: (fused(x, w), (x, w)), lambda xw, y_bar: (y_bar @ xw[1].T, xw[0].T @ y_bar)
-)
-
-
-def changing_scan(w, v, x):
-    del v
-    return lax.scan(lambda w, x: (0.9 * w, x @ w), w, x)[1]
-
-
-def changing_fori(w, v, x):
-    return x @ lax.fori_loop(0, 2, lambda _, w: 0.9 * w, w)
-
-
-def returned_by_cond(w, v, x):
-    return x @ lax.cond(x[0, 0] > 0, lambda w: w, lambda w: -w, w)
-
-
-def standardised(w, v, x):
-    return x @ ((w - w.mean(0, keepdims=True)) / (w.std(0, keepdims=True) + 1e-3))
-
-
-REFUSED = {  # (w, v, x) -> y, what of it has feedback, the primitive where it fails
-    "a product of two kernels": (lambda w, v, x: x @ (w @ v), "wv", "dot_general"),
-    "a sum of two kernels": (lambda w, v, x: x @ (w + v), "wv", "add"),
-    "two kernels multiplied": (lambda w, v, x: x @ (w * v), "wv", "mul"),
-    "a low-rank update": (lambda w, v, x: x @ (w + v[:, :2] @ v[:2]), "w", "add"),
-    "a kernel plus a constant": (lambda w, v, x: x @ (w + 1), "w", "add"),
-    "tanh": (lambda w, v, x: x @ jnp.tanh(w), "w", "tanh"),
-    "tanh under jit": (lambda w, v, x: x @ jax.jit(jnp.tanh)(w), "w", "tanh"),
-    "tanh, in a scan": (
-        lambda w, v, x: lax.map(lambda x: x @ jnp.tanh(w), x),
-        "w",
-        "tanh",
-    ),
-    "tanh, scanned over": (
-        lambda w, v, x: lax.map(lambda row: x @ row, jnp.tanh(w)),
-        "w",
-        "tanh",
-    ),
-    "tanh of a part": (lambda w, v, x: x @ jnp.concatenate([jnp.tanh(w[:1]), w[1:]]), "w", "tanh"),
-    "relu": (lambda w, v, x: x @ jax.nn.relu(w), "w", "max|custom_jvp_call"),
-    "normalisation": (
-        lambda w, v, x: x @ (w / jnp.linalg.norm(w)),
-        "w",
-        "div|integer_pow|square|mul",
-    ),
-    "standardisation": (standardised, "w", "sub|reduce_sum|div"),
-    "a straight-through estimator": (
-        lambda w, v, x: x @ (w + lax.stop_gradient(jnp.sign(w) - w)),
-        "w",
-        "add|sub|sign",
-    ),
-    "conv of a squared kernel": (
-        lambda w, v, x: conv(x[None], (w**2)[None]),
-        "w",
-        "integer_pow|square",
-    ),
-    "an activation scaled": (lambda w, v, x: x * w[:1], "w", "mul"),
-    "an activation divided": (lambda w, v, x: x / (3 + w[:1]), "w", "add|div"),
-    "an activation's power": (lambda w, v, x: jnp.exp(x) ** w[:1], "w", "pow"),
-    "a kernel scaled by a param": (lambda w, v, x: x @ (w * v), "w", "mul"),
-    "a kernel scaled by an activation": (lambda w, v, x: v @ (w * x[0, 0]), "w", "mul"),
-    "a kernel changed by a scan": (changing_scan, "w", "scan"),
-    "a kernel changed by a loop": (changing_fori, "w", "scan|while"),
-    "a kernel returned by cond": (returned_by_cond, "w", "cond"),
-    "qr": (lambda w, v, x: x @ jnp.linalg.qr(w)[0], "w", "geqrf|qr|householder_product"),
-    "sort": (lambda w, v, x: x @ jnp.sort(w, 0), "w", "sort"),
-    "solve": (lambda w, v, x: jnp.linalg.solve(w, x.T).T, "w", "lu|custom_linear_solve"),
-    "cumulated": (lambda w, v, x: x @ jnp.cumsum(w, 0), "w", "cumsum"),
-    "a maximum": (lambda w, v, x: jnp.maximum(x, w[:1]), "w", "max"),
-    "a layer with its own derivative": (lambda w, v, x: fused(x, w), "w", "custom_vjp_call"),
-}
-every_refused = pytest.mark.parametrize("name", REFUSED)
 SQUARE = {"w": draw(3, 3), "v": draw(3, 3, seed=1)}
-
-
-def refused_loss(name, *, quiet=False):
-    """The form; and uses of both kernels that feedback serves, so that it is the only trouble."""
-    form, _, _ = REFUSED[name]
-
-    def loss(params, x, z):
-        w, v = params["w"], params["v"]
-        other = form(w, *lax.stop_gradient((v, x))) if quiet else form(w, v, x)
-        return jnp.sum(jnp.sin(other)) + jnp.sum(jnp.tanh(jnp.tanh(z @ w) @ v))
-
-    return loss
-
-
-def feedback_for(name):
-    return {key: draw(3, 3, seed=7 + i) for i, key in enumerate(REFUSED[name][1])}
-
-
-def assert_error_tells(error, paths, primitive):
-    message = str(error.value)
-    assert any(f"['{path}']" in message for path in paths), message
-    place = rf"\b(?:{primitive}) at \S*test_transform\.py:\d+"
-    assert re.search(place, message), message
-    assert "None at its path" in message
-
-
-@every_refused
-def test_an_error_through_a_kernel_itself_raises(name):
-    _, paths, primitive = REFUSED[name]
-    grad = jax.grad(with_feedback(refused_loss(name)), (0, 2))
-    with pytest.raises(ValueError) as error:
-        jax.eval_shape(grad, SQUARE, feedback_for(name), draw(4, 3), draw(5, 3))
-    assert_error_tells(error, paths, primitive)
-
-
-def from_one_kernel_to_another(name):
-    """Whether an error reaches w through v, which has feedback as well."""
-    return name in ("a product of two kernels", "two kernels multiplied")
-
-
-@pytest.mark.parametrize("name", [name for name in REFUSED if not from_one_kernel_to_another(name)])
-def test_such_a_use_passes_where_its_operands_are_not_differentiated(name):
-    """By w alone: an error that meets no other feedback, so that the gradient is exact."""
-    feedback, args = feedback_for(name), (draw(4, 3), draw(5, 3))
-    if "v" in feedback:
-        feedback["v"] = SQUARE["v"]
-
-    @jit
-    def both(w, *args):
-        def ours(w):
-            return with_feedback(refused_loss(name))(SQUARE | {"w": w}, feedback, *args)
-
-        def theirs(w):
-            return refused_loss(name)(SQUARE | {"w": w}, *args)
-
-        return [jax.value_and_grad(f)(w) for f in (ours, theirs)]
-
-    assert_close(*both(SQUARE["w"], *args), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", [name for name in REFUSED if not from_one_kernel_to_another(name)])
-def test_such_a_use_passes_where_its_operands_are_stopped(name):
-    feedback, args = feedback_for(name), (draw(4, 3), draw(5, 3))
-    if "v" in feedback:
-        feedback["v"] = SQUARE["v"]
-    loss = refused_loss(name, quiet=True)
-
-    @jit
-    def both(params, *args):
-        def theirs(params):  # on the proper way, z @ w @ v, v's feedback is v or none at all
-            return loss(params, *args)
-
-        ours = jax.grad(lambda params: with_feedback(loss)(params, feedback, *args))
-        return ours(params), jax.grad(theirs)(params)
-
-    assert_close(*both(SQUARE, *args), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("by", ["w", "v"])
-@pytest.mark.parametrize("name", list(filter(from_one_kernel_to_another, REFUSED)))
-def test_an_error_from_one_kernel_to_another_raises(name, by):
-    form, paths, primitive = REFUSED[name]
-
-    def loss(kernel, x):
-        params = SQUARE | {by: kernel}
-        feedback = feedback_for(name)
-        return with_feedback(
-            lambda p, x, z: jnp.sum(form(**p, x=x)) + jnp.sum(z @ p["w"] @ p["v"])
-        )(params, feedback, x, x)
-
-    with pytest.raises(ValueError) as error:
-        jax.eval_shape(jax.grad(loss), SQUARE[by], draw(4, 3))
-    assert_error_tells(error, paths, primitive)
-
-
-def while_changes(params, x):
-    w, _ = lax.while_loop(lambda c: c[1] < 2, lambda c: (0.9 * c[0], c[1] + 1), (params["w"], 0))
-    return x @ w + jnp.ones((4, 3)) @ params["w"]
-
-
-def test_an_error_through_a_kernel_that_a_while_loop_changes_raises():
-    grad = jax.jit(jax.grad(with_feedback(loss_of(while_changes)), 2))
-    with pytest.raises(ValueError) as error:
-        grad({"w": SQUARE["w"]}, {"w": SQUARE["v"]}, draw(4, 3))
-    assert_error_tells(error, "w", "while")
-
-
 LOST = {
     "not used": (lambda p, x: x @ p["v"], "not used"),
     "a bias": (lambda p, x: x @ p["v"] + p["w"][:1], "add at .*test_transform.py"),
-    "a lookup": (lambda p, x: p["w"][jnp.array([0, 2, 1, 1])] * x, "gather at .*test_transform.py"),
+    "a table that constants look up": (
+        lambda p, x: x @ p["v"] + p["w"][jnp.array([0, 2, 1, 1])],
+        "add at .*test_transform.py",
+    ),
     "only through tanh": (lambda p, x: x @ jnp.tanh(p["w"]), "tanh at .*test_transform.py"),
-    "a scale": (lambda p, x: x * p["w"][:1], "mul at .*test_transform.py"),
     "only a penalty": (
         lambda p, x: x @ p["v"] + jnp.sum(p["w"] ** 2),
         "(integer_pow|square) at .*test_transform.py",
@@ -1473,22 +1319,6 @@ def test_feedback_that_serves_no_product_raises_when_traced(name):
         jax.eval_shape(f, {"w": SQUARE["w"]})
     assert "['w']" in str(error.value) and "None at its path" in str(error.value)
     assert_close(f({"w": None}), model(SQUARE, draw(4, 3)))
-
-
-def by_platform(params, x):
-    def layer(x, w):
-        return jnp.tanh(x @ w)
-
-    return lax.platform_dependent(x, params["w"], cpu=layer, default=layer)
-
-
-def test_a_choice_by_platform_is_not_entered():
-    loss, feedback = beside_a_product(by_platform), {"w": SQUARE["v"]}
-    with pytest.raises(ValueError) as error:
-        jax.eval_shape(jax.grad(with_feedback(loss), 2), SQUARE, feedback, draw(4, 3))
-    assert_error_tells(error, "w", "cond")
-    by_w = jax.jit(jax.grad(with_feedback(loss)))(SQUARE, feedback, draw(4, 3))
-    assert_close(by_w, jax.grad(loss)(SQUARE, draw(4, 3)))
 
 
 def test_feedback_of_the_wrong_shape_raises():
@@ -1522,89 +1352,6 @@ def test_feedback_at_an_unknown_path_raises():
 def test_feedback_for_an_integer_kernel_raises():
     with pytest.raises(ValueError, match="int32"):
         with_feedback(mlp)(MLP | {"w": jnp.ones((5, 5), jnp.int32)}, {"w": draw(5, 5)}, draw(4, 3))
-
-
-MORE_REFUSED = {  # (params, x) -> y; w has feedback, v has none
-    "a low-rank kernel, feedback for its last factor": lambda p, x: x @ (p["v"] @ p["w"]),
-    "a low-rank kernel, feedback for its first factor": lambda p, x: x @ (p["w"] @ p["v"]),
-    "the same, scaled and laid out": lambda p, x: (2 * (p["v"] @ p["w"]).T) @ x.T,
-    "a low-rank update, feedback for its factor": lambda p, x: x @ (p["v"] + p["v"] @ p["w"]),
-    "the same of the identity": lambda p, x: x @ (jnp.eye(3) + p["w"] @ p["v"]),
-    "a function of one element": lambda p, x: x * jnp.tanh(p["w"][0, 0]),
-    "a division by one element": lambda p, x: x / p["w"][0, 0],
-    "a kernel cast to integers": lambda p, x: x @ jnp.astype(3 * p["w"], jnp.int8).astype(F32),
-    "a scale by a kernel's norms": lambda p, x: x * jnp.linalg.norm(p["w"], axis=0)[None],
-}
-
-ROWS = np.array([2, 0, 1])
-ACTIVATIONS = {
-    "a function of a constant's product": lambda p, x: x @ jnp.tanh(FACTOR[:, :3] @ p["w"]),
-    "a scale by a constant's product": lambda p, x: x * (FACTOR[:1, :3] @ p["w"]),
-    "a function of looked-up rows": lambda p, x: x @ jnp.tanh(p["w"][ROWS]),
-    "a scale by looked-up rows": lambda p, x: x * p["w"][ROWS][:1],
-    "signs by comparison": lambda p, x: x @ jnp.where(p["w"] > 0, 1.0, -1.0),
-    "a scale by a kernel's norm": lambda p, x: x * jnp.linalg.norm(p["w"]),
-}
-
-
-def beside_a_product(model):
-    """A loss with w in a proper product as well, whose error is exact here: w is its feedback."""
-    return lambda p, x: jnp.sum(jnp.sin(model(p, x))) + jnp.sum(jnp.tanh(x) @ p["w"])
-
-
-@pytest.mark.parametrize("name", MORE_REFUSED)
-def test_an_error_sent_back_through_weights_made_of_a_kernel_raises(name):
-    grad = jax.grad(with_feedback(beside_a_product(MORE_REFUSED[name])), 2)
-    with pytest.raises(ValueError, match=r"kernel at \['w'\] itself"):
-        jax.eval_shape(grad, SQUARE, {"w": SQUARE["v"]}, draw(4, 3))
-
-
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_what_cannot_be_told_from_an_activation_is_exact(name):
-    """As the guide says; weights can be hidden so."""
-    loss, x = beside_a_product(ACTIVATIONS[name]), draw(4, 3)
-    ours = jax.jit(jax.grad(with_feedback(loss), (0, 2)))(SQUARE, {"w": SQUARE["w"]}, x)
-    assert_close(ours, jax.jit(jax.grad(loss, (0, 1)))(SQUARE, x))
-    stopped = beside_a_product(lambda p, x: ACTIVATIONS[name](p, lax.stop_gradient(x)))
-    other = {"w": SQUARE["v"]}
-    by_model = jax.grad(with_feedback(loss), 2)(SQUARE, other, x)
-    by_product = jax.grad(with_feedback(stopped), 2)(SQUARE, other, x)
-    exact = jax.grad(lambda x: jnp.sum(jnp.sin(ACTIVATIONS[name](SQUARE, x))))(x)
-    assert_close(by_model - by_product, exact, atol=1e-5)  # a difference of larger numbers
-
-
-def tied_in_a_loop(params, ids):
-    """Tokens come one by one; `w[token]` is a dynamic_slice."""
-    w, v = params["w"], params["v"]
-    h, _ = lax.scan(lambda h, token: (jnp.tanh(h @ v + w[token]), None), jnp.zeros(3), ids)
-    return h @ w.T
-
-
-def normalised_embedding(params, ids):
-    rows = jnp.tanh(params["w"])[ids]
-    return jnp.tanh(rows @ params["v"]) @ params["w"].T
-
-
-def weighted_tasks(params, ids):
-    task = loss_of(lambda p, x: jnp.tanh(x @ p["w"]))(
-        params, jnp.ones((2, 3)) * params["v"][:1, :1]
-    )
-    penalised = task + jnp.sum(params["w"] ** 2)
-    return penalised * jnp.exp(-params["v"][0, 0]) + jnp.sum(ids)
-
-
-LEGITIMATE = {
-    "an embedding's row by a scalar index": tied_in_a_loop,
-    "a changed embedding, looked up": normalised_embedding,
-    "a penalised loss, weighted by a param": weighted_tasks,
-}
-
-
-@pytest.mark.parametrize("name", LEGITIMATE)
-def test_programs_that_send_no_error_through_a_kernel_itself_pass(name):
-    loss, ids = loss_of(LEGITIMATE[name]), jnp.array([0, 2, 1, 2])
-    actual = fa(loss, by=0)(SQUARE, {"w": SQUARE["w"]}, ids)
-    assert_close(actual, backprop(loss, by=0)(SQUARE, ids))
 
 
 METRICS = {

@@ -175,7 +175,10 @@ def _fixed(reader, eqn, init, body):
 
 
 def _scan_parts(eqn, values):
-    n, m = eqn.params["num_consts"], eqn.params["num_carry"]
+    if "ft_in" in eqn.params:  # since JAX 0.11
+        n, m, _ = map(len, eqn.params["ft_in"].unpack())
+    else:
+        n, m = eqn.params["num_consts"], eqn.params["num_carry"]
     return values[:n], values[n : n + m], values[n + m :]
 
 
@@ -333,12 +336,12 @@ def _struct(var) -> Any:
 def _custom_lin_labels(reader, eqn, labels):
     n = eqn.params["num_res"]
     residuals, tangents = labels[:n], labels[n:]
-    own = lb.owner(tangents)
+    owners = lb.owned(tangents)
     made_of = lb.merged(residuals)
     problem = lb.Broken("which has a derivative of its own", "custom_vjp", reader.line_of(eqn))
-    if own is not None and not any(label.data for label in residuals) and set(made_of) <= {own}:
+    if owners and not any(label.data for label in residuals) and set(made_of) <= owners:
         kernels = dict.fromkeys([*made_of, *lb.merged(tangents)], problem)
-        label = lb.Label(tangent=True, own=own, kernels=kernels)
+        label = lb.Label(tangent=True, owners=owners, kernels=kernels)
     else:
         label = lb.Label(tangent=True, data=True)
         forms = lb.Step(label, broken={
@@ -354,17 +357,18 @@ def _custom_lin_labels(reader, eqn, labels):
         label = label._replace(refused=refused)
         for dot in tangents:
             if dot.layer and not eqn.params["in_zeros"][1] and not reader.quiet:
-                reader.note(dot.own).served_by_layer = True
+                for leaf in dot.owners or ():
+                    reader.note(leaf).served_by_layer = True
     return [label] * len(eqn.outvars)
 
 
 def _custom_lin(reader, eqn, values, outs):
     n = eqn.params["num_res"]
     residuals, tangents = values[:n], values[n:]
-    if not any(value.label.kernels for value in residuals) or outs[0].own is not None:
+    if not any(value.label.kernels for value in residuals) or outs[0].owners is not None:
         with reader.only_labels(quiet=False):
             _custom_lin_labels(reader, eqn, [value.label for value in values])
-        operands = [v.array if outs[0].own is not None else v.with_feedback for v in values]
+        operands = [v.array if outs[0].owners is not None else v.with_feedback for v in values]
         return list(map(Value, outs, vals.bind(eqn, [*operands])))
     closed = _backward(eqn)
     error = lb.Label(tangent=True, data=True)

@@ -86,7 +86,9 @@ class Label(NamedTuple):
         number: whether it is a single number, or that number broadcast.
         whole: whether each element depends on all of a kernel.
         tangent: whether it is a tangent.
-        own: of a tangent, the one param of which it is a linear function, and of nothing else.
+        owners: of a tangent, the params of which it is a linear function, and no activation
+            multiplies it; None of an error.
+        rows: of a tangent, whether rows were looked up by an integer argument.
         layer: whether it was just named by a layer that has feedback of its own.
         refused: of a tangent that no error may come back through, why.
     """
@@ -99,7 +101,8 @@ class Label(NamedTuple):
     number: bool = False
     whole: bool = False
     tangent: bool = False
-    own: int | None = None
+    owners: frozenset[int] | None = None
+    rows: bool = False
     layer: bool = False
     refused: str | None = None
 
@@ -163,7 +166,8 @@ def join(a: Label, b: Label, broken: Broken) -> Label:
         number=a.number and b.number,
         whole=a.whole and b.whole,
         tangent=tangent,
-        own=owner([label for label in (a, b) if label.tangent]),
+        owners=owned([label for label in (a, b) if label.tangent]),
+        rows=a.rows or b.rows,
         refused=a.refused or b.refused,
     )
 
@@ -178,7 +182,6 @@ def plain(eqn: core.JaxprEqn, out: Label, labels: Sequence[Label], var) -> Label
 
 def same_kind(a: Label, b: Label) -> Label:
     """A loop's label `a`, as a tangent or made of data if the next round's, `b`, is."""
-    zeros = b.tangent and not a.tangent
     return a._replace(
         data=a.data or b.data,
         params=frozenset() if a.data or b.data else a.params | b.params,
@@ -186,18 +189,18 @@ def same_kind(a: Label, b: Label) -> Label:
         floats=a.floats or b.floats,
         number=a.number and b.number,
         tangent=a.tangent or b.tangent,
-        own=ZERO if zeros else a.own,
+        owners=a.owners if a.tangent else frozenset(),  # zeros, as loops start with: anybody's
     )
 
 
-ZERO = -1
-"""The owner of a tangent that is zero, as loops start with: any."""
-
-
-def owner(tangents: Sequence[Label]) -> int | None:
-    """The one param of which all these tangents are linear functions."""
-    owns = {label.own for label in tangents} - {ZERO}
-    return owns.pop() if len(owns) == 1 else (None if owns else ZERO)
+def owned(tangents: Sequence[Label]) -> frozenset[int] | None:
+    """The params of which all these tangents are linear functions; None if an error is in them."""
+    owners: frozenset[int] = frozenset()
+    for label in tangents:
+        if label.owners is None:
+            return None
+        owners |= label.owners
+    return owners
 
 
 class Met(NamedTuple):
@@ -282,7 +285,10 @@ def _status(i: int, eqn, labels, line) -> tuple[Status | None, bool]:
             is_float(v.aval) and i not in lab.kernels
             for v, lab in zip(eqn.invars, labels, strict=True)
         ]
-        apart = any(lab.data and is_a for lab, is_a in zip(labels, floats, strict=True))
+        apart = any(
+            label.data and not label.kernels and is_a
+            for label, is_a in zip(labels, floats, strict=True)
+        )
         return lost("where it is joined with data") if apart else status, False
     if name in LAYOUTS and moved:
         if not all(is_float(var.aval) for var in eqn.outvars):
@@ -358,7 +364,7 @@ class Step(NamedTuple):
     mixed: frozenset[int] = frozenset()
 
 
-def tangent(eqn: core.JaxprEqn, labels: Sequence[Label]) -> Step:
+def tangent(eqn: core.JaxprEqn, labels: Sequence[Label], line: str = "") -> Step:
     """What an equation does to tangents, which are linear in it.
 
     Coefficients that are weights multiply in the form of their feedback, except where the tangent
@@ -367,22 +373,26 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label]) -> Step:
     Args:
         eqn: the equation.
         labels: of its operands.
+        line: where it stands.
     """
     name = eqn.primitive.name
     tangents = [label for label in labels if label.tangent]
-    own = owner(tangents)
+    owners = owned(tangents)
+    rows = any(label.rows for label in tangents)
     numbers = all(_size(var) == 1 for var in (*eqn.invars, *eqn.outvars))
     exact, mine, foreign, activation = set(), [], [], False
+    several = Broken("where one term is made of several params", name, line)
     for k, label in enumerate(labels):
         if label.tangent or name in SUMS:  # what is added to a tangent is one, if only zeros
             continue
-        if own is not None and set(label.kernels) == {own}:
-            mine.append(label)
-        elif own is not None and name in PRODUCTS and _rows(label):
+        if owners and _rows(label):  # an embedding's rows multiply a param's tangent
             exact.add(k)
             activation = True
+        elif owners and not rows and set(label.kernels) == owners:
+            mine.append(label)
         elif label.kernels:
-            foreign.append(label)
+            together = {i: several if i in owners else s for i, s in label.kernels.items()}
+            foreign.append(label._replace(kernels=together) if owners and not rows else label)
         elif label.data and not numbers and (label.active or name in PRODUCTS):
             activation = True
     out = Label(
@@ -392,21 +402,20 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label]) -> Step:
         layer=name == "name" and eqn.params["name"] == ops.MARK,
         refused=next((label.refused for label in tangents if label.refused), None),
     )
-    forms = merged(tangents)
     if not (activation or foreign):
         kernels = merged([*tangents, *mine])
-        if out.whole and own in kernels and all(_reduces(eqn, var) for var in eqn.outvars):
-            kernels = {}  # a number's
-        if name in LOOKUPS and own in kernels and _by_integers(labels):
-            kernels = {}  # an embedding's
-        return Step(out._replace(own=own, kernels=kernels), decided=False)
-    passed = merged([*mine, *foreign])
+        if out.whole and all(_reduces(eqn, var) for var in eqn.outvars):
+            kernels = {i: status for i, status in kernels.items() if {i} != owners}  # a number's
+        if name in LOOKUPS and owners and _by_integers(labels):
+            return Step(out._replace(owners=owners, rows=True), decided=False)
+        return Step(out._replace(owners=owners, rows=rows, kernels=kernels), decided=False)
+    passed = merged([*tangents, *mine, *foreign])
     return Step(
         out,
         exact=frozenset(exact),
         served=tuple(i for i, status in passed.items() if not isinstance(status, Broken)),
-        broken={i: s for i, s in (forms | passed).items() if isinstance(s, Broken)},
-        mixed=frozenset(i for i in forms | passed if _mixed(i, labels)),
+        broken={i: status for i, status in passed.items() if isinstance(status, Broken)},
+        mixed=frozenset(i for i in passed if _mixed(i, labels)),
     )
 
 

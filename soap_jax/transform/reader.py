@@ -207,7 +207,7 @@ class Reader:
     def _tangent(self, eqn, values, labels):
         """An equation with tangents; those without a form with feedback have one form."""
         inner = [v for v in eqn.params.values() if hasattr(v, "jaxpr") or hasattr(v, "eqns")]
-        step = lb.tangent(eqn, labels)
+        step = lb.tangent(eqn, labels, self.line_of(eqn))
         if inner and eqn.primitive.name not in _LINEAR:  # it may hold a part of the function itself
             problem = lb.Broken("whose body is not read", *self._place(eqn))
             step = step._replace(broken=dict.fromkeys(lb.merged(labels), problem))

@@ -95,8 +95,9 @@ class Traced(NamedTuple):
     def tangent(self, i: int, dot: Any = None) -> vals.Value:
         """An operand's tangent."""
         is_param = self.paths[i] is not None
-        own = i if is_param else None
-        return vals.Value(lb.Label(tangent=True, own=own, data=not is_param, whole=True), dot)
+        owners = frozenset({i}) if is_param else None
+        label = lb.Label(tangent=True, owners=owners, data=not is_param, whole=True)
+        return vals.Value(label, dot)
 
 
 def trace(fun: Callable, params: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Traced:

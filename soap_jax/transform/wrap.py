@@ -231,7 +231,7 @@ def _check_uses(traced, by_path):
     """Raises ValueError if a kernel has feedback that nothing uses, or two."""
     reader = Reader(traced.paths, abstract=True)
     active = [True] * len(traced.operands)
-    twins = [by_path.get(path) if path else None for path in traced.paths]
+    twins = [None if path is None else by_path.get(path) for path in traced.paths]
     reader.run(traced.closed, traced.inputs(traced.operands, twins, active)[traced.num_hoisted :])
     for i, path in enumerate(traced.paths):
         if path not in by_path:
