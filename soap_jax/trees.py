@@ -257,8 +257,8 @@ def matches(pattern: str, path: Path) -> bool:
 
 
 def show(path: Path) -> str:
-    """The path as error messages print it: `['Dense_1']['kernel']`."""
-    return "".join(f"[{name!r}]" for name in path)
+    """The path as error messages print it: `['Dense_1']['kernel']`; of a tree's root, `params`."""
+    return "".join(f"[{name!r}]" for name in path) or "params"
 
 
 def _at(path: Path) -> str:

@@ -45,6 +45,8 @@ def read(reader, eqn: core.JaxprEqn, values: Sequence[Value]) -> list[Value]:
         outs = body.labels(reader, eqn, labels)
     tangent = any(label.tangent for label in labels)
     returned = any(label.two_forms for label in outs)
+    if tangent and eqn.primitive.name == "while":
+        values = [_no_tangent(value) for value in values]
     if body.make and any(label.kernels for label in labels) and (tangent or returned):
         return body.make(reader, eqn, values, outs)
     body.labels(reader, eqn, labels)  # with notes
@@ -228,6 +230,17 @@ def _scan(reader, eqn, values, outs):
     return list(map(Value, outs, [*arrays, *ys], [*twins, *y_twins]))
 
 
+_ONLY_FORWARDS = (
+    "an error would be sent back through a lax.while_loop, which JAX differentiates in forward mode "
+    "alone. Use lax.scan or lax.fori_loop with a fixed number of rounds."
+)
+
+
+def _no_tangent(value):
+    """A tangent that enters a while loop: what comes out has no use but to be refused."""
+    return Value(value.label, jnp.zeros_like(value.array)) if value.label.tangent else value
+
+
 def _while_parts(eqn, values):
     n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     return values[:n], values[n : n + m], values[n + m :]
@@ -239,7 +252,10 @@ def _while_labels(reader, eqn, labels):
     def body(carry):
         return reader.labels(eqn.params["body_jaxpr"], [*body_consts, *carry])
 
-    carry = _fixed(reader, eqn, init, body)
+    carry = [
+        label._replace(refused=_ONLY_FORWARDS) if label.tangent else label
+        for label in _fixed(reader, eqn, init, body)
+    ]
     body(carry)
     (go_on,) = reader.labels(eqn.params["cond_jaxpr"], [*cond_consts, *carry])
     return _chosen(reader, eqn, go_on, carry)
@@ -339,7 +355,8 @@ def _custom_lin_labels(reader, eqn, labels):
     owners = lb.owned(tangents)
     made_of = lb.merged(residuals)
     problem = lb.Broken("which has a derivative of its own", "custom_vjp", reader.line_of(eqn))
-    if owners and not any(label.data for label in residuals) and set(made_of) <= owners:
+    data = any(label.data for label in residuals)
+    if owners and len(owners) == 1 and set(made_of) <= owners and not data:
         kernels = dict.fromkeys([*made_of, *lb.merged(tangents)], problem)
         label = lb.Label(tangent=True, owners=owners, kernels=kernels)
     else:

@@ -268,7 +268,7 @@ def _status(i: int, eqn, labels, line) -> tuple[Status | None, bool]:
 
     if name in (*PRODUCTS, *ELEMENTWISE):
         made = _activation(others) if name in ELEMENTWISE else any(lab.data for lab in others)
-        met = alone and not broken and (made or bool(params))
+        met = alone and not broken and (made or (bool(params) and status != "looked up"))
         if alone and made:
             return None, met
         if not alone or params:
@@ -391,8 +391,9 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label], line: str = "") -> Step
         elif owners and not rows and set(label.kernels) == owners:
             mine.append(label)
         elif label.kernels:
-            together = {i: several if i in owners else s for i, s in label.kernels.items()}
-            foreign.append(label._replace(kernels=together) if owners and not rows else label)
+            both = owners if owners and not rows else ()
+            kernels = {i: several if i in both else s for i, s in label.kernels.items()}
+            foreign.append(label._replace(kernels=kernels))
         elif label.data and not numbers and (label.active or name in PRODUCTS):
             activation = True
     out = Label(
