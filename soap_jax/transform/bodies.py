@@ -352,9 +352,9 @@ def _custom_lin_labels(reader, eqn, labels):
             back = reader.labels(_backward(eqn), [*residuals, *[error] * len(eqn.outvars)])
             refused = refused or next((out.refused for out in back if out.refused), None)
         label = label._replace(refused=refused)
-        for dot in tangents:
-            if dot.layer and not eqn.params["in_zeros"][1] and not reader.quiet:
-                reader.note(dot.own).served_by_layer = True
+        for dot in tangents:  # of a layer's operands y, x, kernel and feedback, x is not zero
+            if dot.own in reader.notes and not any(eqn.params["in_zeros"][1:2]):
+                reader.note(dot.own).served_by_layer |= not reader.quiet
     return [label] * len(eqn.outvars)
 
 
