@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import soap_jax
-from soap_jax import explain, init_feedback, linen, with_feedback
+from soap_jax import explain, init_feedback, linen, trees, with_feedback
 
 KEY = jax.random.key(3)
 
@@ -23,12 +23,54 @@ def effects(explanation):
     return {"/".join(row.path): row.effect for row in explanation}
 
 
-def gradient_depends_on(fun, params, path, *args):
-    """Whether some gradient changes with the feedback of one kernel, all others being exact."""
-    gradient = jax.jit(jax.grad(with_feedback(fun)))
-    states = (init_feedback(jax.random.key(seed), params, where=path) for seed in range(2))
-    one, other = (jax.tree.leaves(gradient(params, state.feedback, *args)) for state in states)
-    return not all(map(np.array_equal, one, other))
+def like(leaf):
+    """Feedback, by NumPy, which compiles nothing."""
+    return jnp.asarray(np.random.default_rng(leaf.size).normal(size=leaf.shape), leaf.dtype)
+
+
+def only(params, path):
+    """Random feedback of one param alone; the others go through backprop."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: like(leaf) if "/".join(trees.path_of(keys)) == path else None, params
+    )
+
+
+def outcome(fun, params, path, *args):
+    """What `with_feedback` makes of one param's feedback: "refused", "changes" or "nothing"."""
+
+    @jax.jit
+    def both(params, feedback):
+        gradient = jax.grad(with_feedback(fun), allow_int=True)
+        return gradient(params, feedback, *args), jax.grad(fun, allow_int=True)(params, *args)
+
+    try:
+        ours, exact = both(params, only(params, path))
+    except ValueError as error:
+        assert "itself, not through its feedback" in str(error) or "do nothing" in str(error)
+        return "refused"
+    # Clearly, since the two programs round differently.
+    close = all(
+        np.allclose(a, b, rtol=1e-3, atol=1e-3)
+        for a, b in zip(*map(jax.tree.leaves, (ours, exact)), strict=True)
+    )
+    return "nothing" if close else "changes"
+
+
+def assert_true(fun, params, *args):
+    """Every row is what the gradients show; and what `explain` says of that feedback alone."""
+    for row in explain(fun, params, *args):
+        path = "/".join(row.path)
+        found = outcome(fun, params, path, *args)
+        scales = all("scales elementwise" in use.problem for use in row.uses)
+        expected = {
+            "feedback": {"changes"},
+            "backprop": {"changes" if scales else "refused"},
+            "exact": {"refused", "nothing"},
+            "no effect": {"refused", "nothing"},
+        }[row.effect]
+        assert found in expected, (path, row.effect, found)
+        alone = explain(fun, params, *args, feedback=only(params, path))[path].effect
+        assert alone == {"changes": "feedback", "refused": "error", "nothing": "no effect"}[found]
 
 
 # Every function takes these params; none calls them what Flax would.
@@ -67,54 +109,158 @@ def shared(params, x):
 
 
 CASES = {
-    mlp: {"a": "no effect", "b": "feedback", "c": "feedback"},
-    last_layer_unused_by_the_loss: {"a": "no effect", "b": "feedback", "c": "no effect"},
-    detached_in_the_middle: {"a": "no effect", "b": "no effect", "c": "no effect"},
-    recurrent: {"a": "no effect", "b": "feedback", "c": "feedback"},
-    shared: {"a": "feedback", "b": "feedback", "c": "feedback"},
+    mlp: {"a": "no effect", "bias": "exact", "b": "feedback", "c": "feedback"},
+    last_layer_unused_by_the_loss: {
+        "a": "no effect",
+        "b": "feedback",
+        "c": "no effect",
+        "bias": "no effect",
+    },
+    detached_in_the_middle: {
+        "a": "no effect",
+        "b": "no effect",
+        "c": "no effect",
+        "bias": "no effect",
+    },
+    recurrent: {"a": "no effect", "b": "feedback", "c": "feedback", "bias": "no effect"},
+    shared: {"a": "feedback", "b": "feedback", "c": "feedback", "bias": "no effect"},
 }
 
 
 @pytest.mark.parametrize("fun", CASES, ids=lambda fun: fun.__name__)
 def test_the_effect_is_what_gradients_show(fun):
     assert effects(explain(fun, PARAMS, X)) == CASES[fun]
-    for name, effect in CASES[fun].items():
-        assert gradient_depends_on(fun, PARAMS, name, X) == (effect == "feedback"), name
+    assert_true(fun, PARAMS, X)
+
+
+def between(middle):
+    """`middle(h, b, c)` between two layers, of which a is the first."""
+
+    def fun(params, x):
+        h = jnp.tanh(x @ params["a"])
+        h = jnp.sin(middle(h, params["b"], params["c"]))
+        return jnp.sum((h @ params["d"]) ** 2) + 0.1 * jnp.sum(params["a"] ** 2)
+
+    return fun
+
+
+def loop(body):
+    return lambda h, b, c: lax.fori_loop(0, 2, lambda _, h: jnp.tanh(body(h, b, c)), h)
+
+
+@jax.custom_vjp
+def layer(params, h):
+    """It takes params that it does not use."""
+    return jnp.tanh(h @ params["b"])
+
+
+layer.defvjp(
+    lambda params, h: jax.vjp(lambda params, h: jnp.tanh(h @ params["b"]), params, h),
+    lambda vjp, y_bar: vjp(y_bar),
+)
+
+MIDDLES = {  # (h, b, c) -> h, the effects of b and c
+    "two layers": (lambda h, b, c: jnp.tanh(h @ b) @ c, "feedback", "feedback"),
+    "a product of two": (lambda h, b, c: h @ (b @ c), "backprop", "backprop"),
+    "a sum of two": (lambda h, b, c: h @ (b + c), "backprop", "backprop"),
+    "a complex sum": (lambda h, b, c: jnp.real(h @ (b + 1j * c)), "backprop", "backprop"),
+    "joined": (lambda h, b, c: h @ jnp.concatenate([b[:2], c[2:]]), "feedback", "feedback"),
+    "centred": (lambda h, b, c: h @ (b - b.mean(0, keepdims=True)) @ c, "backprop", "feedback"),
+    "changed": (lambda h, b, c: h @ jnp.tanh(b) @ c, "backprop", "feedback"),
+    "masked by themselves": (lambda h, b, c: h @ jax.nn.relu(b) @ c, "backprop", "feedback"),
+    "changed and not": (lambda h, b, c: h @ b + h @ jnp.tanh(b) @ c, "backprop", "feedback"),
+    "normalised": (lambda h, b, c: h @ (b / jnp.linalg.norm(b)) @ c, "feedback", "feedback"),
+    "a scale": (lambda h, b, c: (h * b[:1]) @ c, "backprop", "feedback"),
+    "a quotient": (lambda h, b, c: lax.stop_gradient(h) / (3 + b[:1]) @ c, "exact", "feedback"),
+    "a bias": (lambda h, b, c: (h + b[:1]) @ c, "exact", "feedback"),
+    "a scale and a product": (lambda h, b, c: (h * b[:1]) @ b @ c, "feedback", "feedback"),
+    "a number": (lambda h, b, c: h @ c * jnp.linalg.norm(b), "exact", "feedback"),
+    "a loop": (loop(lambda h, b, c: h @ b + c[:1]), "feedback", "exact"),
+    "a loop that scales": (loop(lambda h, b, c: h @ b * c[:1]), "feedback", "backprop"),
+    "a loop over a sum": (loop(lambda h, b, c: h @ (b + c)), "backprop", "backprop"),
+    "a branch": (
+        lambda h, b, c: lax.cond(h[0, 0] > 0, lambda h: h @ b @ c, lambda h: h @ c @ b, h),
+        "feedback",
+        "feedback",
+    ),
+    "a branch that weights choose": (
+        lambda h, b, c: lax.cond(b[0, 0] > 0, lambda h: h @ c, lambda h: -h @ c, h),
+        "backprop",
+        "feedback",
+    ),
+    "remat and jit": (
+        jax.checkpoint(jax.jit(lambda h, b, c: jnp.tanh(h @ b) @ c)),
+        "feedback",
+        "feedback",
+    ),
+    "a derivative of its own": (
+        lambda h, b, c: layer({"b": b, "c": c}, h) @ c,
+        "feedback",
+        "feedback",
+    ),
+    "stopped": (lambda h, b, c: lax.stop_gradient(h @ b) @ c, "no effect", "no effect"),
+    "a gradient": (
+        lambda h, b, c: jax.vmap(jax.grad(lambda h: jnp.sum(jnp.tanh(h @ b) @ c)))(h),
+        None,
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIDDLES)
+def test_the_effect_is_what_gradients_show_in_the_middle(name):
+    middle, *expected = MIDDLES[name]
+    fun, params = between(middle), {k: draw(5, 5, seed=i) / 2 for i, k in enumerate("abcd")}
+    found = effects(explain(fun, params, X))
+    if None not in expected:
+        assert [found["b"], found["c"]] == expected
+    assert found["d"] == "feedback"
+    assert_true(fun, params, X)
 
 
 def test_a_kernel_without_feedback_goes_through_backprop():
     feedback = {"a": None, "b": PARAMS["b"], "c": None}
     found = explain(mlp, PARAMS, X, feedback=feedback)
-    assert effects(found) == {"a": "no effect", "b": "feedback", "c": "backprop"}
-    assert [row.nbytes for row in found] == [0, 100, 0]
-    assert set(effects(explain(mlp, PARAMS, X, feedback={})).values()) == {"no effect", "backprop"}
+    assert effects(found) == CASES[mlp] | {"c": "backprop"}
+    assert [row.nbytes for row in found] == [0, 0, 100, 0]
+    without = CASES[mlp] | {"b": "backprop", "c": "backprop"}
+    assert effects(explain(mlp, PARAMS, X, feedback={})) == without
 
 
 def test_memory_is_counted_where_feedback_is_stored():
     feedback = {"a": PARAMS["a"], "b": PARAMS["b"]}
-    assert [row.nbytes for row in explain(mlp, PARAMS, X, feedback=feedback)] == [100, 100, 0]
-    assert [row.nbytes for row in explain(mlp, PARAMS, X)] == [0, 100, 100]
+    assert [row.nbytes for row in explain(mlp, PARAMS, X, feedback=feedback)] == [100, 0, 100, 0]
+    assert [row.nbytes for row in explain(mlp, PARAMS, X)] == [0, 0, 100, 100]
 
 
 def test_a_user_reads_it_before_a_run():
-    params = {"in": {"kernel": jnp.ones((784, 256)), "bias": jnp.ones(256)}}
-    params["out"] = {"kernel": jnp.ones((256, 10)), "scale": jnp.ones(256)}
-
     def loss(params, x):
-        h = jnp.tanh(x @ params["in"]["kernel"] + params["in"]["bias"][None])
-        return jnp.sum((h * params["out"]["scale"][None]) @ params["out"]["kernel"])
+        for block in params["blocks"]:
+            x = jnp.tanh(x @ block["kernel"] + block["bias"])
+        return jnp.sum((x * params["scale"][None]) @ params["out"])
 
-    assert (
-        str(explain(loss, params, jnp.ones((64, 784))))
-        == """\
- kernel       effect      product       operands           feedback
- ──────────────────────────────────────────────────────────────────
- in/kernel    no effect   dot_general   64×784 · 784×256          -
- out/kernel   feedback    dot_general   64×256 · 256×10     10.2 kB
+    blocks = [{"kernel": jnp.ones((256, 256)), "bias": jnp.ones((1, 256))} for _ in range(12)]
+    params = {"blocks": blocks, "scale": jnp.ones(256), "out": jnp.ones((256, 10))}
+    printed = str(explain(loss, params, jnp.ones((64, 256)))).splitlines()
+    assert printed[:9] == TABLE.splitlines()
+    assert " ".join(printed[9:]).startswith("scale: mul at ")
 
-2 kernels: 1 no effect, 1 feedback; 10.2 kB of feedback.
-No kernels, exact gradients: 1 bias (add), 1 scale (mul)."""
-    )
+
+TABLE = """\
+ param                        effect      used in       operands                  feedback
+ ─────────────────────────────────────────────────────────────────────────────────────────
+ blocks/0/kernel              no effect   dot_general   64×256 · 256×256                 -
+ blocks/*/kernel (11 times)   feedback    dot_general   64×256 · 256×256    2.9 MB float32
+ scale                        backprop    mul           64×256 · 1×256                   -
+ out                          feedback    dot_general   64×256 · 256×10    10.2 kB float32
+
+26 params: 1 no effect, 12 exact, 12 feedback, 1 backprop; 2.9 MB of feedback.
+Exact, since no error passes them: 12 bias (add)."""
+
+
+def told(explanation):
+    """What is printed, in one line."""
+    return " ".join(str(explanation).split())
 
 
 def test_what_stands_in_the_way_is_told_with_its_line():
@@ -122,17 +268,39 @@ def test_what_stands_in_the_way_is_told_with_its_line():
         h = jnp.tanh(x @ params["a"]) @ jnp.tanh(params["b"])
         return jnp.sum(h @ params["c"])
 
-    params = {"a": PARAMS["a"], "b": PARAMS["b"], "c": PARAMS["c"]}
-    given = explain(loss, params, X, feedback={"b": PARAMS["b"], "c": PARAMS["c"]})
-    assert effects(given) == {"a": "no effect", "b": "error", "c": "feedback"}
-    assert "b: tanh at " in str(given) and "test_explanation.py" in str(given)
-    # Nobody asked for feedback there: then it is plain backprop, and says why it stays that.
-    named = {f"{name}/kernel": {"kernel": leaf} for name, leaf in params.items()}
-    open_question = explain(
-        lambda p, x: loss({k[0]: v["kernel"] for k, v in p.items()}, x), named, X
+    expected = {"a": "no effect", "b": "backprop", "c": "feedback"}
+    params = {name: PARAMS[name] for name in expected}
+    place = (
+        r"b: dot_general at \S*test_explanation.py\S* \(.*?\), after tanh at \S*test_explanation.py"
     )
-    assert list(effects(open_question).values()) == ["no effect", "backprop", "feedback"]
-    assert "tanh at " in str(open_question)
+    open_question = explain(loss, params, X)
+    assert effects(open_question) == expected and re.search(place, told(open_question))
+    given = explain(loss, params, X, feedback={"b": PARAMS["b"], "c": PARAMS["c"]})
+    assert effects(given) == expected | {"b": "error"} and re.search(place, told(given))
+    kept = explain(loss, params, X, feedback={"c": PARAMS["c"]})
+    assert effects(kept) == expected and re.search(place, told(kept))
+
+
+def test_a_param_that_scales_elementwise_gets_feedback_where_it_is_named():
+    fun, params = between(MIDDLES["a scale"][0]), {k: PARAMS[k[0]] for k in ("a", "b", "c")}
+    params["d"] = PARAMS["a"]
+    explanation = explain(fun, params, X)
+    assert "which scales elementwise; name it in `where` to give it feedback" in told(explanation)
+    assert init_feedback(KEY, params, where=explanation).feedback["b"] is None
+    state = init_feedback(KEY, params, where="b", initializer="matched")
+    assert explain(fun, params, X, feedback=state.feedback)["b"].effect == "feedback"
+
+
+def test_a_table_has_two_notes_a_line_at_most():
+    def loss(params, x):
+        for _ in range(5):
+            x = jnp.sin(x @ params["a"])
+            x = jnp.sin(x @ jnp.tanh(params["b"])) + jnp.sin(x @ jnp.cos(params["b"]))
+            x = jnp.sin(x @ jnp.exp(params["b"]))
+        return jnp.sum(x)
+
+    found = explain(loss, PARAMS, X)
+    assert len(found["b"].uses) > 2 and told(found).count("b: dot_general at") == 2
 
 
 def test_an_embedding_that_is_only_looked_up_needs_no_feedback():
@@ -150,10 +318,14 @@ def test_an_embedding_that_is_only_looked_up_needs_no_feedback():
     for tied in (True, False):
         model = Net(tied)
         params = model.init(KEY, ids)["params"]
-        explanation = explain(lambda p, model=model: model.apply({"params": p}, ids), params)
+        explanation = explain(
+            lambda p, ids, model=model: model.apply({"params": p}, ids), params, ids
+        )
         found[tied] = effects(explanation)
-    assert found[True] == {"Embed_0/embedding": "feedback", "dense/kernel": "feedback"}
-    assert found[False] == {"dense/kernel": "feedback", "head/kernel": "feedback"}
+    both = {"dense/kernel": "feedback", "dense/bias": "exact"}
+    assert found[True] == both | {"Embed_0/embedding": "feedback"}
+    assert found[False].pop("Embed_0/embedding") in ("exact", "no effect")
+    assert found[False] == both | {"head/kernel": "feedback", "head/bias": "exact"}
 
 
 def test_weights_that_only_meet_each_other_are_named():
@@ -161,12 +333,15 @@ def test_weights_that_only_meet_each_other_are_named():
         return jnp.sum((x @ (params["a"] @ params["b"])) @ jnp.tanh(params["c"]))
 
     explanation = explain(loss, PARAMS, X)
-    assert effects(explanation) == dict.fromkeys("abc", "backprop")
-    for path, place in {"a": "dot_general", "b": "dot_general", "c": "tanh"}.items():
-        told = (
-            rf"{path}: {place} at \S*test_explanation.py\S* \(.*?\), which is exact, as in backprop"
+    assert effects(explanation) == dict.fromkeys("abc", "backprop") | {"bias": "no effect"}
+    for path, other in {
+        "a": r".*?\(\['b'\]\)",
+        "b": r".*?\(\['a'\]\)",
+        "c": ", after tanh at",
+    }.items():
+        assert re.search(
+            rf"{path}: dot_general at \S*test_explanation.py\S* \([^)]*\){other}", told(explanation)
         )
-        assert re.search(told, " ".join(str(explanation).split()))
     with pytest.raises(ValueError, match=r"where.* selects none"):
         init_feedback(KEY, PARAMS, where=explanation)
 
@@ -208,8 +383,9 @@ def test_layers_with_feedback_of_their_own_are_told_from_backprop():
         return Net().apply({"params": params, "feedback": feedback}, x).sum()
 
     params, own = variables["params"], variables["feedback"]
+    biases = {f"{name}/bias": "exact" for name in ("first", "own", "cell/i", "head")}
     found = effects(explain(loss, params, own, X))
-    assert found == {
+    assert found == biases | {
         "cell/h/kernel": "feedback",
         "cell/i/kernel": "feedback",
         "first/kernel": "no effect",
@@ -260,9 +436,9 @@ def test_nothing_is_computed():
 def test_rows_are_found_by_name():
     explanation = explain(mlp, PARAMS, X)
     assert explanation["b"].path == ("b",) and explanation["b"].shape == (5, 5)
-    assert len(explanation) == 3 and explanation.others == {("bias",): "add"}
-    with pytest.raises(KeyError, match=r"bias.*a, b, c"):
-        explanation["bias"]
+    assert [row.path for row in explanation] == [("a",), ("bias",), ("b",), ("c",)]
+    with pytest.raises(KeyError, match=r"'scale' is none.*a, bias, b, c"):
+        explanation["scale"]
 
 
 def test_arguments_of_all_kinds_pass():
@@ -282,7 +458,7 @@ def test_an_auxiliary_output_has_no_cotangent():
 
     assert effects(explain(loss, PARAMS, X))["c"] == "feedback"
     found = effects(explain(loss, PARAMS, X, has_aux=True))
-    assert found == {"a": "no effect", "b": "feedback", "c": "no effect"}
+    assert found == {"a": "no effect", "b": "feedback", "c": "no effect", "bias": "no effect"}
 
 
 def test_params_may_hold_integers_and_functions():
@@ -300,6 +476,7 @@ def test_unfitting_feedback_is_refused():
 
 
 def test_every_use_of_a_shared_kernel_is_listed():
-    found = explain(shared, PARAMS, X)["a"]
-    assert [use.primitive for use in found.uses] == ["dot_general"] * 2
-    assert "and 1 more" in str(explain(shared, PARAMS, X))
+    params = {name: PARAMS[name[0]] for name in ("a", "b", "c")} | {"d": PARAMS["a"]}
+    explanation = explain(between(lambda h, b, c: jnp.tanh(h @ b @ c) @ b.T), params, X)
+    assert [use.primitive for use in explanation["b"].uses] == ["dot_general"] * 2
+    assert "and 1 more" in str(explanation)

@@ -103,8 +103,8 @@ def test_unknown_names_raise_attribute_error():
         soap_jax.no_such_name  # noqa: B018
 
 
-CORE = ["ops", "trees", "rules", "feedback", "transform", "explanation", "training", "activity"]
-CORE += ["direct", "initializers", "local", "metrics", "optimizers", "recording"]
+CORE = ["ops", "trees", "rules", "feedback", "transform", "training", "activity", "direct"]
+CORE += ["initializers", "local", "metrics", "optimizers", "recording"]
 
 
 def test_version_is_that_of_the_project():
@@ -118,6 +118,7 @@ def test_version_is_that_of_the_project():
 @pytest.mark.parametrize("name", CORE)
 def test_core_knows_no_layers_of_flax(name):
     below = everything_below(f"soap_jax.{name}") | {f"soap_jax.{name}"}
+    assert below - {f"soap_jax.{name}"}
     assert not below & {"soap_jax.linen", "soap_jax.nnx", "soap_jax.models"}
     ours = {module for module in below if "flax" in IMPORTS.get(module, ())}
     assert ours <= {"soap_jax.feedback"}  # whose states Flax can serialise
@@ -127,6 +128,13 @@ def test_of_flax_a_state_needs_the_serialisation_alone():
     tree = MODULES["soap_jax.feedback"]
     lines = [ast.unparse(node) for node in nodes_of(tree) if isinstance(node, ast.ImportFrom)]
     assert [line for line in lines if "flax" in line] == ["from flax import serialization"]
+
+
+def test_the_transform_knows_no_rules_but_for_the_type_of_their_state():
+    for part in ("labels", "values", "tracing", "bodies", "reader"):
+        assert not everything_below(f"soap_jax.transform.{part}") & {
+            "soap_jax.rules", "soap_jax.feedback"
+        }  # fmt: skip
 
 
 def test_ops_knows_nothing_of_rules_or_states():

@@ -1103,6 +1103,13 @@ def test_numpy_params_and_python_scalars():
     assert_close(gain_bar, jnp.sum(jnp.cos(y) * mlp(MLP, x)))
 
 
+def test_params_may_be_one_array():
+    w, b, x = draw(3, 5), draw(3, 5, seed=1), draw(4, 3)
+    _, (w_bar, x_bar) = fa(loss_of(lambda w, x: x @ w))(w, b, x)
+    y_bar = jnp.cos(x @ w)
+    assert_close((w_bar, x_bar), (x.T @ y_bar, y_bar @ b.T))
+
+
 def test_feedback_called_as_in_nnx_lies_beside_its_kernel():
     params = {"layer": {"kernel": draw(3, 5), "bias": draw(5)}, "out": [{"kernel": draw(5, 2)}]}
 

@@ -372,10 +372,10 @@ def _custom_lin_labels(reader, eqn, labels):
             back = reader.labels(_backward(eqn), [*residuals, *[error] * len(eqn.outvars)])
             refused = refused or next((out.refused for out in back if out.refused), None)
         label = label._replace(refused=refused)
-        for dot in tangents:
-            if dot.layer and not eqn.params["in_zeros"][1] and not reader.quiet:
-                for leaf in dot.owners or ():
-                    reader.note(leaf).served_by_layer = True
+        for dot in tangents:  # of a layer's operands y, x, kernel and feedback, x is not zero
+            for leaf in (dot.owners or frozenset()) & reader.notes.keys():
+                by_layer = not reader.quiet and not any(eqn.params["in_zeros"][1:2])
+                reader.note(leaf).served_by_layer |= by_layer
     return [label] * len(eqn.outvars)
 
 

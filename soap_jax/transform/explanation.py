@@ -175,8 +175,11 @@ def _read(traced: tracing.Traced, kernels: Sequence[int], has_aux: bool) -> read
     ]
     used = [True] * traced.num_outputs + dots
     live, _ = partial_eval.dce_jaxpr(program.jaxpr, used, instantiate=True)
-    found = reader.Reader(traced.paths, abstract=True)
+    found, marks = (reader.Reader(traced.paths, abstract=True) for _ in range(2))
     found.run(program.replace(jaxpr=live), inputs)
+    marks.run(traced.closed, inputs[traced.num_hoisted : len(traced.operands)])
+    for i in kernels:  # layers mark kernels in the function alone, not in its derivative
+        found.note(i).layer = marks.note(i).layer
     return found
 
 

@@ -400,7 +400,6 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label], line: str = "") -> Step
         tangent=True,
         data=any(label.data for label in labels),
         whole=_whole(name, labels),
-        layer=name == "name" and eqn.params["name"] == ops.MARK,
         refused=next((label.refused for label in tangents if label.refused), None),
     )
     if not (activation or foreign):
