@@ -259,7 +259,16 @@ def _marks(jaxpr, inside: str = "") -> Iterator[tuple[int, tuple[int, ...], str]
         for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(part):
                 body = part.jaxpr if isinstance(part, core.ClosedJaxpr) else part
-                yield from _marks(body, inside or ("" if kind in _TRANSPARENT else kind))
+                yield from _marks(body, inside or ("" if _is_transparent(eqn) else kind))
+
+
+def _is_transparent(eqn) -> bool:
+    """Whether a tap may be in it: it is called as it stands, as what `with_feedback` returns is."""
+    name = eqn.primitive.name
+    return name in _TRANSPARENT or (
+        name == "custom_vjp_call"
+        and eqn.params["call_jaxpr"].jaxpr.debug_info.func_src_info.startswith("with_feedback ")
+    )
 
 
 def _is_jaxpr(value) -> bool:

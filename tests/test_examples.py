@@ -146,7 +146,7 @@ def table_of(out):
     """The first two columns of a printed explanation."""
     rows = (line.split("  ") for line in out.splitlines() if line.startswith(" "))
     cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
-    return {row[0]: row[1] for row in cells if len(row) > 2 and row[0] != "kernel"}
+    return {row[0]: row[1] for row in cells if len(row) > 2 and row[0] != "param"}
 
 
 def test_equinox_model_learns_best_by_backprop_then_signs_then_fa(capsys):

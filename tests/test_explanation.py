@@ -169,7 +169,7 @@ MIDDLES = {  # (h, b, c) -> h, the effects of b and c
     "changed": (lambda h, b, c: h @ jnp.tanh(b) @ c, "backprop", "feedback"),
     "masked by themselves": (lambda h, b, c: h @ jax.nn.relu(b) @ c, "backprop", "feedback"),
     "changed and not": (lambda h, b, c: h @ b + h @ jnp.tanh(b) @ c, "backprop", "feedback"),
-    "normalised": (lambda h, b, c: h @ (b / jnp.linalg.norm(b)) @ c, "feedback", "feedback"),
+    "normalised": (lambda h, b, c: h @ (b / jnp.linalg.norm(b)) @ c, "backprop", "feedback"),
     "a scale": (lambda h, b, c: (h * b[:1]) @ c, "backprop", "feedback"),
     "a quotient": (lambda h, b, c: lax.stop_gradient(h) / (3 + b[:1]) @ c, "exact", "feedback"),
     "a bias": (lambda h, b, c: (h + b[:1]) @ c, "exact", "feedback"),
@@ -247,12 +247,12 @@ def test_a_user_reads_it_before_a_run():
 
 
 TABLE = """\
- param                        effect      used in       operands                  feedback
- ─────────────────────────────────────────────────────────────────────────────────────────
- blocks/0/kernel              no effect   dot_general   64×256 · 256×256                 -
- blocks/*/kernel (11 times)   feedback    dot_general   64×256 · 256×256    2.9 MB float32
- scale                        backprop    mul           64×256 · 1×256                   -
- out                          feedback    dot_general   64×256 · 256×10    10.2 kB float32
+ param                        effect      used in       operands           feedback
+ ──────────────────────────────────────────────────────────────────────────────────
+ blocks/0/kernel              no effect   dot_general   64×256 · 256×256          -
+ blocks/*/kernel (11 times)   feedback    dot_general   64×256 · 256×256     2.9 MB
+ scale                        backprop    mul           64×256 · 1×256            -
+ out                          feedback    dot_general   64×256 · 256×10     10.2 kB
 
 26 params: 1 no effect, 12 exact, 12 feedback, 1 backprop; 2.9 MB of feedback.
 Exact, since no error passes them: 12 bias (add)."""

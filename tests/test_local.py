@@ -298,11 +298,11 @@ def nnx_gradient(loss, x, params, feedback):
 
 
 def with_feedback_gradient(loss, x, params, feedback):
-    def f(params):
+    def f(params, x):
         return jnp.sum(jnp.sin(network(params, x)))
 
     f = soap_jax.with_feedback(f, feedback_bar=loss)
-    return jax.grad(f, argnums=(0, 1))(params, feedback)
+    return jax.grad(f, argnums=(0, 1))(params, feedback, x)
 
 
 @pytest.mark.parametrize("gradient", [linen_gradient, nnx_gradient, with_feedback_gradient])
@@ -434,7 +434,7 @@ def test_information_alignment_aligns_feedback_while_the_network_learns():
     where = ["Dense_1/kernel", "Dense_2/kernel"]
     feedback = soap_jax.init_feedback(jax.random.key(0), params, where=where).feedback
 
-    def loss(params):
+    def loss(params, x, labels):
         return optax.softmax_cross_entropy_with_integer_labels(network(params, x), labels).mean()
 
     aligned = InformationAlignment(amp=1.0, decay=0.5, null=0.1)
@@ -444,7 +444,7 @@ def test_information_alignment_aligns_feedback_while_the_network_learns():
 
     def body(carry, _):
         learnt, opt_state = carry
-        value, gradient = jax.value_and_grad(loss_fa, argnums=(0, 1))(*learnt)
+        value, gradient = jax.value_and_grad(loss_fa, argnums=(0, 1))(*learnt, x, labels)
         updates, opt_state = optimizer.update(gradient, opt_state, learnt)
         return (optax.apply_updates(learnt, updates), opt_state), value
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -231,8 +231,8 @@ def _scan(reader, eqn, values, outs):
 
 
 _ONLY_FORWARDS = (
-    "an error would be sent back through a lax.while_loop, which JAX differentiates in forward mode "
-    "alone. Use lax.scan or lax.fori_loop with a fixed number of rounds."
+    "an error would be sent back through a lax.while_loop, which JAX differentiates forwards alone. "
+    "Use lax.scan or lax.fori_loop with a fixed number of rounds."
 )
 
 
@@ -331,22 +331,19 @@ def _cond(reader, eqn, values, outs):
 
 def _backward(eqn):
     """The backward pass of a `jax.custom_vjp` function: residuals and cotangents to cotangents."""
-    n, zeros = eqn.params["num_res"], eqn.params["in_zeros"]
+    n = eqn.params["num_res"]
+    residuals, tangents, outs = (
+        [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]
+        for variables in (eqn.invars[:n], eqn.invars[n:], eqn.outvars)
+    )
 
     def f(residuals, cotangents):
-        found = eqn.params["bwd"].call_wrapped(*residuals, *cotangents)
-        kept = [ct for ct, zero in zip(found, zeros, strict=True) if not zero]
-        return [
-            jnp.zeros(v.aval.shape, v.aval.dtype) if not isinstance(ct, jax.Array) else ct
-            for ct, v in zip(kept, eqn.invars[n:], strict=True)
-        ]
+        def linear(*tangents):
+            return vals.bind(eqn, [*residuals, *tangents])
 
-    residuals, outs = ([_struct(v) for v in vs] for vs in (eqn.invars[:n], eqn.outvars))
+        return list(jax.linear_transpose(linear, *tangents)(cotangents))
+
     return jax.make_jaxpr(f)(residuals, outs)
-
-
-def _struct(var) -> Any:
-    return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
 
 
 def _custom_lin_labels(reader, eqn, labels):
@@ -396,11 +393,11 @@ def _custom_lin(reader, eqn, values, outs):
         values = map(Value, labels, [*arrays, *cotangents], [*twins, *[None] * len(outs)])
         return [value.array for value in reader.run(closed, list(values))]
 
-    made = jax.custom_derivatives.linear_call(
-        lambda forms, tangents: [jnp.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars],
+    made = vals.linear(
         transpose,
         _split(_wide(residuals)),
         [value.with_feedback for value in tangents],
+        [var.aval for var in eqn.outvars],
     )
     return list(map(Value, outs, made))
 

@@ -196,7 +196,7 @@ def _row(notes: reader.Notes) -> Found:
     if hard or (notes.broken and notes.served):
         return "backprop", [*notes.served, *notes.broken]
     if notes.served and all(use.primitive in ELEMENTWISE for use in notes.served):
-        problem = "which scales elementwise; name it in `where` to give it feedback"
+        problem = "scales activations elementwise; name it in `where` to give it feedback"
         return "backprop", [use._replace(problem=problem) for use in notes.served]
     if notes.served:
         return "feedback", [*notes.served]
@@ -264,8 +264,11 @@ def _table(explanation: Explanation) -> str:
         narrow = f" {row.stored}" if row.stored != row.dtype else ""
         stored = f"{filesize.decimal(total)}{narrow}" if total else "-"
         grid.add_row(*map(text.Text, (path, row.effect, name, operands, stored)))
-        problems = [f"{use}, {use.problem}." for use in row.uses if use.problem]
-        notes += [f"{path}: {problem}" for problem in dict.fromkeys(problems)][:2]
+        if row.effect == "backprop" and all(use.primitive in ELEMENTWISE for use in places):
+            notes += [f"{path} {use.problem}." for use in row.uses[:1]]
+        else:
+            problems = [f"{use}, {use.problem}." for use in row.uses if use.problem]
+            notes += [f"{path}: {problem}" for problem in dict.fromkeys(problems)][:2]
     file = io.StringIO()
     printer = console.Console(file=file, width=200, color_system=None)
     printer.print(grid)

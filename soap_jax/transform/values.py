@@ -78,6 +78,31 @@ def bind_wide(eqn: core.JaxprEqn, arrays: Sequence[Any]) -> list:
     return jax.checkpoint(wide, prevent_cse=False)(*arrays)
 
 
+def linear(transpose, residuals: Any, tangents: Sequence[Any], avals: Sequence[Any]) -> list:
+    """A linear function of tangents of which only the transpose is known.
+
+    Args:
+        transpose: `(residuals, cotangents) -> cotangents of the tangents`.
+        residuals: what it needs besides.
+        tangents: the operands.
+        avals: the types of what it returns.
+    """
+
+    @jax.custom_vjp
+    def f(residuals, operands):
+        del residuals, operands
+        return list(map(zeros, avals))
+
+    f.defvjp(
+        lambda residuals, operands: (list(map(zeros, avals)), residuals),
+        lambda residuals, cotangents: (None, transpose(residuals, cotangents)),
+    )
+    tangents = list(tangents)
+    return jax.jvp(lambda x: f(residuals, x), (list(map(jnp.zeros_like, tangents)),), (tangents,))[
+        1
+    ]
+
+
 def widen(value: Value, aval) -> Value:
     """The value, its form with feedback in the value's own dtype."""
     if value.twin is None or value.twin.dtype == aval.dtype:

@@ -96,10 +96,12 @@ def with_feedback(
 def _through_feedback(traced: tracing.Traced, feedback_bar):
     """`(operands, twins) -> outputs`, which equals the function; backwards, through feedback."""
 
-    @jax.custom_vjp
     def f(operands, twins):
         del twins
         return traced.evaluate(operands)
+
+    f.__name__ = "with_feedback"  # by which `soap_jax.activity` knows it in a jaxpr
+    f = jax.custom_vjp(f)
 
     def f_fwd(operands, twins):
         values = [x.value for x in operands]
