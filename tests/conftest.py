@@ -10,9 +10,9 @@ QUICK = (
 )
 os.environ.setdefault("XLA_FLAGS", QUICK)
 
-# What was compiled is kept for the next run, for all workers and subprocesses. JAX finds it again by
-# the program, its versions, flags and the processor, and compiles anew what it cannot read. Off with
-# JAX_ENABLE_COMPILATION_CACHE=0; emptied by pytest's own --cache-clear.
+# What was compiled is kept for the next run, for all workers and subprocesses. JAX finds it by the
+# program, versions, flags and processor, and compiles anew what it cannot read. It is off with
+# JAX_ENABLE_COMPILATION_CACHE=0 and emptied by pytest's own --cache-clear.
 COMPILED = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "d" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
