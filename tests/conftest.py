@@ -1,10 +1,22 @@
 """Settings that every test shares, made before JAX starts its backends."""
 
 import os
+import pathlib
 
 # Most of the time goes into compiling. With XLA_FLAGS= in the environment XLA does as by default.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false"
+)
 os.environ.setdefault("XLA_FLAGS", QUICK)
+
+# What was compiled is kept for the next run, for all workers and subprocesses. JAX finds it by the
+# program, versions, flags and processor, and compiles anew what it cannot read. It is off with
+# JAX_ENABLE_COMPILATION_CACHE=0 and emptied by pytest's own --cache-clear.
+COMPILED = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "d" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

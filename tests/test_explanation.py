@@ -61,7 +61,7 @@ def assert_true(fun, params, *args):
     for row in explain(fun, params, *args):
         path = "/".join(row.path)
         found = outcome(fun, params, path, *args)
-        scales = all("scales elementwise" in use.problem for use in row.uses)
+        scales = all("elementwise" in use.problem for use in row.uses)
         expected = {
             "feedback": {"changes"},
             "backprop": {"changes" if scales else "refused"},
@@ -243,7 +243,7 @@ def test_a_user_reads_it_before_a_run():
     params = {"blocks": blocks, "scale": jnp.ones(256), "out": jnp.ones((256, 10))}
     printed = str(explain(loss, params, jnp.ones((64, 256)))).splitlines()
     assert printed[:9] == TABLE.splitlines()
-    assert " ".join(printed[9:]).startswith("scale: mul at ")
+    assert " ".join(printed[9:]).startswith("scale scales activations ")
 
 
 TABLE = """\
@@ -285,7 +285,9 @@ def test_a_param_that_scales_elementwise_gets_feedback_where_it_is_named():
     fun, params = between(MIDDLES["a scale"][0]), {k: PARAMS[k[0]] for k in ("a", "b", "c")}
     params["d"] = PARAMS["a"]
     explanation = explain(fun, params, X)
-    assert "which scales elementwise; name it in `where` to give it feedback" in told(explanation)
+    assert "scales activations elementwise; name it in `where` to give it feedback" in told(
+        explanation
+    )
     assert init_feedback(KEY, params, where=explanation).feedback["b"] is None
     state = init_feedback(KEY, params, where="b", initializer="matched")
     assert explain(fun, params, X, feedback=state.feedback)["b"].effect == "feedback"

@@ -32,6 +32,12 @@ def digits():
     return data.load("digits")
 
 
+def setup(*args):
+    """`experiment.setup`, its step and measurements compiled as a run compiles them."""
+    made = experiment.setup(*args)
+    return made._replace(step=jax.jit(made.step), measure=jax.jit(made.measure))
+
+
 def train(config, method, dataset):
     """The record with leading axes `(periods, learning_rates, seeds)`."""
     parts = [record for _, record in experiment.train_method(config, method, dataset)]
@@ -127,7 +133,7 @@ def test_evaluations_hold_angles_where_there_is_feedback(records):
 def test_the_error_angle_is_that_of_metrics(digits):
     """At the start, from the network's own output: the mean of `metrics.cotangent_angle`."""
     arrays = experiment.split(digits)
-    of_method = experiment.setup(CONFIG, "fa", 10, UNIT)
+    of_method = setup(CONFIG, "fa", 10, UNIT)
     state, _ = of_method.init(0, 0.1, 0, arrays.train.images)
     row = of_method.measure(state, 0.1, jax.tree.map(jnp.asarray, arrays.validation))
     images, labels = (leaf[: measurements.PROBE_SIZE] for leaf in arrays.validation)
@@ -155,7 +161,7 @@ def test_effective_learning_rates_are_what_each_method_makes_of_the_rate(records
 
 def test_frozen_trains_the_output_layer_alone(digits):
     arrays = jax.tree.map(jnp.asarray, experiment.split(digits))
-    of_method = experiment.setup(CONFIG, "frozen", 10, UNIT)
+    of_method = setup(CONFIG, "frozen", 10, UNIT)
     state, _ = of_method.init(0, 0.1, 0, arrays.train.images)
     after, _ = of_method.step(state, 0.1, jax.tree.map(lambda leaf: leaf[:9], arrays.train))
     same = jax.tree.map(lambda a, b: bool((a == b).all()), state.params, after.params)
@@ -172,7 +178,7 @@ def test_scaled_backprop_multiplies_hidden_gradients_by_the_signs_amplification(
     batch = jax.tree.map(lambda leaf: leaf[:9], arrays.train)
     moved = {}
     for name in ("bp", method):
-        of_method = experiment.setup(deep, name, 10, UNIT)
+        of_method = setup(deep, name, 10, UNIT)
         state, _ = of_method.init(0, 0.1, 0, arrays.train.images)
         after, _ = of_method.step(state, 0.1, batch)
         moved[name] = jax.tree.map(jnp.subtract, after.params, state.params)
@@ -209,7 +215,7 @@ def test_the_original_init_differs_for_methods_without_feedback_only(digits):
     for init in config.INITS:
         for method in ("bp", "fa"):
             changed = dataclasses.replace(CONFIG, init=init)
-            of_method = experiment.setup(changed, method, 10, UNIT)
+            of_method = setup(changed, method, 10, UNIT)
             kernels[init, method] = of_method.init(0, 0.1, 0, images)[0].params["Dense_0"]
     matched = kernels["matched", "bp"]
     chex.assert_trees_all_equal(matched, kernels["matched", "fa"], kernels["soap", "fa"])
@@ -291,7 +297,7 @@ def start(method, digits, num=9, **changes):
     """A method's setup, its initial state, and the first examples as a batch."""
     arrays = jax.tree.map(jnp.asarray, experiment.split(digits))
     options = {"hidden": (7, 6), "batch_size": num, "methods": (method,), "weight_decay": 0.0}
-    of_method = experiment.setup(StudyConfig(**options | changes), method, 10, UNIT)
+    of_method = setup(StudyConfig(**options | changes), method, 10, UNIT)
     state, _ = of_method.init(3, 0.5, 1, arrays.train.images)
     return of_method, state, jax.tree.map(lambda leaf: leaf[:num], arrays.train)
 
@@ -319,7 +325,6 @@ def test_kolen_pollack_brings_feedback_nearer_to_weights_at_the_rate_of_the_deca
 ):
     """W - B shrinks by 1 - learning_rate * weight_decay at every update, for any optimiser."""
     of_method, state, batch = start("kp", digits, optimizer=optimizer, weight_decay=0.1)
-    step = jax.jit(of_method.step)
 
     def apart(state):
         weights = kernels(state.feedback.feedback)
@@ -327,7 +332,7 @@ def test_kolen_pollack_brings_feedback_nearer_to_weights_at_the_rate_of_the_deca
 
     before = apart(state)
     for _ in range(3):
-        state, _ = step(state, 0.05, batch)
+        state, _ = of_method.step(state, 0.05, batch)
     expected = {name: 0.995**3 * difference for name, difference in before.items()}
     assert set(expected) == {"Dense_1", "Dense_2"}
     chex.assert_trees_all_close(apart(state), expected, atol=1e-6)

@@ -231,8 +231,8 @@ def _scan(reader, eqn, values, outs):
 
 
 _ONLY_FORWARDS = (
-    "an error would be sent back through a lax.while_loop, which JAX differentiates forwards alone. "
-    "Use lax.scan or lax.fori_loop with a fixed number of rounds."
+    "an error would be sent back through a lax.while_loop, which JAX differentiates only "
+    "forwards. Use lax.scan or lax.fori_loop with a fixed number of rounds."
 )
 
 
