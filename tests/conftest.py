@@ -1,13 +1,13 @@
 """Settings that every test shares, made before JAX starts its backends."""
 
+import importlib.metadata
 import os
 import pathlib
 
 # Most of the time goes into compiling. With XLA_FLAGS= in the environment XLA does as by default.
-QUICK = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false"
-)
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if importlib.metadata.version("jax") < "0.11":  # XLA ends a process at a flag that it lacks
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", QUICK)
 
 # What was compiled is kept for the next run, for all workers and subprocesses. JAX finds it by the
