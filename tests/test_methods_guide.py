@@ -83,7 +83,7 @@ def gradient_of(value, known):
     if callable(value) and value.__name__ == "loss":  # through `with_feedback`, by feedback
         return jax.grad(value, argnums=1)(params, feedback, X, LABELS)
     if callable(value):
-        return value(0, params, X, LABELS)[1]
+        return value(params, X, LABELS, step=0)[1]
     return value
 
 

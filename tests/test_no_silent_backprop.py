@@ -295,7 +295,11 @@ def evaluate_equation(eqn, ins):
 
 
 def evaluate_scan(params, ins):
-    n, m, body = params["num_consts"], params["num_carry"], params["jaxpr"]
+    body = params["jaxpr"]
+    if "ft_in" in params:  # since JAX 0.11
+        n, m, _ = map(len, params["ft_in"].unpack())
+    else:
+        n, m = params["num_consts"], params["num_carry"]
     consts, carry, xs = ins[:n], ins[n : n + m], [np.asarray(x) for x in ins[n + m :]]
     steps = range(params["length"])
     ys = {}

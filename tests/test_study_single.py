@@ -325,7 +325,7 @@ def test_a_diverged_training_goes_on_and_says_so(digits, tmp_path):
     [
         ({"method": "sgn"}, "method is 'sgn'; expected one of bp, fa.* Did you mean 'sign'"),
         ({"learning_rate": float("nan")}, "learning_rate is nan; expected a positive, finite"),
-        ({"seed": -1}, "seed is -1; expected 0 to"),
+        ({"seed": -1}, "seed is -1; expected an integer from 0 to"),
         ({"period": 0}, "period is 0; expected at least 1"),
         ({"checkpoint_every": 0}, "checkpoint_every is 0; expected at least 1"),
         ({"dataset": "minst"}, "minst"),

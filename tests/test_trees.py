@@ -313,7 +313,7 @@ def test_only_a_boxs_value_is_dropped_from_a_path():
 
 def test_paths_print_as_subscripts():
     assert trees.show(("Dense_1", "kernel")) == "['Dense_1']['kernel']"
-    assert trees.show(()) == ""
+    assert trees.show(()) == "params"
 
 
 @pytest.mark.parametrize(
