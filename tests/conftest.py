@@ -1,5 +1,6 @@
 """Settings that every test shares, made before JAX starts its backends."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -27,6 +28,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_older_is_collected():
+    """Garbage is not looked for in what earlier modules left, JAX's caches above all."""
+    gc.collect()
+    gc.freeze()
 
 
 def make_mesh(axis_type):

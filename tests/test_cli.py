@@ -137,7 +137,7 @@ def test_a_terminal_without_degree_and_plus_minus_signs_gets_the_rest(small_stud
         assert done.returncode == 0, done.stderr
         assert done.stdout.isascii() and ("?" in done.stdout or args[0] == "study")
     done = soap_jax("report", "nirgendwo-ü", cwd=cwd, PYTHONIOENCODING="ascii")
-    assert done.returncode == 2 and "nirgendwo-? holds no study" in done.stderr
+    assert done.returncode == 2 and "holds no study" in done.stderr
 
 
 def test_too_little_memory_is_one_line(tmp_path):
