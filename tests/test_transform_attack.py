@@ -1,0 +1,89 @@
+"""Programs that tried to send an error through weights, and what became of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from soap_jax import with_feedback
+
+
+def draw(*shape, seed=0):
+    values = np.random.default_rng([seed, *shape]).standard_normal(shape)
+    return jnp.asarray(values, jnp.float32)
+
+
+PARAMS = {"w": draw(3, 3), "v": draw(3, 3, seed=1)}
+X, MASK = draw(4, 3), jnp.asarray(np.tri(3), jnp.float32)
+
+MIXED = {  # v has no feedback: a mask makes no activation of it
+    "multiplied": lambda p, m: p["w"] * (m * p["v"]),
+    "added": lambda p, m: p["w"] + m * p["v"],
+    "changed, then multiplied": lambda p, m: p["w"] * jnp.tanh(m * p["v"]),
+    "masked by a sum": lambda p, m: p["w"] * (m + p["v"]),
+    "multiplied to a constant": lambda p, m: p["w"] * ((m * p["v"]) @ jnp.eye(3)),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_masked_param_mixed_into_a_kernel_is_refused_as_the_param_is(name):
+    def loss(p, x, m):
+        return jnp.sum(x @ MIXED[name](p, m)) + jnp.sum(x @ p["w"])
+
+    grad = jax.grad(with_feedback(loss), 2)
+    with pytest.raises(ValueError, match=r"kernel at \['w'\] itself.*\['v'\]"):
+        jax.eval_shape(grad, PARAMS, {"w": PARAMS["v"]}, X, MASK)
+
+
+def elsewhere(loss, x, *args):
+    """A linear function's gradient by x, at other kernels with the same feedback."""
+    changed = PARAMS | {"w": PARAMS["w"] + 1}
+    feedback = {"w": draw(3, 3, seed=2)}
+    grad = jax.jit(jax.grad(with_feedback(loss), 2))
+    return grad(PARAMS, feedback, x, *args), grad(changed, feedback, x, *args)
+
+
+LAID_OUT = {
+    "a mask in an einsum": lambda p, m: jnp.einsum("ij,ij->ij", p["w"], m),
+    "a mask of columns in an einsum": lambda p, m: jnp.einsum("ij,j->ij", p["w"], m[1]),
+    "a choice of a choice": lambda p, m: jnp.where(
+        m > 0, jnp.where(m > 0, p["w"], 0), jnp.where(m > 0, 0, p["v"])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+def test_a_masked_kernel_keeps_its_feedback(name):
+    one, other = elsewhere(
+        lambda p, x, m: jnp.sum((x @ LAID_OUT[name](p, m)) @ jnp.arange(3.0)), X, MASK
+    )
+    np.testing.assert_array_equal(one, other)
+
+
+def test_members_that_choose_a_kernel_each_have_its_feedback():
+    def loss(p, x, i):
+        def one(x, i):
+            return x @ lax.cond(i > 0, lambda: p["w"], lambda: p["v"])
+
+        return jnp.sum(jax.vmap(one)(x, i))
+
+    one, other = elsewhere(loss, X, jnp.array([0, 1, 1, 0]))
+    np.testing.assert_array_equal(one, other)
+
+
+def test_a_number_made_of_part_of_a_kernel_is_refused():
+    def loss(p, x):
+        part = lax.reduce_window(p["w"], -jnp.inf, lax.max, (2, 2), (3, 3), "VALID")
+        return jnp.sum(x * part) + jnp.sum(x @ p["w"])
+
+    with pytest.raises(ValueError, match=r"kernel at \['w'\] itself"):
+        jax.eval_shape(jax.grad(with_feedback(loss), 2), PARAMS, {"w": PARAMS["v"]}, X)
+
+
+def test_a_penalty_of_masked_weights_is_exact():
+    def loss(p, x, m):
+        return jnp.sum(jnp.tanh(x) @ p["w"]) + jnp.sum((p["w"] * m) ** 2) + jnp.sum(m * p["v"])
+
+    ours = jax.grad(with_feedback(loss))(PARAMS, {"w": PARAMS["v"]}, X, MASK)
+    jax.tree.map(np.testing.assert_allclose, ours, jax.grad(loss)(PARAMS, X, MASK))
