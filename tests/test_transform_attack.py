@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from soap_jax import with_feedback
+from soap_jax import explain, with_feedback
 
 
 def draw(*shape, seed=0):
@@ -70,6 +70,21 @@ def test_members_that_choose_a_kernel_each_have_its_feedback():
 
     one, other = elsewhere(loss, X, jnp.array([0, 1, 1, 0]))
     np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("rows", [lambda w, i: w[i], lambda w, i: jnp.tanh(w)[i]])
+def test_looked_up_rows_that_a_scan_makes_an_activation_serve_as_a_last_layer_too(rows):
+    def loss(p, ids):
+        h = rows(p["w"], ids)
+        h, _ = lax.scan(lambda h, _: (h + jnp.tanh(h @ p["v"]), None), h, None, length=2)
+        return jnp.sum(jnp.sin(h @ p["w"].T))
+
+    ids = jnp.array([0, 2, 1, 2])
+    assert explain(loss, PARAMS, ids)["w"].effect == "feedback"
+    equal = jax.grad(with_feedback(loss))(PARAMS, PARAMS, ids)
+    jax.tree.map(np.testing.assert_array_equal, equal, jax.grad(loss)(PARAMS, ids))
+    zero = jax.grad(with_feedback(loss))(PARAMS, {"w": jnp.zeros((3, 3))}, ids)
+    assert not np.any(zero["v"])
 
 
 def test_a_number_made_of_part_of_a_kernel_is_refused():

@@ -191,10 +191,11 @@ def join(a: Label, b: Label, broken: Broken) -> Label:
     if a == b:
         return a
     kernels = merged([a, b])
-    for i in kernels:
-        for mine, other in ((a, b), (b, a)):
-            apart = i in mine.kernels and i not in other.kernels and other.from_data
-            if apart and not mine.tangent:
+    for mine, other in ((a, b), (b, a)):
+        for i in mine.kernels.keys() - other.kernels.keys():
+            if other.activation and looked_up(mine.kernels[i]):
+                del kernels[i]
+            elif other.from_data and not mine.tangent:
                 kernels[i] = worst([mine.kernels[i], broken])
     tangent = a.tangent or b.tangent
     return derived([a, b])._replace(
