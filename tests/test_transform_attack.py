@@ -102,3 +102,45 @@ def test_a_penalty_of_masked_weights_is_exact():
 
     ours = jax.grad(with_feedback(loss))(PARAMS, {"w": PARAMS["v"]}, X, MASK)
     jax.tree.map(np.testing.assert_allclose, ours, jax.grad(loss)(PARAMS, X, MASK))
+
+
+@jax.custom_vjp
+def product(x, w):
+    return x @ w
+
+
+product.defvjp(lambda x, w: (x @ w, (x, w)), lambda xw, g: (g @ jnp.tanh(xw[1]).T, xw[0].T @ g))
+
+
+def test_a_cotangent_that_no_one_asks_for_passes_nothing():
+    """Of data, in the backward pass of a function that has its own."""
+
+    def loss(p, x):
+        return jnp.sum(jnp.sin(product(x, p["w"]) @ p["v"]))
+
+    assert [(row.path, row.effect) for row in explain(loss, PARAMS, X)] == [
+        (("w",), "no effect"),
+        (("v",), "feedback"),
+    ]
+
+
+@jax.custom_vjp
+def flagged(x, w):
+    return x @ w
+
+
+def flagged_bwd(residuals, g):
+    x, w, flag = residuals
+    return (g @ w.T if flag else g), x.T @ g
+
+
+flagged.defvjp(lambda x, w: (x @ w, (x, w, True)), flagged_bwd)
+
+
+def test_a_backward_pass_may_branch_on_flags_among_its_residuals():
+    def loss(p, x):
+        return jnp.sum(jnp.sin(flagged(x, p["w"])))
+
+    one = jax.grad(with_feedback(loss), 2)(PARAMS, {"w": PARAMS["w"]}, X)
+    np.testing.assert_allclose(one, jax.grad(loss, 1)(PARAMS, X), rtol=1e-6)
+    assert not np.any(jax.grad(with_feedback(loss), 2)(PARAMS, {"w": jnp.zeros((3, 3))}, X))

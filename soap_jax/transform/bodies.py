@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 from soap_jax.transform import labels as lb
 from soap_jax.transform import values as vals
@@ -315,7 +316,11 @@ def _backward(eqn):
     n, zeros = eqn.params["num_res"], eqn.params["in_zeros"]
 
     def f(residuals, cotangents):
-        found = eqn.params["bwd"].call_wrapped(*residuals, *cotangents)
+        known = [  # it may branch on flags among its residuals, which are no tracers
+            v.val if isinstance(v, core.Literal) else x
+            for v, x in zip(eqn.invars[:n], residuals, strict=True)
+        ]
+        found = eqn.params["bwd"].call_wrapped(*known, *cotangents)
         kept = [ct for ct, zero in zip(found, zeros, strict=True) if not zero]
         return [
             jnp.zeros(v.aval.shape, v.aval.dtype) if not isinstance(ct, jax.Array) else ct
@@ -323,7 +328,9 @@ def _backward(eqn):
         ]
 
     residuals, outs = ([_struct(v) for v in vs] for vs in (eqn.invars[:n], eqn.outvars))
-    return jax.make_jaxpr(f)(residuals, outs)
+    closed = jax.make_jaxpr(f)(residuals, outs)
+    live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals), instantiate=True)
+    return closed.replace(jaxpr=live)
 
 
 def _struct(var) -> Any:
