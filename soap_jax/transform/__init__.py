@@ -14,10 +14,11 @@ the linear ones, so these coefficients are the factors, and there are no others.
     transpose, cast, slice, concatenate, rows chosen by an index), products and selections with
     constants and with arguments that carry no tangent (masks), and sums along axes. Anything else
     breaks them: a nonlinear function, another kernel or another param that is mixed in.
-2.  An *activation* is made where weights and data meet in a product (`dot_general`, a convolution,
-    `ragged_dot`), or where an activation that carries a tangent is multiplied to them elementwise
-    or added. Rows that an integer argument looks up are an embedding: weights in a product with an
-    activation, and an activation after any other op. What `fun` closes over is a constant.
+2.  An *activation* is made where weights and data meet in a product (a `dot_general` that sums, a
+    convolution, `ragged_dot`), or where an activation that carries a tangent is multiplied to them
+    elementwise or added. Rows that an integer argument looks up are an embedding: weights in a
+    product with an activation, and an activation after any other op. What `fun` closes over is a
+    constant.
 3.  A coefficient that is weights is taken in the form of their feedback. If they are broken, there
     is none, and the error is refused.
 4.  A kernel's own tangent may meet that kernel: so it is in a penalty. Then both forms go on, with
@@ -33,6 +34,8 @@ differentiates the result as it does any function: same products, same memory, s
 
 What one should know:
 
+-   A mask as a matrix (`diag(mask) @ w`) is data in a product, which makes an activation of the
+    kernel: multiply elementwise.
 -   A mask made of weights (`w * (abs(w) > c)`) is refused: compute it outside and pass it as an
     argument. A function that closes over its batch is refused: pass it as an argument.
 -   A penalty of two kernels together is refused where both have feedback; differentiate it apart

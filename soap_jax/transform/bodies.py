@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 from soap_jax.transform import labels as lb
 from soap_jax.transform import values as vals
@@ -338,12 +339,19 @@ def _backward(eqn):
     )
 
     def f(residuals, cotangents):
+        known = [  # it may branch on flags among its residuals, which are no tracers
+            v.val if isinstance(v, core.Literal) else x
+            for v, x in zip(eqn.invars[:n], residuals, strict=True)
+        ]
+
         def linear(*tangents):
-            return vals.bind(eqn, [*residuals, *tangents])
+            return vals.bind(eqn, [*known, *tangents])
 
         return list(jax.linear_transpose(linear, *tangents)(cotangents))
 
-    return jax.make_jaxpr(f)(residuals, outs)
+    closed = jax.make_jaxpr(f)(residuals, outs)
+    live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals), instantiate=True)
+    return closed.replace(jaxpr=live)
 
 
 def _custom_lin_labels(reader, eqn, labels):

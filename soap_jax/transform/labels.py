@@ -41,6 +41,18 @@ SUMS = ("add", "add_any", "sub")
 
 LOOKUPS = ("gather", "dynamic_slice")
 
+REDUCTIONS = (
+    "argmax",
+    "argmin",
+    "dot_general",
+    "reduce_max",
+    "reduce_min",
+    "reduce_prod",
+    "reduce_sum",
+    "svd",
+)
+"""Primitives that make each element of an output of all elements along some axes."""
+
 PARTS = ("dynamic_slice", "gather", "slice", "split", "unstack")
 """Layouts that take a part, after which weights are no longer the whole kernel."""
 
@@ -80,7 +92,7 @@ class Label(NamedTuple):
             that multiplied it, though it is their own, so that it has two forms: one with the
             kernels, for what is theirs alone, and one with their feedback.
         data: whether it depends on an argument other than params.
-        params: the params of which it is made; empty if data are in it, too.
+        params: the params of which it is made; empty for an activation.
         active: whether it carries a tangent.
         floats: whether it depends on params or on an argument that is no integer.
         number: whether it is a single number, or that number broadcast.
@@ -108,8 +120,13 @@ class Label(NamedTuple):
 
     @property
     def activation(self) -> bool:
-        """Whether it is made of data and carries a tangent."""
-        return self.data and self.active
+        """Whether it is made of data and carries a tangent, and is not params under a mask."""
+        return self.from_data and self.active
+
+    @property
+    def from_data(self) -> bool:
+        """Whether it is made of data, not of params under a mask."""
+        return self.data and not self.params
 
     @property
     def two_forms(self) -> bool:
@@ -136,13 +153,34 @@ def merged(labels: Sequence[Label]) -> dict[int, Status]:
 
 def derived(labels: Sequence[Label]) -> Label:
     """What holds of whatever is computed of the values."""
-    data = any(label.data for label in labels)
+    apart = any(label.activation for label in labels)
     return Label(
-        data=data,
-        params=frozenset() if data else frozenset().union(*(label.params for label in labels)),
+        data=any(label.data for label in labels),
+        params=frozenset() if apart else frozenset().union(*(label.params for label in labels)),
         active=any(label.active for label in labels),
         floats=any(label.floats for label in labels),
     )
+
+
+def computed(eqn: core.JaxprEqn, labels: Sequence[Label]) -> Label:
+    """The same of what an equation computes, where params and data may become an activation."""
+    out, name = derived(labels), kind(eqn)
+    met = name in PRODUCTS and any(
+        a.data and (b.data or b.params)
+        for k, a in enumerate(labels)
+        for b in (*labels[:k], *labels[k + 1 :])
+    )
+    if met or (name in LOOKUPS and _by_integers(labels)):
+        return out._replace(params=frozenset())
+    return out
+
+
+def kind(eqn: core.JaxprEqn) -> str:
+    """The primitive's name; "mul" for an einsum that sums nothing."""
+    name = eqn.primitive.name
+    if name == "dot_general" and not eqn.params["dimension_numbers"][0][0]:
+        return "mul"
+    return name
 
 
 def join(a: Label, b: Label, broken: Broken) -> Label:
@@ -156,9 +194,11 @@ def join(a: Label, b: Label, broken: Broken) -> Label:
     if a == b:
         return a
     kernels = merged([a, b])
-    for i in kernels:
-        for mine, other in ((a, b), (b, a)):
-            if i in mine.kernels and i not in other.kernels and other.data and not mine.tangent:
+    for mine, other in ((a, b), (b, a)):
+        for i in mine.kernels.keys() - other.kernels.keys():
+            if other.activation and looked_up(mine.kernels[i]):
+                del kernels[i]
+            elif other.from_data and not mine.tangent:
                 kernels[i] = worst([mine.kernels[i], broken])
     tangent = a.tangent or b.tangent
     return derived([a, b])._replace(
@@ -184,7 +224,7 @@ def same_kind(a: Label, b: Label) -> Label:
     """A loop's label `a`, as a tangent or made of data if the next round's, `b`, is."""
     return a._replace(
         data=a.data or b.data,
-        params=frozenset() if a.data or b.data else a.params | b.params,
+        params=frozenset() if a.activation or b.activation else a.params | b.params,
         active=a.active or b.active,
         floats=a.floats or b.floats,
         number=a.number and b.number,
@@ -227,7 +267,7 @@ def primal(eqn: core.JaxprEqn, labels: Sequence[Label], line: str) -> tuple[list
         Its outputs' labels; and what is to be noted, `Met` and `Number`.
     """
     name = eqn.primitive.name
-    out = derived(labels)._replace(layer=name == "name" and eqn.params["name"] == ops.MARK)
+    out = computed(eqn, labels)._replace(layer=name == "name" and eqn.params["name"] == ops.MARK)
     notes: list[Met | Number] = []
     kernels: dict[int, Status] = {}
     for i in merged(labels):
@@ -236,7 +276,7 @@ def primal(eqn: core.JaxprEqn, labels: Sequence[Label], line: str) -> tuple[list
             notes.append(Met(i))
         if status is not None:
             kernels[i] = status
-    whole = bool(kernels) and _whole(name, labels)
+    whole = bool(kernels) and _whole(eqn, labels)
     outs = []
     for var in eqn.outvars:
         mine = {} if not is_float(var.aval) and not _broken(kernels) else kernels
@@ -253,7 +293,7 @@ def _status(i: int, eqn, labels, line) -> tuple[Status | None, bool]:
 
     None for an activation. And whether the kernel meets another value in a product here.
     """
-    name = eqn.primitive.name
+    name = kind(eqn)
     mine = [k for k, label in enumerate(labels) if i in label.kernels]
     others = [label for label in labels if i not in label.kernels]
     status = worst(labels[k].kernels[i] for k in mine)
@@ -264,7 +304,7 @@ def _status(i: int, eqn, labels, line) -> tuple[Status | None, bool]:
     def lost(problem):
         if looked_up(status):
             return None
-        return broken or Broken(problem, name, line, params)
+        return broken or Broken(problem, eqn.primitive.name, line, params)
 
     if name in (*PRODUCTS, *ELEMENTWISE):
         made = _activation(others) if name in ELEMENTWISE else any(lab.data for lab in others)
@@ -285,10 +325,7 @@ def _status(i: int, eqn, labels, line) -> tuple[Status | None, bool]:
             is_float(v.aval) and i not in lab.kernels
             for v, lab in zip(eqn.invars, labels, strict=True)
         ]
-        apart = any(
-            label.data and not label.kernels and is_a
-            for label, is_a in zip(labels, floats, strict=True)
-        )
+        apart = any(lab.from_data and is_a for lab, is_a in zip(labels, floats, strict=True))
         return lost("where it is joined with data") if apart else status, False
     if name in LAYOUTS and moved:
         if not all(is_float(var.aval) for var in eqn.outvars):
@@ -323,15 +360,21 @@ def _broken(kernels) -> bool:
     return any(isinstance(status, Broken) for status in kernels.values())
 
 
-def _whole(name, labels) -> bool:
+def _whole(eqn, labels) -> bool:
     """Whether each element of an output depends on all of a kernel, if it is reduced."""
-    if name in PARTS or name in JOINS:
+    name = eqn.primitive.name
+    same = any(var.aval.shape == eqn.outvars[0].aval.shape for var in eqn.invars)
+    if name in (*PARTS, *JOINS) or not (same or name in (*LAYOUTS, *REDUCTIONS)):
         return False
     return all(label.whole if label.kernels or label.tangent else label.number for label in labels)
 
 
 def _reduces(eqn, var) -> bool:
-    return _size(var) == 1 and any(_size(v) > 1 for v in eqn.invars)
+    return (
+        eqn.primitive.name in REDUCTIONS
+        and _size(var) == 1
+        and any(_size(v) > 1 for v in eqn.invars)
+    )
 
 
 def _size(var) -> int:
@@ -375,7 +418,7 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label], line: str = "") -> Step
         labels: of its operands.
         line: where it stands.
     """
-    name = eqn.primitive.name
+    name = kind(eqn)
     tangents = [label for label in labels if label.tangent]
     owners = owned(tangents)
     rows = any(label.rows for label in tangents)
@@ -394,12 +437,12 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label], line: str = "") -> Step
             both = owners if owners and not rows else ()
             kernels = {i: several if i in both else s for i, s in label.kernels.items()}
             foreign.append(label._replace(kernels=kernels))
-        elif label.data and not numbers and (label.active or name in PRODUCTS):
+        elif not numbers and (label.activation or (label.data and name in PRODUCTS)):
             activation = True
     out = Label(
         tangent=True,
         data=any(label.data for label in labels),
-        whole=_whole(name, labels),
+        whole=_whole(eqn, labels),
         refused=next((label.refused for label in tangents if label.refused), None),
     )
     if not (activation or foreign):

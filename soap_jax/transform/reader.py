@@ -88,7 +88,7 @@ class Product(NamedTuple):
             and [label.tangent for label in labels] == [k == 0, k == 1]
             and eqn.params == self.eqn.params
             and eqn.invars[1 - k] is self.eqn.invars[1 - k]
-            and (labels[1 - k].activation or (labels[1 - k].data and name in lb.PRODUCTS))
+            and (labels[1 - k].activation or (labels[1 - k].data and lb.kind(eqn) in lb.PRODUCTS))
         )
 
 
@@ -188,7 +188,7 @@ class Reader:
         if any(label.tangent for label in labels):
             return self._tangent(eqn, values, labels)
         if not any(label.kernels for label in labels):
-            out = lb.derived(labels)
+            out = lb.computed(eqn, labels)
             outs = [lb.plain(eqn, out, labels, var) for var in eqn.outvars]
             return self._bind(eqn, values, outs, None)
         outs, notes = lb.primal(eqn, labels, self.line_of(eqn))
