@@ -330,8 +330,17 @@ def _cond(reader, eqn, values, outs):
 # Derivatives that a function brings along
 
 
-def _backward(eqn):
-    """The backward pass of a `jax.custom_vjp` function: residuals and cotangents to cotangents."""
+def _backward(reader, eqn):
+    """The backward pass of a `jax.custom_vjp` function: residuals and cotangents to cotangents.
+
+    It is traced once, since it may be a long program.
+    """
+    if id(eqn) not in reader.backward:
+        reader.backward[id(eqn)] = eqn, _traced_backward(eqn)  # the equation keeps its id
+    return reader.backward[id(eqn)][1]
+
+
+def _traced_backward(eqn):
     n = eqn.params["num_res"]
     residuals, tangents, outs = (
         [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]
@@ -374,7 +383,7 @@ def _custom_lin_labels(reader, eqn, labels):
             refused = refused or reader.refuse(eqn, forms)
         if made_of:
             error = lb.Label(tangent=True, data=True)
-            back = reader.labels(_backward(eqn), [*residuals, *[error] * len(eqn.outvars)])
+            back = reader.labels(_backward(reader, eqn), [*residuals, *[error] * len(eqn.outvars)])
             refused = refused or next((out.refused for out in back if out.refused), None)
         label = label._replace(refused=refused)
         for dot in tangents:  # of a layer's operands y, x, kernel and feedback, x is not zero
@@ -392,7 +401,7 @@ def _custom_lin(reader, eqn, values, outs):
             _custom_lin_labels(reader, eqn, [value.label for value in values])
         operands = [v.array if outs[0].owners is not None else v.with_feedback for v in values]
         return list(map(Value, outs, vals.bind(eqn, [*operands])))
-    closed = _backward(eqn)
+    closed = _backward(reader, eqn)
     error = lb.Label(tangent=True, data=True)
     labels = [*(value.label for value in residuals), *[error] * len(outs)]
 

@@ -115,6 +115,7 @@ class Reader:
         self.abstract = abstract
         self.local_bar: Any = feedback_bar if callable(feedback_bar) else None
         self.notes: dict[int, Notes] = {}
+        self.backward: dict[int, tuple[core.JaxprEqn, core.ClosedJaxpr]] = {}  # of custom_vjp
         self.quiet = False
         self.product: Product | None = None  # the last one
         self.line = "an unknown line"  # of the equation whose jaxpr is being read
