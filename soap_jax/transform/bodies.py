@@ -215,19 +215,21 @@ def _scan(reader, eqn, values, outs):
     f = _inner(reader, eqn.params["jaxpr"], labels)
     names = "length", "reverse", "unroll", "_split_transpose"
     options = {name: eqn.params[name] for name in names if name in eqn.params}
-    const_arrays, const_twins = _split(consts)
     m = len(init)
 
-    def body(carry, x):
-        pairs = [
-            [*consts, *carried, *xs]
-            for consts, carried, xs in zip((const_arrays, const_twins), carry, x, strict=True)
-        ]
-        found = f(*pairs)
-        return _split(_wide(found[:m]), carried), _split(found[m:])
+    def scan(consts, start, rows):
+        def body(carry, x):
+            pairs = [[*c, *h, *row] for c, h, row in zip(consts, carry, x, strict=True)]
+            found = f(*pairs)
+            return _split(_wide(found[:m]), carried), _split(found[m:])
 
-    start = _split(_wide(init), carried)
-    (arrays, twins), (ys, y_twins) = lax.scan(body, start, _split(xs, rows), **options)
+        return lax.scan(body, start, rows, **options)
+
+    operands = _split(consts), _split(_wide(init), carried), _split(xs, rows)
+    if "linear" in eqn.params:  # in older JAX
+        tangent = [_tangents(part) for part in (consts, carried, rows)]
+        scan = _with_linear(scan, tangent)
+    (arrays, twins), (ys, y_twins) = scan(*operands)
     return list(map(Value, outs, [*arrays, *ys], [*twins, *y_twins]))
 
 
@@ -240,6 +242,40 @@ _ONLY_FORWARDS = (
 def _no_tangent(value):
     """A tangent that enters a while loop: what comes out has no use but to be refused."""
     return Value(value.label, jnp.zeros_like(value.array)) if value.label.tangent else value
+
+
+def _tangents(values):
+    """Which arrays, and which forms beside them, are tangents."""
+    labels = [value.label if isinstance(value, Value) else value for value in values]
+    return [label.tangent for label in labels], [
+        label.tangent if label.two_forms else None for label in labels
+    ]
+
+
+def _with_linear(scan, tangent):
+    """The scan, which says of its operands which are linear, as JAX's own transposition asks."""
+
+    def flagged(*operands):
+        leaves = jax.tree.leaves(operands)
+        closed, out = jax.make_jaxpr(scan, return_shape=True)(*operands)
+        env = dict(zip(closed.jaxpr.invars, leaves, strict=True))
+        env |= dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+        linear = {
+            v for v, t in zip(closed.jaxpr.invars, jax.tree.leaves(tangent), strict=True) if t
+        }
+
+        def read(atom):
+            return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+        for eqn in closed.jaxpr.eqns:
+            mine = tuple(not isinstance(v, core.Literal) and v in linear for v in eqn.invars)
+            if eqn.primitive.name == "scan":
+                eqn = eqn.replace(params=eqn.params | {"linear": mine})
+            env |= zip(eqn.outvars, vals.bind(eqn, list(map(read, eqn.invars))), strict=True)
+            linear |= set(eqn.outvars) if any(mine) else set()
+        return jax.tree.unflatten(jax.tree.structure(out), map(read, closed.jaxpr.outvars))
+
+    return flagged
 
 
 def _while_parts(eqn, values):
