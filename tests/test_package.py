@@ -131,7 +131,7 @@ def test_of_flax_a_state_needs_the_serialisation_alone():
 
 
 def test_the_transform_knows_no_rules_but_for_the_type_of_their_state():
-    for part in ("labels", "values", "tracing", "bodies", "reader"):
+    for part in ("labels", "values", "tracing", "nested", "reader"):
         assert not everything_below(f"soap_jax.transform.{part}") & {
             "soap_jax.rules", "soap_jax.feedback"
         }  # fmt: skip

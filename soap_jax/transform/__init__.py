@@ -27,7 +27,7 @@ the linear ones, so these coefficients are the factors, and there are no others.
     does.
 5.  A single number made of a whole kernel, such as its norm, is exact where it scales errors.
 
-`labels` has these rules, for one equation; `reader` applies them to a program, and `bodies` to its
+`labels` has these rules, for one equation; `reader` applies them to a program, and `nested` to its
 loops, branches and calls, which it makes again, so that a scan stays a scan. `with_feedback` (in
 `wrap`) evaluates the program, and `explain` only reads it, so what it says is what happens. JAX
 differentiates the result as it does any function: same products, same memory, same structure.

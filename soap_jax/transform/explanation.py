@@ -164,8 +164,8 @@ def _read(traced: tracing.Traced, kernels: Sequence[int], has_aux: bool) -> read
         path is not None and vals.inexact(x)
         for path, x in zip(traced.paths, traced.operands, strict=True)
     ]
-    twins = [x if i in kernels else None for i, x in enumerate(traced.operands)]
-    inputs = traced.inputs(traced.operands, twins, active)
+    beside = [x if i in kernels else None for i, x in enumerate(traced.operands)]
+    inputs = traced.inputs(traced.operands, beside, active)
     inputs += [traced.tangent(i) for i, mine in enumerate(active) if mine]
     program = traced.derivative(active, traced.operands)
     dots = [

@@ -17,8 +17,8 @@ import jax
 from jax.extend import core, source_info_util
 
 from soap_jax import ops, trees
-from soap_jax.transform import bodies
 from soap_jax.transform import labels as lb
+from soap_jax.transform import nested
 from soap_jax.transform import values as vals
 from soap_jax.transform.values import Value
 
@@ -172,14 +172,14 @@ class Reader:
         """Reads one equation."""
         name = eqn.primitive.name
         labels = [value.label for value in values]
-        if not self.quiet and name not in bodies.BODIES:
+        if not self.quiet and name not in nested.NESTED:
             for i in lb.merged(labels):
                 note, use = self.note(i), self._use(eqn)
                 note.first, note.last = note.first or use, use
-        if name in bodies.BODIES:
+        if name in nested.NESTED:
             outer, self.line = self.line, self.line_of(eqn)
             try:
-                return bodies.read(self, eqn, values)
+                return nested.read(self, eqn, values)
             finally:
                 self.line = outer
         if name in _EACH and len(values) == len(eqn.outvars):
@@ -267,12 +267,12 @@ class Reader:
         if self.abstract:
             return list(map(Value, labels))
         arrays = vals.bind(eqn, [value.array for value in values])
-        twins = [None] * len(arrays)
+        beside = [None] * len(arrays)
         if exact is not None and any(label.two_forms for label in labels):
             forms = [v.array if k in exact else v.with_feedback for k, v in enumerate(values)]
             found = vals.bind_wide(eqn, forms)
-            twins = [t if lab.two_forms else None for t, lab in zip(found, labels, strict=True)]
-        return list(map(Value, labels, arrays, twins))
+            beside = [t if lab.two_forms else None for t, lab in zip(found, labels, strict=True)]
+        return list(map(Value, labels, arrays, beside))
 
     def _refuse_refs(self, eqn, labels):
         """What is written to a mutable array cannot be followed."""
@@ -285,7 +285,7 @@ class Reader:
     def _learning(self, product, values, outs):
         """Gives feedback the cotangent that a function of one product's operands returns."""
         eqn, k = product.eqn, product.kernel
-        feedback_dot = values[k].twin
+        feedback_dot = values[k].feedback
         if feedback_dot is None or eqn.primitive.name not in lb.PRODUCTS:
             return outs
         x, kernel = product.operands[1 - k], product.operands[k]
@@ -299,7 +299,7 @@ class Reader:
                 return jax.grad(of, argnums=3)(op, x, kernel, feedback)
             return of(x, y, kernel, feedback, y_bar).astype(feedback.dtype)
 
-        residuals = x.array, product.out.array, kernel.array, kernel.twin
+        residuals = x.array, product.out.array, kernel.array, kernel.feedback
         (out,) = outs
         (more,) = vals.linear(
             lambda residuals, y_bars: [bar(residuals, *y_bars)],

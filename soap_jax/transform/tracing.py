@@ -68,27 +68,27 @@ class Traced(NamedTuple):
             operands, [x for a, x in zip(active, operands, strict=True) if a]
         )
 
-    def inputs(self, arrays, twins, active) -> list[vals.Value]:
-        """The program's operands, `twins` those with feedback.
+    def inputs(self, arrays, beside, active) -> list[vals.Value]:
+        """The program's operands, `beside` those with feedback.
 
         What the function closes over is a constant, unless one differentiates by it.
         """
         return [
             vals.Value(
                 lb.Label(
-                    kernels={} if twin is None else {i: "laid out"},
+                    kernels={} if feedback is None else {i: "laid out"},
                     data=path is None and (i >= self.num_hoisted or mine),
                     params=frozenset() if path is None else frozenset({i}),
                     active=mine and vals.inexact(x),
                     floats=not jnp.issubdtype(jnp.result_type(x), jnp.integer),
                     number=not jnp.ndim(x),
-                    whole=twin is not None,
+                    whole=feedback is not None,
                 ),
                 x,
-                twin,
+                feedback,
             )
-            for i, (x, twin, path, mine) in enumerate(
-                zip(arrays, twins, self.paths, active, strict=True)
+            for i, (x, feedback, path, mine) in enumerate(
+                zip(arrays, beside, self.paths, active, strict=True)
             )
         ]
 

@@ -18,17 +18,17 @@ class Value(NamedTuple):
     Attributes:
         label: what is known of it.
         array: the value; None where nothing is computed.
-        twin: the same made of feedback; None if there is no such form.
+        feedback: the same made of feedback; None if there is no such form.
     """
 
     label: lb.Label
     array: Any = None
-    twin: Any = None
+    feedback: Any = None
 
     @property
     def with_feedback(self) -> Any:
         """The form with feedback, where there is one."""
-        return self.array if self.twin is None else self.twin
+        return self.array if self.feedback is None else self.feedback
 
 
 _MOVES = (
@@ -105,9 +105,9 @@ def linear(transpose, residuals: Any, tangents: Sequence[Any], avals: Sequence[A
 
 def widen(value: Value, aval) -> Value:
     """The value, its form with feedback in the value's own dtype."""
-    if value.twin is None or value.twin.dtype == aval.dtype:
+    if value.feedback is None or value.feedback.dtype == aval.dtype:
         return value
-    return value._replace(twin=value.twin.astype(aval.dtype))
+    return value._replace(feedback=value.feedback.astype(aval.dtype))
 
 
 def _dtype(var: Any) -> Any:

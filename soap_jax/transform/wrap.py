@@ -81,11 +81,11 @@ def with_feedback(
         by_path = trees.by_kernel(params, feedback)
         traced = tracing.trace(fun, params, args, kwargs)
         _check_uses(traced, by_path)
-        twins = [
+        beside = [
             _as_stored(by_path[path], x, cast=feedback_bar is not None) if path in by_path else None
             for path, x in zip(traced.paths, traced.operands, strict=True)
         ]
-        return traced.rebuild(_through_feedback(traced, feedback_bar)(traced.operands, twins))
+        return traced.rebuild(_through_feedback(traced, feedback_bar)(traced.operands, beside))
 
     for name in ("__module__", "__name__", "__qualname__"):  # not `wraps`: another signature
         if hasattr(fun, name):
@@ -94,23 +94,23 @@ def with_feedback(
 
 
 def _through_feedback(traced: tracing.Traced, feedback_bar):
-    """`(operands, twins) -> outputs`, which equals the function; backwards, through feedback."""
+    """`(operands, beside) -> outputs`, which equals the function; backwards, through feedback."""
 
-    def f(operands, twins):
-        del twins
+    def f(operands, beside):
+        del beside
         return traced.evaluate(operands)
 
     f.__name__ = "with_feedback"  # by which `soap_jax.activity` knows it in a jaxpr
     f = jax.custom_vjp(f)
 
-    def f_fwd(operands, twins):
+    def f_fwd(operands, beside):
         values = [x.value for x in operands]
-        learns = [feedback_bar is not None and b is not None and b.perturbed for b in twins]
+        learns = [feedback_bar is not None and b is not None and b.perturbed for b in beside]
         active = [
             (x.perturbed or learn) and vals.inexact(x.value)
             for x, learn in zip(operands, learns, strict=True)
         ]
-        stored = [None if b is None else b.value for b in twins]
+        stored = [None if b is None else b.value for b in beside]
         refused: list[str | None] = []
 
         @jax.custom_jvp
@@ -123,13 +123,13 @@ def _through_feedback(traced: tracing.Traced, feedback_bar):
             operands = _merged(active, primals[0], values)
             own = _merged(learns, primals[1], stored)
             dots = iter(tangents[0])
-            twin_dots = iter(tangents[1])
+            feedback_dots = iter(tangents[1])
             inputs = traced.inputs(operands, own, active)
             for i, (is_active, learn) in enumerate(zip(active, learns, strict=True)):
                 if is_active:
                     inputs.append(traced.tangent(i, next(dots)))
                 if learn:
-                    inputs[-1] = _learning(i, inputs[-1], next(twin_dots), feedback_bar)
+                    inputs[-1] = _learning(i, inputs[-1], next(feedback_dots), feedback_bar)
             reader = Reader(traced.paths, feedback_bar=feedback_bar)
             found = reader.run(traced.derivative(active, operands), inputs)
             outs, dots = found[: traced.num_outputs], iter(found[traced.num_outputs :])
@@ -153,22 +153,22 @@ def _through_feedback(traced: tracing.Traced, feedback_bar):
             if problem and not _is_zero(y_bar):
                 raise ValueError(problem)
         outs_bar = [_instantiated(y_bar) for y_bar in outs_bar]
-        bars, twin_bars = map(iter, vjp(outs_bar))
+        bars, feedback_bars = map(iter, vjp(outs_bar))
         return [next(bars) if mine else None for mine in active], [
-            next(twin_bars) if mine else None for mine in learns
+            next(feedback_bars) if mine else None for mine in learns
         ]
 
     f.defvjp(f_fwd, f_bwd, symbolic_zeros=True)
     return f
 
 
-def _learning(i, dot, twin_dot, feedback_bar):
+def _learning(i, dot, feedback_dot, feedback_bar):
     """A kernel's tangent, beside which feedback's stands, to get a cotangent at each product.
 
     With "kernel" it is that of the kernel there: where an activation decides, the sum multiplies.
     """
-    twin = dot.array + twin_dot if feedback_bar == "kernel" else twin_dot
-    return dot._replace(label=dot.label._replace(kernels={i: "laid out"}), twin=twin)
+    feedback = dot.array + feedback_dot if feedback_bar == "kernel" else feedback_dot
+    return dot._replace(label=dot.label._replace(kernels={i: "laid out"}), feedback=feedback)
 
 
 def _merged(mine, chosen, others):
@@ -233,8 +233,8 @@ def _check_uses(traced, by_path):
     """Raises ValueError if a kernel has feedback that nothing uses, or two."""
     reader = Reader(traced.paths, abstract=True)
     active = [True] * len(traced.operands)
-    twins = [None if path is None else by_path.get(path) for path in traced.paths]
-    reader.run(traced.closed, traced.inputs(traced.operands, twins, active)[traced.num_hoisted :])
+    beside = [None if path is None else by_path.get(path) for path in traced.paths]
+    reader.run(traced.closed, traced.inputs(traced.operands, beside, active)[traced.num_hoisted :])
     for i, path in enumerate(traced.paths):
         if path not in by_path:
             continue

@@ -24,7 +24,7 @@ from soap_jax.transform import values as vals
 from soap_jax.transform.values import Value
 
 
-class Body(NamedTuple):
+class Nested(NamedTuple):
     """How an equation with jaxprs is read.
 
     Attributes:
@@ -38,7 +38,7 @@ class Body(NamedTuple):
 
 def read(reader, eqn: core.JaxprEqn, values: Sequence[Value]) -> list[Value]:
     """Reads an equation with jaxprs."""
-    body = BODIES[eqn.primitive.name]
+    body = NESTED[eqn.primitive.name]
     labels = [value.label for value in values]
     if reader.abstract:
         return [Value(label) for label in body.labels(reader, eqn, labels)]
@@ -52,20 +52,20 @@ def read(reader, eqn: core.JaxprEqn, values: Sequence[Value]) -> list[Value]:
         return body.make(reader, eqn, values, outs)
     body.labels(reader, eqn, labels)  # with notes
     arrays = vals.bind(eqn, [value.array for value in values])
-    twins = [None] * len(arrays)
+    beside = [None] * len(arrays)
     if returned:
-        twins = vals.bind_wide(eqn, [value.with_feedback for value in values])
+        beside = vals.bind_wide(eqn, [value.with_feedback for value in values])
     return [
-        Value(label, array, twin if label.two_forms else None)
-        for label, array, twin in zip(outs, arrays, twins, strict=True)
+        Value(label, array, feedback if label.two_forms else None)
+        for label, array, feedback in zip(outs, arrays, beside, strict=True)
     ]
 
 
 def _inner(reader, closed, labels):
     """A jaxpr as a function of arrays and the forms with feedback beside them."""
 
-    def f(arrays, twins):
-        return reader.run(closed, list(map(Value, labels, arrays, twins)))
+    def f(arrays, beside):
+        return reader.run(closed, list(map(Value, labels, arrays, beside)))
 
     return f
 
@@ -73,15 +73,18 @@ def _inner(reader, closed, labels):
 def _split(values, labels=None):
     """What can be handed to a traced function; the forms that `labels` ask for."""
     labels = [value.label for value in values] if labels is None else labels
-    twins = [
+    beside = [
         v.with_feedback if lab.two_forms else None for v, lab in zip(values, labels, strict=True)
     ]
-    return [value.array for value in values], twins
+    return [value.array for value in values], beside
 
 
 def _wide(values):
     """Values as they are carried and returned: both forms of one dtype."""
-    return [v if v.twin is None else v._replace(twin=v.twin.astype(v.array.dtype)) for v in values]
+    return [
+        v if v.feedback is None else v._replace(feedback=v.feedback.astype(v.array.dtype))
+        for v in values
+    ]
 
 
 def _close(jaxpr):
@@ -107,10 +110,10 @@ def _jit(reader, eqn, values, outs):
             for array, sharding in zip(arrays, shardings, strict=True)
         ]
 
-    def constrained(arrays, twins):
-        found = f(constrain(arrays, shardings[0]), constrain(twins, shardings[0]))
-        arrays, twins = _split(found)
-        return constrain(arrays, shardings[1]), constrain(twins, shardings[1])
+    def constrained(arrays, beside):
+        found = f(constrain(arrays, shardings[0]), constrain(beside, shardings[0]))
+        arrays, beside = _split(found)
+        return constrain(arrays, shardings[1]), constrain(beside, shardings[1])
 
     constrained.__name__ = eqn.params["name"]
     made = jax.jit(constrained, inline=eqn.params["inline"])(*_split(values))
@@ -135,12 +138,12 @@ def _remat(reader, eqn, values, outs):
 def _shard_map(reader, eqn, values, outs):
     f = _inner(reader, _close(eqn.params["jaxpr"]), [value.label for value in values])
     in_specs, out_specs = (list(eqn.params[name]) for name in ("in_specs", "out_specs"))
-    arrays, twins = _split(values)
-    present = {i: twin for i, twin in enumerate(twins) if twin is not None}
+    arrays, beside = _split(values)
+    present = {i: feedback for i, feedback in enumerate(beside) if feedback is not None}
 
-    def g(arrays, twins):
-        arrays, twins = _split(f(arrays, [twins.get(i) for i in range(len(arrays))]))
-        return arrays, {i: twin for i, twin in enumerate(twins) if twin is not None}
+    def g(arrays, beside):
+        arrays, beside = _split(f(arrays, [beside.get(i) for i in range(len(arrays))]))
+        return arrays, {i: feedback for i, feedback in enumerate(beside) if feedback is not None}
 
     wanted = [i for i, label in enumerate(outs) if label.two_forms]
     arrays, found = jax.shard_map(
@@ -229,8 +232,8 @@ def _scan(reader, eqn, values, outs):
     if "linear" in eqn.params:  # in older JAX
         tangent = [_tangents(part) for part in (consts, carried, rows)]
         scan = _with_linear(scan, tangent)
-    (arrays, twins), (ys, y_twins) = scan(*operands)
-    return list(map(Value, outs, [*arrays, *ys], [*twins, *y_twins]))
+    (arrays, beside), (ys, y_beside) = scan(*operands)
+    return list(map(Value, outs, [*arrays, *ys], [*beside, *y_beside]))
 
 
 _ONLY_FORWARDS = (
@@ -303,13 +306,13 @@ def _while(reader, eqn, values, outs):
     carried = _while_labels(reader, eqn, [value.label for value in values])
     labels = [value.label for value in body_consts]
     f = _inner(reader, eqn.params["body_jaxpr"], [*labels, *carried])
-    const_arrays, const_twins = _split(body_consts)
+    const_arrays, const_beside = _split(body_consts)
     cond = core.jaxpr_as_fun(eqn.params["cond_jaxpr"])
     cond_arrays = [value.array for value in cond_consts]
 
     def body(carry):
-        arrays, twins = carry
-        return _split(_wide(f([*const_arrays, *arrays], [*const_twins, *twins])), carried)
+        arrays, beside = carry
+        return _split(_wide(f([*const_arrays, *arrays], [*const_beside, *beside])), carried)
 
     start = _split(_wide(init), carried)
     made = lax.while_loop(lambda carry: cond(*cond_arrays, *carry[0])[0], body, start)
@@ -349,15 +352,15 @@ def _cond(reader, eqn, values, outs):
     bodies = [_inner(reader, branch, labels) for branch in eqn.params["branches"]]
     branches = [lambda *forms, f=f: _split(_wide(f(*forms)), outs) for f in bodies]
     if eqn.params.get("branches_platforms"):
-        arrays, twins = _split(values[1:])
-        leaves, tree = jax.tree.flatten((arrays, twins))
+        arrays, beside = _split(values[1:])
+        leaves, tree = jax.tree.flatten((arrays, beside))
         closed = [
             jax.make_jaxpr(lambda *leaves, f=f: f(*jax.tree.unflatten(tree, leaves)))(*leaves)
             for f in branches
         ]
         params = eqn.params | {"branches": tuple(closed)}
         flat = eqn.primitive.bind(values[0].array, *leaves, **params)
-        structure = jax.tree.structure(jax.eval_shape(branches[0], arrays, twins))
+        structure = jax.tree.structure(jax.eval_shape(branches[0], arrays, beside))
         return list(map(Value, outs, *jax.tree.unflatten(structure, flat)))
     made = lax.switch(values[0].array, branches, *_split(values[1:]))
     return list(map(Value, outs, *made))
@@ -442,8 +445,8 @@ def _custom_lin(reader, eqn, values, outs):
     labels = [*(value.label for value in residuals), *[error] * len(outs)]
 
     def transpose(forms, cotangents):
-        arrays, twins = forms
-        values = map(Value, labels, [*arrays, *cotangents], [*twins, *[None] * len(outs)])
+        arrays, beside = forms
+        values = map(Value, labels, [*arrays, *cotangents], [*beside, *[None] * len(outs)])
         return [value.array for value in reader.run(closed, list(values))]
 
     made = vals.linear(
@@ -455,18 +458,18 @@ def _custom_lin(reader, eqn, values, outs):
     return list(map(Value, outs, made))
 
 
-BODIES = {
-    "jit": Body(_called("jaxpr"), _jit),
-    "pjit": Body(_called("jaxpr"), _jit),
-    "closed_call": Body(_called("call_jaxpr"), _call),
-    "core_call": Body(_called("call_jaxpr"), _call),
-    "custom_jvp_call": Body(_called("call_jaxpr")),
-    "custom_vjp_call": Body(_called("call_jaxpr")),
-    "remat2": Body(_called("jaxpr"), _remat),
-    "checkpoint": Body(_called("jaxpr"), _remat),
-    "shard_map": Body(_called("jaxpr"), _shard_map),
-    "scan": Body(_scan_labels, _scan),
-    "while": Body(_while_labels, _while),
-    "cond": Body(_cond_labels, _cond),
-    "custom_lin": Body(_custom_lin_labels, _custom_lin),
+NESTED = {
+    "jit": Nested(_called("jaxpr"), _jit),
+    "pjit": Nested(_called("jaxpr"), _jit),
+    "closed_call": Nested(_called("call_jaxpr"), _call),
+    "core_call": Nested(_called("call_jaxpr"), _call),
+    "custom_jvp_call": Nested(_called("call_jaxpr")),
+    "custom_vjp_call": Nested(_called("call_jaxpr")),
+    "remat2": Nested(_called("jaxpr"), _remat),
+    "checkpoint": Nested(_called("jaxpr"), _remat),
+    "shard_map": Nested(_called("jaxpr"), _shard_map),
+    "scan": Nested(_scan_labels, _scan),
+    "while": Nested(_while_labels, _while),
+    "cond": Nested(_cond_labels, _cond),
+    "custom_lin": Nested(_custom_lin_labels, _custom_lin),
 }
