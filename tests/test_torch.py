@@ -105,9 +105,10 @@ def make_loss(route, activation, **options):
             model.apply({"params": params, "feedback": feedback}, X)
         )
     plain = models.MLP(WIDTHS[1:], getattr(jax.nn, activation), feedback=False)
-    return transform.with_feedback(
-        lambda params: cross_entropy(plain.apply({"params": params}, X)), **options
+    loss = transform.with_feedback(
+        lambda params, x: cross_entropy(plain.apply({"params": params}, x)), **options
     )
+    return lambda params, feedback: loss(params, feedback, X)
 
 
 @each_route
