@@ -103,13 +103,6 @@ def linear(transpose, residuals: Any, tangents: Sequence[Any], avals: Sequence[A
     ]
 
 
-def widen(value: Value, aval) -> Value:
-    """The value, its form with feedback in the value's own dtype."""
-    if value.feedback is None or value.feedback.dtype == aval.dtype:
-        return value
-    return value._replace(feedback=value.feedback.astype(aval.dtype))
-
-
 def _dtype(var: Any) -> Any:
     return var.aval.dtype
 
