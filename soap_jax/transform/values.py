@@ -120,5 +120,5 @@ def inexact(x: Any) -> bool:
 
 
 def zeros(aval: Any) -> jax.Array:
-    """Zeros of a type, its sharding included."""
+    """Zeros of a type."""
     return jnp.zeros(aval.shape, aval.dtype)
