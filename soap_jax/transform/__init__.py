@@ -25,7 +25,8 @@ the linear ones, so these coefficients are the factors, and there are no others.
     the kernel and with its feedback. The first counts if nothing but numbers and constants
     multiplies it on the way out, so that penalties are exact; and the second once an activation
     does.
-5.  A single number made of a whole kernel, such as its norm, is exact where it scales errors.
+5.  A single number made of a whole kernel, such as its norm, is no weight by this definition: it is
+    exact where it scales errors.
 
 `labels` has these rules, for one equation; `reader` applies them to a program, and `nested` to its
 loops, branches and calls, which it makes again, so that a scan stays a scan. `with_feedback` (in
