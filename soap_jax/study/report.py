@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 import vl_convert
 
-from soap_jax.study import charts, claims, diagram, files, mediation, screen
+from soap_jax.study import charts, claims, diagram, drawing, files, mediation, screen
 from soap_jax.study.comparison import Comparison
 from soap_jax.study.statistics import number
 
@@ -45,7 +45,7 @@ def write(
     figures = charts.describe(comparison, findings)
     charts.save(figures, path / "figures")
     causes = diagram.describe(comparison, effects)
-    charts.save_svg(causes and causes.svg, path / "figures" / "mediation")
+    drawing.save_svg(causes.svg if causes else "", path / "figures" / "mediation")
     tables = {"summary": comparison.summary(), "claims": claims.tabulate(findings)}
     if effects.testable:
         tables["mediation"] = mediation.tabulate(effects)
@@ -73,7 +73,7 @@ def _page(comparison, findings, figures, causes):
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    specs = {figure.name: charts.spec(figure) for figure in figures if figure.chart}
+    specs = {figure.name: figure.spec for figure in figures if figure.chart}
     for spec in specs.values():
         del spec["title"]  # the page has it as a heading
     versions = comparison.record.get("versions", {})
@@ -101,7 +101,9 @@ def _page(comparison, findings, figures, causes):
 @functools.cache
 def vega() -> str:
     """The JavaScript that draws figures, for a page."""
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", r"<\/script")
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace(
+        "</script", r"<\/script"
+    )
 
 
 def summarise(comparison: Comparison, findings: Sequence[claims.Finding]) -> str:
@@ -129,7 +131,7 @@ def _glossary(comparison):
     }
 
 
-def _tests(finding: claims.Finding) -> charts.Cells:
+def _tests(finding: claims.Finding) -> drawing.Cells:
     """The tests of a claim as a table."""
     columns = ["test", "estimate [95 % interval]", "bound", "p inside", "p outside", "censored"]
     rows = []
@@ -147,7 +149,8 @@ def _setting(comparison: Comparison) -> str:
     protocol, rates = comparison.record["protocol"], comparison.rates
     examples = comparison.record.get("examples", {}).get("train")
     return (
-        f"{number(examples)} training examples, " * bool(examples)
+        f"{number(examples)} training examples, "
+        * bool(examples)
         + f"{_count(len(comparison.kernels), 'kernel')}, {protocol['optimizer']}, batch "
         f"{protocol['batch_size']}, {protocol['steps']:,} steps; "
         f"{_count(len(comparison.methods), 'method')}, {_count(len(rates), 'learning rate')} from "

@@ -38,8 +38,8 @@ def summary_cells(comparison: Comparison, *, full: bool) -> tuple[list[str], lis
     """
     table = comparison.summary()
     metrics = comparison.metrics if full else comparison.metrics[:1]
-    several = full and (table["period"] > 0).any()
-    diverged = full or table["diverged"].any()
+    several = full and bool((table["period"] > 0).any())
+    diverged = full or bool(table["diverged"].any())
     columns = ["method"] + ["period"] * several + ["best rate"]
     columns += [metric.replace("_", " ") + " %" * _is_share(metric) for metric in metrics]
     columns += [f"steps to {comparison.target_loss:.3g}", "ratio"]
@@ -182,4 +182,6 @@ class Progress:
     def _close(self):
         if self.method is not None and self.done is not None and self.done > self.first:
             seconds, label = time.perf_counter() - self.begin, self.labels[self.method]
-            self.bar.console.print(f"  {label:<23} {self.done - self.first:>4} runs in {seconds:.1f} s")
+            self.bar.console.print(
+                f"  {label:<23} {self.done - self.first:>4} runs in {seconds:.1f} s"
+            )
