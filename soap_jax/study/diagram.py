@@ -156,7 +156,7 @@ def _table(effects) -> drawing.Cells:
         "order",
         "path",
         "factor on steps [95 %]",
-        "share of the whole effect [95 %]",
+        "share of the whole [95 %]",
         "term",
     ]
     rows = []

@@ -23,7 +23,7 @@ def summary_table(comparison: Comparison) -> Table:
     columns, rows = summary_cells(comparison, full=False)
     table = _table(title, summary_notes(comparison, full=False))
     for i, column in enumerate(columns):
-        head = "\n".join(textwrap.wrap(column, 9))
+        head = "\n".join(textwrap.wrap(column, 8))
         table.add_column(head, justify="right" if i else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))
@@ -99,9 +99,7 @@ def claims_table(findings: Sequence[claims.Finding]) -> Table:
     notes = [f"p is the verdict's, after Holm's correction for {family} claims."] * (family > 0)
     notes += [f"{f.key}: {f.why}" for f in findings if f.verdict == claims.UNDECIDED]
     if any(finding.exploratory for finding in findings):
-        notes.append(
-            "Exploratory: the claim, its bounds or the target were chosen after the start."
-        )
+        notes.append("Exploratory: the claim, its bounds or the target were chosen afterwards.")
     table = _table("Claims, with 95 % intervals and the bounds they have to meet", "\n".join(notes))
     for column in ("", "claim", "verdict"):
         table.add_column(column)
