@@ -242,7 +242,8 @@ def intervals(
         color.legend = shape.legend = None
     ticks = _one_two_five(left, right) if log else ()
     at, low, least = (
-        _channel(alt.X, field, x, log, (left, right), ticks) for field in ("x", "low", "least")
+        _channel(alt.X, field, x, log, (left, right), ticks, grid=False)
+        for field in ("x", "low", "least")
     )
     y, top = (
         alt.Y(f"{field}:Q", scale=alt.Scale(domain=[height, 0]), axis=None)
@@ -255,9 +256,7 @@ def intervals(
         base.mark_rule(strokeWidth=14, opacity=0.3).encode(x=least, x2="most:Q"),
         base.mark_rule(strokeWidth=2.5).encode(x=low, x2="high:Q", color=color),
         _chart(values).mark_circle(size=20, opacity=0.6).encode(x=at, y=y, color=color),
-        base.mark_point(filled=True, size=90).encode(
-            x=at, color=color, shape=shape, tooltip=tooltip
-        ),
+        mean.encode(tooltip=_tooltip(label="of", value=x, note="note")),
         _words(labels).encode(y=y),
         *([across] if math.isfinite(line) else []),
     ]
@@ -306,11 +305,13 @@ def _channel(
     log: bool,
     domain: tuple[float, float],
     ticks: Sequence[float],
+    *,
+    grid: bool = True,
 ) -> Any:
     """A position; with plain numbers at `ticks`, if there are any."""
     scale = alt.Scale(type="log" if log else "linear", domain=list(domain), nice=False)
     some = {"values": list(ticks), "format": ".6~g"} if len(ticks) else {}
-    axis = alt.Axis(labelOverlap=True, **some)
+    axis = alt.Axis(labelOverlap=True, grid=grid, **some)
     return channel(f"{field}:Q", title=title, scale=scale, axis=axis)
 
 

@@ -10,10 +10,12 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
+import pandas as pd
 import vl_convert
 
 from soap_jax.study import charts, claims, diagram, drawing, files, mediation, screen
@@ -26,6 +28,11 @@ VERDICTS = {  # symbol, class in the style sheet, what one claim does, what seve
     claims.UNDECIDED: ("?", "undecided", "is undecided", "are undecided"),
     claims.NOT_TESTABLE: ("–", "untested", "is not testable here", "are not testable here"),
 }
+
+TESTS = ("label", "estimate", "low", "high", "within_low", "within_high")
+TESTS += ("p_holds", "p_fails", "censored", "runs", "note")
+EFFECTS = ("order", "path", "ratio", "low", "high", "share", "share_low", "share_high", "term")
+"""Columns of the tables of a claim's tests and of the mediation's effects."""
 
 
 def write(
@@ -51,7 +58,7 @@ def write(
         tables["mediation"] = mediation.tabulate(effects)
     for name, table in tables.items():
         files.write_text(path / f"{name}.csv", table.to_csv(index=False))
-    files.write_text(path / "report.html", _page(comparison, findings, figures, causes))
+    files.write_text(path / "report.html", _page(comparison, findings, figures, effects))
 
 
 def render(comparison: Comparison, findings: Sequence[claims.Finding]) -> str:
@@ -61,11 +68,11 @@ def render(comparison: Comparison, findings: Sequence[claims.Finding]) -> str:
         comparison: what was trained.
         findings: the verdicts on its claims.
     """
-    causes = diagram.describe(comparison, mediation.mediate(comparison))
-    return _page(comparison, findings, charts.describe(comparison, findings), causes)
+    figures = charts.describe(comparison, findings)
+    return _page(comparison, findings, figures, mediation.mediate(comparison))
 
 
-def _page(comparison, findings, figures, causes):
+def _page(comparison, findings, figures, effects):
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("soap_jax.study"),
         autoescape=True,
@@ -87,11 +94,12 @@ def _page(comparison, findings, figures, causes):
         findings=findings,
         verdicts=VERDICTS,
         in_words=claims.in_words,
-        tests=_tests,
+        tests=lambda finding: _cells(claims.tabulate([finding]), *TESTS),
         figures=figures,
         specs=data,
         vega=vega() if specs else "",
-        diagram=causes,
+        diagram=diagram.describe(comparison, effects),
+        effects=_cells(mediation.tabulate(effects), *EFFECTS),
         methods=screen.summary_cells(comparison, full=True),
         methods_note=screen.summary_notes(comparison, full=True),
         command=comparison.record.get("command"),
@@ -133,15 +141,11 @@ def _glossary(comparison):
     }
 
 
-def _tests(finding: claims.Finding) -> drawing.Cells:
-    """The tests of a claim as a table."""
-    columns = ["test", "estimate [95 %]", "bound", "place", "p inside", "p outside", "censored"]
-    rows = []
-    for part in finding.parts:
-        words = claims.in_words(part)
-        said = [number(part.p_holds), number(part.p_fails), f"{part.censored} of {part.runs}"]
-        rows.append([part.label, words.estimate, words.bound, words.place, *said, part.note])
-    return [*columns, "note"], rows
+def _cells(table: pd.DataFrame, *columns: str) -> drawing.Cells:
+    """A table in words."""
+    rows = table[[*columns]].to_numpy().tolist()
+    said = [[number(v) if isinstance(v, float) else str(v) for v in row] for row in rows]
+    return [column.replace("_", " ") for column in columns], said
 
 
 def _setting(comparison: Comparison) -> str:
@@ -184,10 +188,5 @@ def _details(comparison: Comparison) -> dict[str, dict[str, str]]:
 
 
 def _said(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_said(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_said, value))
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "default" if value is None else str(value)
+    """A value as a list of words, without the marks of Python."""
+    return "default" if value is None else re.sub(r"[{}\[\]()'\"]", "", str(value))
