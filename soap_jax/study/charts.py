@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,7 +10,8 @@ import pandas as pd
 
 from soap_jax.study import claims, drawing, statistics
 from soap_jax.study.comparison import Comparison
-from soap_jax.study.drawing import Figure, Mark
+from soap_jax.study.drawing import Mark
+from soap_jax.study.figures import Figure
 
 PALETTE = ("#707070", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#B87A00", "#2F93C9", "#8E6FC4")
 """Colours by place, for methods that have none: Okabe and Ito's, some of them darkened."""
@@ -28,8 +28,6 @@ VERDICTS: dict[str, Mark] = {
 }
 ROW = ["label", "mark", "x", "low", "high", "least", "most", "note"]
 """The columns of estimates with intervals."""
-PANELS = ("loss_curves", "steps_to_loss", "angles")
-"""What is side by side in the overview."""
 
 
 def describe(comparison: Comparison, findings: Sequence[claims.Finding]) -> list[Figure]:
@@ -48,17 +46,6 @@ def describe(comparison: Comparison, findings: Sequence[claims.Finding]) -> list
         claim_ratios(findings),
         final_metric(comparison),
     ]
-
-
-def save(figures: Sequence[Figure], directory: pathlib.Path) -> None:
-    """Writes each figure as SVG, PNG and PDF, and the first ones side by side as an overview."""
-    specs = {figure.name: figure.spec for figure in figures}
-    shown = [specs[name] for name in PANELS if specs.get(name)]
-    panels = [{k: v for k, v in spec.items() if k not in ("$schema", "config")} for spec in shown]
-    config = drawing.CONFIG | {"legend": drawing.CONFIG["legend"] | {"columns": 4}}
-    specs["overview"] = {"hconcat": panels, "config": config} if panels else {}
-    for name, spec in specs.items():
-        drawing.save(spec, directory / name)
 
 
 def loss_curves(comparison: Comparison) -> Figure:
@@ -87,7 +74,7 @@ def steps_to_loss(comparison: Comparison) -> Figure:
         grid = comparison.grid(method)
         for rate, *of in zip(comparison.rates, *grid[:3], strict=True):
             values, late, diverged = of
-            mean = statistics.student(values).judge_ratio()[:3]
+            mean = list(statistics.student(values).judge_ratio()[:3])
             note = f"{(~late).sum()} of {late.size} runs reach loss {target}"
             note += f", {diverged.sum()} diverged" * bool(diverged.any())
             mean = [math.nan] * 3 if late.any() else mean
@@ -277,7 +264,7 @@ def _frame(points: list[tuple]) -> pd.DataFrame:
     return pd.DataFrame(points, columns=["method", "x", "y", "low", "high", "note"])
 
 
-def _range(values: Sequence[float]) -> tuple[float, float, float]:
+def _range(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
     return float(np.mean(values)), min(values), max(values)
 
 

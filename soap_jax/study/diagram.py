@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from soap_jax.study import drawing, mediation
+from soap_jax.study import figures, mediation
 from soap_jax.study.comparison import Comparison
 from soap_jax.study.statistics import Estimate, number
 
@@ -110,7 +110,7 @@ def _draw(title, said, boxes, words, widths) -> str:
         parts += _words(x + 14 * side, middle, "end" if side < 0 else "start", lines)
     for (x, y, width, height), lines in zip(BOXES, boxes, strict=True):
         parts.append(
-            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{drawing.GREY}" '
+            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{figures.GREY}" '
             'fill-opacity="0.12" stroke="currentColor"/>'
         )
         parts += _words(x + width / 2, y + height / 2, "middle", lines)

@@ -1,14 +1,9 @@
-"""Two kinds of figures in Altair: curves of several methods, and estimates one below the other.
-
-Words and axes have the colour of the text around them, so that a page may be light or dark.
-"""
+"""Two kinds of figures in Altair: curves of several methods, and estimates one below the other."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,83 +11,14 @@ from typing import Any
 import altair as alt
 import numpy as np
 import pandas as pd
-import vl_convert
 
-from soap_jax.study import files
+from soap_jax.study.figures import Figure
 from soap_jax.study.statistics import Estimate, number
 
 WRAP = 48
 """Characters in a line that a phone has room for."""
-GREY = "#8a8a8a"  # seen on white and on black
-INK = {"labelColor": "currentColor", "titleColor": "currentColor", "titleFontWeight": "normal"}
-AXIS = {"domainColor": GREY, "tickColor": GREY, "gridColor": GREY, "gridOpacity": 0.25}
-LEGEND = {"orient": "bottom", "columns": 2, "labelLimit": 300, "symbolSize": 60, "symbolOpacity": 1}
-CONFIG: dict[str, Any] = {
-    "font": "sans-serif",
-    "background": None,
-    "view": {"stroke": None},
-    "axis": INK | AXIS,
-    "legend": INK | LEGEND,
-    "title": {"color": "currentColor", "anchor": "start"},
-    "text": {"color": "currentColor"},
-    "rule": {"color": GREY},
-    "point": {"opacity": 1},
-}
-
-Cells = tuple[list[str], list[list[str]]]
-"""The head of a table, and its rows."""
 Mark = tuple[str, str, list[int]]
 """Colour, shape and dashes."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A figure.
-
-    Attributes:
-        name: of its files.
-        title: a few words.
-        caption: what is seen, and how bands and intervals are made.
-        alt: the figure in words, for those who cannot see it.
-        chart: the figure, or None where there is nothing to see.
-        table: its numbers.
-        empty: what to say where there is nothing to see.
-    """
-
-    name: str
-    title: str
-    caption: str
-    alt: str
-    chart: alt.LayerChart | None
-    table: Cells
-    empty: str
-
-    @functools.cached_property
-    def spec(self) -> dict[str, Any]:
-        """The figure in Vega-Lite; empty where there is nothing to see."""
-        if self.chart is None:
-            return {}
-        chart = self.chart.properties(title=self.title, description=self.alt)
-        return chart.to_dict(validate=False) | {"config": CONFIG}
-
-
-def save(spec: Mapping[str, Any], stem: pathlib.Path) -> None:
-    """Writes a figure as SVG, PNG and PDF; none of them is left where it is empty."""
-    save_svg(vl_convert.vegalite_to_svg({**spec, "background": "white"}) if spec else "", stem)
-
-
-def save_svg(svg: str, stem: pathlib.Path) -> None:
-    """Writes a drawing as SVG, PNG and PDF; none of them is left where it is empty."""
-    for suffix in (".svg", ".png", ".pdf"):
-        path = stem.with_suffix(suffix)
-        if not svg:
-            path.unlink(missing_ok=True)
-        elif suffix == ".svg":
-            files.write_text(path, svg)
-        else:
-            to_bytes = vl_convert.svg_to_pdf if suffix == ".pdf" else vl_convert.svg_to_png
-            content = to_bytes(svg, scale=1 if suffix == ".pdf" else 2)
-            files.write_atomically(path, lambda file, content=content: file.write(content))
 
 
 def curves(
@@ -148,7 +74,7 @@ def curves(
     bottom, top = (0.0, 100.0) if degrees else _domain([*ends.flat, line], y_log)
     bottom = max(bottom, float(np.nanmax(ends)) / 10**decades)
     y_ticks = list(range(0, 91, 15)) if degrees else _one_two_five(bottom, top) if y_log else []
-    lost = rows[rows["y"].isna()]["method"].unique() if math.isfinite(budget) else []
+    lost = list(rows[rows["y"].isna()]["method"].unique()) if math.isfinite(budget) else []
     heights = {name: budget * 1.13 ** (i + 1) for i, name in enumerate(lost)}
     if heights:
         y_ticks, top = [tick for tick in y_ticks if tick <= budget], 1.7 * max(heights.values())
@@ -159,7 +85,7 @@ def curves(
         lost=rows["method"].map(heights).where(rows["y"].isna()),
     )
     color, shape, dash = _looks("method", shown, marks)
-    x_axis = _channel(alt.X, "x", x, x_log, _domain(rows["x"], x_log), ticks)
+    x_axis = _channel(alt.X, "x", x, x_log, _domain(list(rows["x"]), x_log), ticks)
     low, middle, above = (
         _channel(alt.Y, field, y, y_log, (bottom, top), y_ticks) for field in ("low", "y", "lost")
     )
@@ -183,7 +109,7 @@ def curves(
         hollow = base.mark_point(size=45).encode(y=above, shape=shape, tooltip=tooltip)
         label = _words([{"text": "not reached:"}])
         layers += [hollow, label.encode(y=alt.datum(1.35 * max(heights.values())))]
-    chart = alt.layer(*layers).properties(width=330, height=300)
+    chart = alt.LayerChart(layer=layers, width=330, height=300)
     return dataclasses.replace(figure, chart=chart)
 
 
@@ -235,9 +161,9 @@ def intervals(
         for value in dots.get(mark, ())
     ]
     height = float(places[-1]) + 22
-    ends = dict(zip(("low", "high", "least", "most"), ends.T[1:].clip(left, right), strict=True))
-    rows = rows.assign(y=places, top=places - 10, bottom=places + 10, **ends)
-    color, shape, _ = _looks("mark", rows["mark"].unique(), marks)
+    rows[["low", "high", "least", "most"]] = ends[:, 1:].clip(left, right)
+    rows = rows.assign(y=places, top=places - 10, bottom=places + 10)
+    color, shape, _ = _looks("mark", list(rows["mark"].unique()), marks)
     if dots:
         color.legend = shape.legend = None
     ticks = _one_two_five(left, right) if log else ()
@@ -273,9 +199,10 @@ def _with_value(rows: pd.DataFrame, mean: str) -> pd.DataFrame:
 
 def _chart(rows: pd.DataFrame | list[dict[str, Any]]) -> alt.Chart:
     """A chart of rows, with nulls for NaNs."""
+    values: Any = rows
     if isinstance(rows, pd.DataFrame):
-        rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
-    return alt.Chart(alt.Data(values=rows))
+        values = rows.astype(object).where(rows.notna(), None).to_dict("records")
+    return alt.Chart(alt.Data(values=values))
 
 
 def _words(rows: list[dict[str, Any]]) -> alt.Chart:
@@ -310,7 +237,7 @@ def _channel(
 ) -> Any:
     """A position; with plain numbers at `ticks`, if there are any."""
     scale = alt.Scale(type="log" if log else "linear", domain=list(domain), nice=False)
-    some = {"values": list(ticks), "format": ".6~g"} if len(ticks) else {}
+    some: Any = {"values": list(ticks), "format": ".6~g"} if len(ticks) else {}
     axis = alt.Axis(labelOverlap=True, grid=grid, **some)
     return channel(f"{field}:Q", title=title, scale=scale, axis=axis)
 

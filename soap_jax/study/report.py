@@ -18,7 +18,7 @@ import jinja2
 import pandas as pd
 import vl_convert
 
-from soap_jax.study import charts, claims, diagram, drawing, files, mediation, screen
+from soap_jax.study import charts, claims, diagram, figures, files, mediation, screen
 from soap_jax.study.comparison import Comparison
 from soap_jax.study.statistics import number
 
@@ -28,11 +28,6 @@ VERDICTS = {  # symbol, class in the style sheet, what one claim does, what seve
     claims.UNDECIDED: ("?", "undecided", "is undecided", "are undecided"),
     claims.NOT_TESTABLE: ("–", "untested", "is not testable here", "are not testable here"),
 }
-
-TESTS = ("label", "estimate", "low", "high", "within_low", "within_high")
-TESTS += ("p_holds", "p_fails", "censored", "runs", "note")
-EFFECTS = ("order", "path", "ratio", "low", "high", "share", "share_low", "share_high", "term")
-"""Columns of the tables of a claim's tests and of the mediation's effects."""
 
 
 def write(
@@ -49,16 +44,16 @@ def write(
     """
     path = pathlib.Path(directory)
     effects = mediation.mediate(comparison)
-    figures = charts.describe(comparison, findings)
-    charts.save(figures, path / "figures")
+    shown = charts.describe(comparison, findings)
+    figures.save(shown, path / "figures")
     causes = diagram.describe(comparison, effects)
-    drawing.save_svg(causes.svg if causes else "", path / "figures" / "mediation")
+    figures.save_svg(causes.svg if causes else "", path / "figures" / "mediation")
     tables = {"summary": comparison.summary(), "claims": claims.tabulate(findings)}
     if effects.testable:
         tables["mediation"] = mediation.tabulate(effects)
     for name, table in tables.items():
         files.write_text(path / f"{name}.csv", table.to_csv(index=False))
-    files.write_text(path / "report.html", _page(comparison, findings, figures, effects))
+    files.write_text(path / "report.html", _page(comparison, findings, shown, effects))
 
 
 def render(comparison: Comparison, findings: Sequence[claims.Finding]) -> str:
@@ -68,11 +63,11 @@ def render(comparison: Comparison, findings: Sequence[claims.Finding]) -> str:
         comparison: what was trained.
         findings: the verdicts on its claims.
     """
-    figures = charts.describe(comparison, findings)
+    shown = charts.describe(comparison, findings)
     return _page(comparison, findings, figures, mediation.mediate(comparison))
 
 
-def _page(comparison, findings, figures, effects):
+def _page(comparison, findings, shown, effects):
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("soap_jax.study"),
         autoescape=True,
@@ -80,7 +75,7 @@ def _page(comparison, findings, figures, effects):
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    specs = {figure.name: figure.spec for figure in figures if figure.chart}
+    specs = {figure.name: figure.spec for figure in shown if figure.chart}
     for name, spec in specs.items():  # the page has titles as headings
         specs[name] = {key: value for key, value in spec.items() if key != "title"}
     longest = max(map(len, [*charts.names(comparison).values(), *charts.VERDICTS]))
@@ -94,12 +89,12 @@ def _page(comparison, findings, figures, effects):
         findings=findings,
         verdicts=VERDICTS,
         in_words=claims.in_words,
-        tests=lambda finding: _cells(claims.tabulate([finding]), *TESTS),
-        figures=figures,
+        tests=lambda finding: _cells(claims.tabulate([finding]).loc[:, "label":"note"]),
+        figures=shown,
         specs=data,
         vega=vega() if specs else "",
         diagram=diagram.describe(comparison, effects),
-        effects=_cells(mediation.tabulate(effects), *EFFECTS),
+        effects=_cells(mediation.tabulate(effects)),
         methods=screen.summary_cells(comparison, full=True),
         methods_note=screen.summary_notes(comparison, full=True),
         command=comparison.record.get("command"),
@@ -141,11 +136,11 @@ def _glossary(comparison):
     }
 
 
-def _cells(table: pd.DataFrame, *columns: str) -> drawing.Cells:
+def _cells(table: pd.DataFrame) -> figures.Cells:
     """A table in words."""
-    rows = table[[*columns]].to_numpy().tolist()
+    rows = table.to_numpy(object).tolist()
     said = [[number(v) if isinstance(v, float) else str(v) for v in row] for row in rows]
-    return [column.replace("_", " ") for column in columns], said
+    return [column.replace("_", " ") for column in table], said
 
 
 def _setting(comparison: Comparison) -> str:

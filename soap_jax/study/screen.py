@@ -158,6 +158,7 @@ class Progress:
         self.labels = labels
         self.task: progress.TaskID | None = None
         self.method: str | None = None
+        self.first: int | None = None
 
     def __enter__(self):
         self.bar.start()
@@ -172,18 +173,17 @@ class Progress:
         """As `on_progress` of `compare`: `done` is None while a method is compiled."""
         if method != self.method:
             self._close()
-            self.method, self.begin, self.first, self.done = method, time.perf_counter(), done, done
+            self.method, self.begin, self.first = method, time.perf_counter(), None
         label = self.labels.get(method, method)
         said = f"{label}: compiling" if done is None else label
         if self.task is None:
             self.task = self.bar.add_task(said, total=total_all, completed=done_all)
         self.bar.update(self.task, description=said, completed=done_all)
-        if done is not None:
-            self.first, self.done = (done if self.first is None else self.first), done
+        if self.first is None:
+            self.first = done
+        self.new = 0 if done is None or self.first is None else done - self.first
 
     def _close(self):
-        if self.method is not None and self.done is not None and self.done > self.first:
+        if self.method is not None and self.new:
             seconds, label = time.perf_counter() - self.begin, self.labels[self.method]
-            self.bar.console.print(
-                f"  {label:<23} {self.done - self.first:>4} runs in {seconds:.1f} s"
-            )
+            self.bar.console.print(f"  {label:<23} {self.new:>4} runs in {seconds:.1f} s")
