@@ -51,6 +51,8 @@ def write(
     tables = {"summary": comparison.summary(), "claims": claims.tabulate(findings)}
     if effects.testable:
         tables["mediation"] = mediation.tabulate(effects)
+    else:
+        (path / "mediation.csv").unlink(missing_ok=True)
     for name, table in tables.items():
         files.write_text(path / f"{name}.csv", table.to_csv(index=False))
     files.write_text(path / "report.html", _page(comparison, findings, shown, effects))
@@ -127,13 +129,13 @@ def summarise(comparison: Comparison, findings: Sequence[claims.Finding]) -> str
 
 
 def _glossary(comparison):
-    return {
-        label: ". ".join(filter(None, (record.get("isolates"), record.get("paper"))))
-        or record["description"]
-        for label, record in zip(
-            charts.names(comparison).values(), comparison.methods.values(), strict=True
-        )
-    }
+    """What each method isolates, and the paper that it is from."""
+    said = {}
+    for method, label in charts.names(comparison).items():
+        record = comparison.methods[method]
+        paper = f" ({record['paper']})" if record["paper"] else ""
+        said[label] = (record["isolates"] or record["description"]) + paper
+    return said
 
 
 def _cells(table: pd.DataFrame) -> figures.Cells:
