@@ -42,9 +42,12 @@ def make_record(
     target_loss=0.5,
     optimizer="sgd",
     metric="accuracy",
+    init=None,
     **changes,
 ):
-    """What was run, with `hidden` + 1 kernels; `metric` None: there are losses alone."""
+    """What was run, with `hidden` + 1 kernels; `metric` None: there are losses alone.
+
+    `init` is that of the methods without feedback."""
     select = f"validation_{metric}" if metric else "validation_loss"
     protocol = {"learning_rates": list(rates), "periods": list(periods), "steps": 340}
     protocol |= {"batch_size": 64, "evaluations": 20, "optimizer": optimizer, "select": select}
@@ -54,6 +57,7 @@ def make_record(
         label, color, isolates = METHODS.get(name, (name, None, ""))
         described[name] = {"label": label, "color": color, "reference": "bp", "paper": ""}
         described[name] |= {"isolates": isolates, "description": "", "exact": name not in ANGLES}
+        described[name]["init"] = init if name not in ANGLES else None
         described[name]["periods"] = list(periods) if name.startswith("sign") else [0]
     return {
         "format": 3,

@@ -29,6 +29,7 @@ FORMAT = 3
 """Of the record and the tables; it grows when older results cannot be read any more."""
 KEYS = ["method", "learning_rate", "seed", "period"]
 """The columns that name a run; the period is 0 where nothing is synced by a period."""
+ORDER = ["learning_rate", "seed", "step"]
 TABLES = ("runs", "evaluations", "losses")
 Periods = tuple[int | None, int | None]
 """Of two methods that are compared; None is a method's smallest."""
@@ -97,7 +98,8 @@ class Comparison:
         self.rates: tuple[float, ...] = tuple(self.protocol["learning_rates"])
         self.seeds: tuple[int, ...] = tuple(self.record["seeds"])
         self.runs, self.evaluations, self.losses = (
-            tables[name].sort_values(["learning_rate", "seed"], kind="stable") for name in TABLES
+            tables[name].sort_values([c for c in ORDER if c in tables[name]], kind="stable")
+            for name in TABLES
         )
         self._check()
         named = collections.Counter(method["reference"] for method in self.methods.values())
@@ -422,21 +424,19 @@ def load(path: str | os.PathLike[str]) -> Comparison:
         ValueError: if there is none, it is not finished, or another version wrote it.
     """
     path = pathlib.Path(path)
-    try:
-        record = json.loads((path / "study.json").read_text(encoding="utf-8"))
-        if record["format"] != FORMAT:
+    for name in ("study.json", *(f"{name}.parquet" for name in TABLES)):
+        if not (path / name).is_file():
             raise ValueError(
-                f"{path} holds results of format {record['format']}; expected {FORMAT}. Another "
-                "version of soap_jax wrote them: run the study again into a new directory."
+                f"{path} has no {name}; expected a directory of results. If a study there was "
+                "stopped, the same command continues it."
             )
-        tables = {name: pd.read_parquet(path / f"{name}.parquet") for name in TABLES}
-    except FileNotFoundError as error:
-        name = pathlib.Path(error.filename).name
+    record = json.loads((path / "study.json").read_text(encoding="utf-8"))
+    if record["format"] != FORMAT:
         raise ValueError(
-            f"{path} has no {name}; expected a directory of results. If a study there was stopped, "
-            "the same command continues it."
-        ) from error
-    return Comparison(record, tables, path)
+            f"{path} holds results of format {record['format']}; expected {FORMAT}. Another "
+            "version of soap_jax wrote them: run the study again into a new directory."
+        )
+    return Comparison(record, {n: pd.read_parquet(path / f"{n}.parquet") for n in TABLES}, path)
 
 
 def joined(*notes: str) -> str:
@@ -459,7 +459,11 @@ def _censoring(mean, censored, missing):
 
 def _array(losses):
     """`(runs, steps)`; NaN after the end of runs that stopped early."""
-    return pd.DataFrame(losses["train_loss"].tolist()).to_numpy(float)
+    listed = losses["train_loss"]
+    array = np.full((len(listed), max(map(len, listed), default=0)), np.nan)
+    for row, of_run in zip(array, listed, strict=True):
+        row[: len(of_run)] = of_run
+    return array
 
 
 def _named(name, *numbers):

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,9 @@ import pandas as pd
 from soap_jax.study import statistics
 from soap_jax.study.comparison import Comparison, NotTestable, joined
 
-_CONTRASTS = (  # weights of log steps: of the whole effect, of none, of rate or direction alone
+_CONTRASTS: tuple[
+    tuple[Any, ...], ...
+] = (  # weights of log steps: of the whole effect, of none, of rate or direction alone
     ("total", "total", "total effect", (1, -1, 0, 0)),
     ("rate first", "rate", "pure natural indirect effect", (0, -1, 1, 0)),
     ("rate first", "direction", "total natural direct effect", (1, 0, -1, 0)),
@@ -155,6 +157,7 @@ def _mediate(comparison, core, fixed):
         raise NotTestable(f"more than a tenth of a method's runs are censored: {joined(*notes)}")
     effects = [_effect(*contrast, logs[:4], flags[:4]) for contrast in _CONTRASTS]
     if many:
+        flags = flags[:4]
         notes.append(f"so nothing is said of {fixed}")
     elif fixed in methods:
         check = [0, 1, 4, 3]
