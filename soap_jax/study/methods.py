@@ -1,54 +1,22 @@
-"""What each method of a study trains with: its feedback, its gradient and its optimiser.
-
-    method                 feedback                       what it isolates
-    bp                     none: backprop                 the reference
-    fa                     Fixed()                        fixed random feedback
-    sign                   sign(W)                        the naive sign sync: direction and scale
-    sign_preserve          abs(B₀) · sign(W)              the remedy: no scale, another direction
-    sign_norm              c · sign(W)                    the clean control: direction alone
-    bp_scaled              none                           the scale of `sign` alone, at the start
-    bp_scaled_live         none                           that scale alone, as the weights grow
-    frozen                 none                           hidden layers untrained: to be beaten
-    sign_glorot            Glorot's deviation · sign(W)   uSF at another scale
-    sign_redraw            abs(fresh draw) · sign(W)      brSF: magnitudes that carry nothing
-    transport              W, every so many updates       how old a copy may be
-    weight_mirror          learnt from noise through W    weight transport without transport
-    kp                     learnt: W's own updates        Kolen-Pollack: decay makes B meet W
-    information_alignment  learnt from the activities     local losses, which know no error:
-    symmetric_alignment    learnt from W itself           see `soap_jax.local`
-    activation_alignment   learnt from the activities
-    dfa                    P, from the output's error     no error from layer to layer
-    sdfa                   P, from the error's signs      not its size
-    drtp                   P, from the target             no error at all
-    activity_propagation   none                           a second-order step of activities
+"""The methods of a comparison: one registry, read by tables, figures, reports and the command line.
 
 Feedback larger than its kernel multiplies the learning rate of the layers below, and of no other.
-`bp_scaled` does that to backprop: it multiplies a layer's gradient by the product of
-`norm(sign(W)) / norm(W)` over the layers above, which is what `sign` does to its size.
-
-The weight mirror runs at every update, whatever the study's periods: at a rate of 0.01 it needs
-hundreds of them, and with every hundredth alone it would not learn in time.
+`bp_scaled` does that to backprop: its feedback is the kernel itself, made as large as its signs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
-from jax.typing import ArrayLike
 
-from soap_jax import local, ops, rules
-from soap_jax.study import config
-
-Factors = dict[str, jax.Array]
-"""What a layer's gradient is multiplied by, by the layer's name."""
+from soap_jax import feedback, local, ops, rules, trees
 
 FEEDBACK_RATE = 0.01
 """At which feedback descends the losses of `soap_jax.local`, by plain SGD, whatever rate is swept.
@@ -59,254 +27,331 @@ alignment. With a third of this rate symmetric alignment is still at 21 degrees;
 much information and activation alignment diverge at a learning rate of 0.3 in networks of ReLUs,
 and the former in those of three hidden layers, too."""
 
-WARMUP = 5
-"""Updates of plain backprop before activity propagation begins, as the original has them. Its bias,
-too, is the original's, `soap_jax.activity`'s default: on digits the hidden layers' gradient is then
-about a thousandth of backprop's, so that they hardly learn. With 1e-8 or less the output does not
-learn either."""
 
-torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-"""PyTorch's default for linear layers: uniform within 1 / √fan_in."""
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Method:
+    """A learning method; all fields left alone make backprop.
+
+    Feedback is that of `soap_jax.with_feedback` on the task's loss, unless the method has a loss or
+    a gradient of its own. For a task with a state, `loss` and `gradient` take it after feedback and
+    return it as `jax.value_and_grad(..., has_aux=True)` would.
+
+    Attributes:
+        rule: how feedback changes outside the optimiser, `soap_jax.Fixed()` for FA; or a mapping
+            from path patterns to rules, as in `soap_jax.init_feedback`.
+        feedback_bar: feedback's own gradient, as in `soap_jax.with_feedback`; with one, the
+            optimiser is over `(params, feedback)`.
+        where: the kernels with feedback, as in `soap_jax.init_feedback`; by default all that
+            `soap_jax.explain` finds it can serve.
+        initializer: of feedback, as in `soap_jax.init_feedback`.
+        loss: `(params, feedback, batch) -> scalar`, for methods such as direct feedback; with a
+            state `(params, feedback, state, batch, key) -> (scalar, state)`.
+        init_feedback: `(key, params, batch) -> feedback`, any tree.
+        gradient: `(params, feedback, batch, key, step, learning_rate) -> (loss, gradient)`, for
+            what is no gradient of a loss.
+        optimizer: `(base, learning_rate) -> optimiser`, around the task's own.
+        reference: the method that it is compared with.
+        label: what tables and figures call it; by default its key.
+        color: in figures; by default one by its place.
+        isolates: what a comparison with it isolates, in a few words.
+        paper: who wrote of it first.
+        scale: for backprop whose kernels, as errors pass them, are multiplied by
+            `norm(sign(W)) / norm(W)`: that of the "start", or a "live" one.
+        last_only: whether the last kernel alone learns, and what is used after it.
+        swept: whether `compare(periods=...)` multiplies its runs, if it has a rule with a period.
+        needs: what it needs of a task and only a method of your own can bring: such a method is
+            `dataclasses.replace(METHODS[name], loss=..., init_feedback=...)`.
+        init: `(key, params) -> params`, for a method that starts from other params.
+    """
+
+    rule: rules.Rule | Mapping[str, rules.Rule] | None = None
+    feedback_bar: ops.FeedbackBar = None
+    where: trees.Where = None
+    initializer: feedback.Initializer = "matched"
+    loss: Callable[..., chex.ArrayTree] | None = None
+    init_feedback: Callable[..., chex.ArrayTree] | None = None
+    gradient: Callable[..., tuple] | None = None
+    optimizer: Callable[..., optax.GradientTransformation] | None = None
+    reference: str = "bp"
+    label: str | None = None
+    color: str | None = None
+    isolates: str = ""
+    paper: str = ""
+    scale: Literal["start", "live"] | None = None
+    last_only: bool = False
+    swept: bool = True
+    needs: str = ""
+    init: Callable[..., chex.ArrayTree] | None = None
+
+    @property
+    def own(self) -> bool:
+        """Whether it has a loss or a gradient of its own."""
+        return self.loss is not None or self.gradient is not None
+
+    @property
+    def exact(self) -> bool:
+        """Whether it follows the true gradient's direction, layer by layer."""
+        made = self.own or self.needs or self.feedback_bar or self.init_feedback
+        return not made and (self.rule is None or self.rule == rules.Transport())
+
+    @property
+    def synced(self) -> bool:
+        """Whether one period says how often its feedback changes."""
+        return isinstance(self.rule, rules.Rule) and not isinstance(self.rule, rules.Fixed)
+
+    def periods(self, swept: Sequence[int] | None) -> tuple[int, ...]:
+        """The periods that it runs with; `(0,)` if it has none.
+
+        Example:
+            >>> METHODS["sign"].periods((1, 10)), METHODS["fa"].periods((1, 10))
+            ((1, 10), (0,))
+        """
+        if not self.synced:
+            return (0,)
+        return tuple(swept) if swept and self.swept else (int(self.rule.period),)  # type: ignore[union-attr]
+
+    def describe(self) -> str:
+        """Its feedback in words that can be compared.
+
+        Example:
+            >>> METHODS["kp"].describe()
+            "Fixed(), feedback_bar='kernel'"
+        """
+        said = [repr(self.rule)] if self.rule is not None else []
+        for field in ("feedback_bar", "where", "loss", "init_feedback", "gradient", "optimizer"):
+            value = getattr(self, field)
+            if value is not None:
+                said.append(f"{field}={getattr(value, '__qualname__', None) or repr(value)}")
+        said += [f"scale={self.scale!r}"] * bool(self.scale)
+        said += ["last_only=True"] * self.last_only
+        return ", ".join(said) or "backprop"
 
 
-def layers(params: chex.ArrayTree) -> list[str]:
-    """The names of a network's layers, `Dense_0` first, as `soap_jax.models.MLP` has them."""
-    return sorted(params, key=lambda name: int(re.sub(r"\D", "", name)))
+def _slowly(base, learning_rate):
+    """Params by the task's optimiser, feedback by plain SGD."""
+    del learning_rate
+    parts = {"params": base, "feedback": optax.sgd(FEEDBACK_RATE)}
+    return optax.partition(parts, ("params", "feedback"))
 
 
-def amplification(params: chex.ArrayTree) -> Factors:
-    """How much larger gradients become if the sign of every kernel stands in for it.
+def _sign(magnitude, **words):
+    return Method(rule=rules.SignSync(magnitude=magnitude), **words)
 
-        factor of a layer = product over the layers above of norm(sign(W)) / norm(W)
+
+def _local(loss, **words):
+    return Method(rule=rules.Fixed(), feedback_bar=loss, optimizer=_slowly, **words)
+
+
+_KUNIN, _LIAO = "Kunin et al. 2020", "Liao et al. 2016"
+METHODS: dict[str, Method] = {
+    "bp": Method(label="backprop", color="#707070", isolates="the reference"),
+    "fa": Method(
+        rule=rules.Fixed(),
+        label="FA, fixed feedback",
+        color="#D55E00",
+        isolates="fixed random feedback",
+        paper="Lillicrap et al. 2016",
+    ),
+    "sign": _sign(
+        "unit",
+        label="sign sync, raw",
+        color="#0072B2",
+        isolates="B = sign(W): another direction, and a much larger scale",
+        paper=f"{_LIAO}; SOAP 2019",
+    ),
+    "sign_preserve": _sign(
+        "preserve",
+        label="sign sync, |B0| kept",
+        color="#009E73",
+        isolates="B = |B0| sign(W): SOAP's remedy, no scale, yet another direction",
+        paper=f"{_LIAO}; SOAP 2019",
+    ),
+    "sign_norm": _sign(
+        "norm",
+        label="sign sync, norm kept",
+        color="#CC79A7",
+        isolates="B = c sign(W) as large as B0: the direction of the signs alone",
+    ),
+    "bp_scaled": Method(
+        scale="start",
+        label="backprop, scaled",
+        color="#B87A00",
+        isolates="backprop with the scale of raw signs, as it was at the start",
+    ),
+    "bp_scaled_live": Method(
+        scale="live",
+        label="backprop, scaled live",
+        color="#2F93C9",
+        isolates="backprop with the scale of raw signs, as the weights grow",
+    ),
+    "frozen": Method(
+        last_only=True,
+        label="hidden layers frozen",
+        color="#8A8A8A",
+        isolates="only the last layer learns: what any method must beat",
+    ),
+    "sign_glorot": _sign(
+        "glorot",
+        label="sign sync, Glorot",
+        color="#8E6FC4",
+        isolates="signs at the scale of Glorot's initialisation",
+        paper="BioTorch 2021",
+    ),
+    "sign_redraw": _sign(
+        "redraw",
+        label="sign sync, redrawn",
+        color="#7D8A00",
+        isolates="signs with fresh random magnitudes at every sync",
+        paper=_LIAO,
+    ),
+    "transport": Method(
+        rule=rules.Transport(),
+        label="weight transport",
+        color="#C94F6D",
+        isolates="W itself, every so many updates: how old a copy may be",
+        paper="Akrout et al. 2019",
+    ),
+    "weight_mirror": Method(
+        rule=rules.WeightMirror(),
+        swept=False,  # at its rate it needs hundreds of syncs
+        label="weight mirror",
+        color="#4455FF",
+        isolates="B learns W from noise passed through the layer",
+        paper="Akrout et al. 2019",
+    ),
+    "kp": Method(
+        rule=rules.Fixed(),
+        feedback_bar="kernel",
+        label="Kolen-Pollack",
+        color="#007722",
+        isolates="B gets W's own updates: with weight decay it meets W",
+        paper="Kolen, Pollack 1994; Akrout et al. 2019",
+    ),
+    "information_alignment": _local(
+        local.InformationAlignment(),
+        label="information alignment",
+        color="#9900FF",
+        isolates="B learns from the activities, without any error",
+        paper=_KUNIN,
+    ),
+    "symmetric_alignment": _local(
+        local.SymmetricAlignment(),
+        label="symmetric alignment",
+        color="#CC66EE",
+        isolates="B learns from W itself",
+        paper=_KUNIN,
+    ),
+    "activation_alignment": _local(
+        local.ActivationAlignment(),
+        label="activation alignment",
+        color="#BB00AA",
+        isolates="B learns from the activities, without decay of their size",
+        paper=_KUNIN,
+    ),
+    "dfa": Method(
+        needs="the activations to which the output's error goes",
+        label="DFA, direct feedback",
+        color="#FF0033",
+        isolates="the output's error straight to every layer",
+        paper="Nøkland 2016",
+    ),
+    "sdfa": Method(
+        needs="the activations to which the error's signs go",
+        label="sDFA, signs of errors",
+        color="#FF0099",
+        isolates="the same with the error's signs alone",
+        paper="Frenkel et al. 2021",
+    ),
+    "drtp": Method(
+        needs="the targets, and the activations to which they go",
+        label="DRTP, targets",
+        color="#995511",
+        isolates="the target in place of any error",
+        paper="Frenkel et al. 2021",
+    ),
+    "activity_propagation": Method(
+        needs="a gradient by taps on the activations (soap_jax.activity)",
+        label="activity propagation",
+        color="#00838F",
+        isolates="a second-order step of the activities",
+        paper="SOAP 2019",
+    ),
+}
+"""The library's own methods, by name."""
+
+
+def resolve(methods: Mapping[str, str | Method] | Sequence[str]) -> dict[str, Method]:
+    """The methods of a comparison, by the keys that its tables use.
 
     Args:
-        params: of `soap_jax.models.MLP`.
+        methods: names in `METHODS`, or a mapping from keys to names and methods.
+
+    Raises:
+        ValueError: for none, for a name twice, an unknown one, what is no method, a method that
+            needs what only one of your own can bring, or one whose reference is not there.
+
+    Example:
+        >>> {key: method.rule for key, method in resolve(["bp", "fa"]).items()}
+        {'bp': None, 'fa': Fixed()}
+    """
+    named = isinstance(methods, Mapping)
+    pairs = list(methods.items() if named else zip(methods, methods, strict=True))  # type: ignore[union-attr]
+    keys = [key for key, _ in pairs]
+    if not keys or len(set(keys)) < len(keys) or isinstance(methods, str):
+        raise ValueError(
+            f"methods is {methods!r}; expected at least one and each once: names of "
+            "soap_jax.study.METHODS, or a dict from your own names to these or to Methods."
+        )
+    found = {}
+    for key, method in pairs:
+        if not (isinstance(key, str) and key and "/" not in key):
+            raise ValueError(f"a method is named {key!r}; expected a string without '/'.")
+        if isinstance(method, str):
+            if method not in METHODS:
+                near = difflib.get_close_matches(method, METHODS, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"methods: {method!r} is unknown; expected {', '.join(METHODS)}, or a "
+                    f"Method of your own in a dict.{hint}"
+                )
+            method = METHODS[method]
+        if not isinstance(method, Method):
+            raise ValueError(
+                f"the method {key!r} is {method!r}; expected a soap_jax.study.Method, or the name "
+                "of one of the library's."
+            )
+        if method.needs and not method.own:
+            raise ValueError(
+                f"the method {key!r} needs {method.needs}, which a task does not tell; expected "
+                f"dataclasses.replace(study.METHODS[...], loss=..., init_feedback=...) with a "
+                "loss of your own (see soap_jax.direct)."
+            )
+        if method.feedback_bar is not None and method.rule is None and not method.own:
+            raise ValueError(
+                f"the method {key!r} has a feedback_bar but no rule; expected rule=Fixed(), whose "
+                "feedback the optimiser then learns."
+            )
+        found[key] = method
+    return found
+
+
+def amplification(params: chex.ArrayTree, weights: chex.ArrayTree) -> dict[trees.Path, jax.Array]:
+    """How much larger than a kernel its signs are, `norm(sign(W)) / norm(W)`, by path.
+
+    Args:
+        params: the parameters.
+        weights: their feedback tree, which says of which kernels to speak.
 
     Returns:
-        A factor for each layer; 1 for the last.
+        Scalars; 1 for a kernel of zeros.
 
     Example:
-        >>> params = {"Dense_0": {"kernel": jnp.ones((2, 2))},
-        ...           "Dense_1": {"kernel": jnp.full((2, 1), 0.25)}}
-        >>> {name: float(factor) for name, factor in amplification(params).items()}
-        {'Dense_1': 1.0, 'Dense_0': 4.0}
-    """
-    factor, factors = jnp.ones((), jnp.float32), {}
-    for name in reversed(layers(params)):
-        factors[name] = factor
-        kernel = params[name]["kernel"]
-        factor = factor * jnp.linalg.norm(jnp.sign(kernel)) / jnp.linalg.norm(kernel)
-    return factors
-
-
-def only_output(params: chex.ArrayTree) -> Factors:
-    """Factors that leave every layer but the last untrained."""
-    *hidden, output = layers(params)
-    zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
-    return dict.fromkeys(hidden, zero) | {output: one}
-
-
-class ScaleLayersState(NamedTuple):
-    """State of `scale_layers`.
-
-    Attributes:
-        layer_factors: the factors last used.
+        >>> amplification({"kernel": jnp.full((2, 1), 0.25)}, {"kernel": jnp.ones((2, 1))})
+        {('kernel',): Array(4., dtype=float32)}
     """
 
-    layer_factors: Factors
+    def ratio(kernel):
+        size = jnp.linalg.norm(kernel)
+        return jnp.where(size > 0, jnp.linalg.norm(jnp.sign(kernel)) / size, 1.0)
 
-
-def scale_layers(
-    factors: Callable[[chex.ArrayTree], Factors], *, live: bool = False
-) -> optax.GradientTransformation:
-    """Multiplies each layer's gradient by a factor of its own.
-
-    Args:
-        factors: `params -> factors`.
-        live: whether they are computed again at each update, from the parameters before it; else
-            those of the initial parameters stay.
-    """
-
-    def init(params):
-        return ScaleLayersState(factors(params))
-
-    def update(updates, state, params=None):
-        if live:
-            state = ScaleLayersState(factors(params))
-        scaled = {
-            name: jax.tree.map(lambda leaf, f=state.layer_factors[name]: leaf * f, layer)
-            for name, layer in updates.items()
-        }
-        return scaled, state
-
-    return optax.GradientTransformation(init, update)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Method:
-    """What a method trains with; all fields left alone make backprop.
-
-    Attributes:
-        rule: how its feedback weights change outside the optimiser; None if it has none. Where the
-            method is in `config.PERIODIC`, its period is the study's.
-        feedback_bar: the gradient by which the optimiser learns feedback, None if it does not: as
-            in `soap_jax.ops.feedback_op`.
-        error: what direct feedback sends, as in `soap_jax.models.DirectMLP`; None without it.
-        factors: `params -> factors`, of the layers' gradients.
-        live: as in `scale_layers`.
-        propagates_activity: whether its gradient is that of `soap_jax.activity`.
-    """
-
-    rule: rules.Rule | None = None
-    feedback_bar: ops.FeedbackBar = None
-    error: Literal["exact", "sign", "target"] | None = None
-    factors: Callable[[chex.ArrayTree], Factors] | None = None
-    live: bool = False
-    propagates_activity: bool = False
-
-    @property
-    def has_feedback(self) -> bool:
-        """Whether it has feedback weights or projections."""
-        return self.rule is not None or self.error is not None
-
-    @property
-    def learns_feedback(self) -> bool:
-        """Whether its optimiser is one over `(params, feedback)`."""
-        return self.feedback_bar is not None
-
-
-_METHODS = {
-    "bp": Method(),
-    "fa": Method(rule=rules.Fixed()),
-    "sign": Method(rule=rules.SignSync(magnitude="unit")),
-    "sign_preserve": Method(rule=rules.SignSync(magnitude="preserve")),
-    "sign_norm": Method(rule=rules.SignSync(magnitude="norm")),
-    "bp_scaled": Method(factors=amplification),
-    "bp_scaled_live": Method(factors=amplification, live=True),
-    "frozen": Method(factors=only_output),
-    "sign_glorot": Method(rule=rules.SignSync(magnitude="glorot")),
-    "sign_redraw": Method(rule=rules.SignSync(magnitude="redraw")),
-    "transport": Method(rule=rules.Transport(rate=1.0)),
-    "weight_mirror": Method(rule=rules.WeightMirror()),
-    "kp": Method(rule=rules.Fixed(), feedback_bar="kernel"),
-    "information_alignment": Method(rule=rules.Fixed(), feedback_bar=local.InformationAlignment()),
-    "symmetric_alignment": Method(rule=rules.Fixed(), feedback_bar=local.SymmetricAlignment()),
-    "activation_alignment": Method(rule=rules.Fixed(), feedback_bar=local.ActivationAlignment()),
-    "dfa": Method(error="exact"),
-    "sdfa": Method(error="sign"),
-    "drtp": Method(error="target"),
-    "activity_propagation": Method(propagates_activity=True),
-}
-
-
-def of(method: str) -> Method:
-    """What a method trains with, by its name.
-
-    Raises:
-        ValueError: for an unknown method.
-
-    Example:
-        >>> of("dfa").error, of("fa").rule
-        ('exact', Fixed())
-    """
-    if method not in _METHODS:
-        raise ValueError(f"method is {method!r}; expected one of {', '.join(_METHODS)}.")
-    return _METHODS[method]
-
-
-def rule_of(method: str, period: ArrayLike) -> rules.Rule | None:
-    """The rule behind a method's name; None for methods without feedback weights.
-
-    Raises:
-        ValueError: for an unknown method.
-
-    Example:
-        >>> rule_of("sign_preserve", 10)
-        SignSync(period=10, magnitude='preserve')
-    """
-    rule = of(method).rule
-    if rule is None or method not in config.PERIODIC:
-        return rule
-    return dataclasses.replace(rule, period=period)
-
-
-def describe(method: str, period: ArrayLike) -> str:
-    """A method's feedback in words that can be compared: all that is not among a state's arrays.
-
-    Raises:
-        ValueError: for an unknown method.
-
-    Example:
-        >>> describe("bp", 0), describe("kp", 0), describe("dfa", 0)
-        ('None', "learnt, feedback_bar='kernel'", "direct, error='exact'")
-    """
-    spec = of(method)
-    if spec.error is not None:
-        return f"direct, error={spec.error!r}"
-    if spec.feedback_bar is None:
-        return repr(rule_of(method, period))
-    rate = "" if spec.feedback_bar == "kernel" else f", rate={FEEDBACK_RATE:g}"
-    return f"learnt, feedback_bar={spec.feedback_bar!r}{rate}"
-
-
-def optimizer_of(
-    method: str, learning_rate: ArrayLike, *, optimizer: str = "sgd", weight_decay: float = 0.0
-) -> optax.GradientTransformation:
-    """The optimiser of a method: the study's own, after what the method does to gradients.
-
-        w <- w + Δw - learning_rate * weight_decay * w
-
-    with Δw the optimiser's update; layers that a method does not train do not decay. It is one over
-    `(params, feedback)` for methods that learn feedback: by the same optimiser for Kolen-Pollack
-    learning, else by SGD at `FEEDBACK_RATE`.
-
-    Raises:
-        ValueError: for an unknown method or optimiser.
-    """
-    spec = of(method)
-    match optimizer:
-        case "sgd":
-            chosen = optax.sgd(learning_rate)
-        case "momentum":
-            chosen = optax.sgd(learning_rate, momentum=0.9)
-        case "adam":
-            chosen = optax.adam(learning_rate)
-        case _:
-            raise ValueError(
-                f"optimizer is {optimizer!r}; expected one of {', '.join(config.OPTIMIZERS)}."
-            )
-    if weight_decay:
-        trained = _is_output if spec.factors is only_output else None
-        share = weight_decay * jnp.asarray(learning_rate, jnp.float32)
-        decay = optax.add_decayed_weights(-share, mask=trained)
-        chosen = optax.chain(chosen, decay)
-    if spec.factors is not None:
-        chosen = optax.chain(scale_layers(spec.factors, live=spec.live), chosen)
-    if isinstance(spec.feedback_bar, ops.LocalLoss):
-        parts = {"params": chosen, "feedback": optax.sgd(FEEDBACK_RATE)}
-        return optax.partition(parts, ("params", "feedback"))
-    return chosen
-
-
-def _is_output(params):
-    output = layers(params)[-1]
-    return {name: name == output for name in params}
-
-
-def init_as_torch(key: chex.PRNGKey, params: chex.ArrayTree) -> chex.ArrayTree:
-    """Draws kernels and biases anew as PyTorch's linear layers do.
-
-    Args:
-        key: a PRNG key.
-        params: of `soap_jax.models.MLP`; only shapes count.
-    """
-    drawn = {}
-    for name, layer_key in zip(params, jax.random.split(key, len(params)), strict=True):
-        kernel_key, bias_key = jax.random.split(layer_key)
-        kernel, bias = params[name]["kernel"], params[name]["bias"]
-        bound = kernel.shape[0] ** -0.5
-        drawn[name] = {
-            "kernel": torch_uniform(kernel_key, kernel.shape, kernel.dtype),
-            "bias": jax.random.uniform(bias_key, bias.shape, bias.dtype, -bound, bound),
-        }
-    return drawn
+    return {path: ratio(kernel) for path, (kernel, _) in trees.pairs(params, weights).items()}
