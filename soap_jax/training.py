@@ -200,6 +200,7 @@ def make_gradient_step(
     optimizer: optax.GradientTransformation | optax.MultiSteps,
     *,
     learn_feedback: bool = False,
+    has_aux: bool = False,
 ) -> TrainStep:
     """Makes the step of training from any function that gives a gradient.
 
@@ -212,9 +213,10 @@ def make_gradient_step(
             by params, or with `learn_feedback` by `(params, feedback weights)`.
         optimizer: as in `make_train_step`.
         learn_feedback: as in `make_train_step`.
+        has_aux: whether `value_and_grad` returns `((loss, aux), gradient)`, as `jax.grad` has it.
 
     Returns:
-        As `make_train_step`.
+        As `make_train_step`; with `has_aux`, a function `(state, batch) -> (state, (loss, aux))`.
 
     Raises:
         ValueError: when the step is traced, if feedback is to be learnt and there is none.
@@ -249,14 +251,15 @@ def make_gradient_step(
             params, feedback_ = learnt if learn_feedback else (learnt, weights)
             return value_and_grad(params, feedback_, batch, step=state.step)
 
-        loss, gradient = gradient_at(learnt)
+        value, gradient = gradient_at(learnt)
+        loss = value[0] if has_aux else value
         updates, opt_state = optimizer_update(
             gradient,
             state.opt_state,
             learnt,
             value=loss,
             grad=gradient,
-            value_fn=_value_fn(gradient_at),
+            value_fn=_value_fn(gradient_at, has_aux),
         )
         learnt = optax.apply_updates(learnt, updates)
         params, weights = learnt if learn_feedback else (learnt, weights)
@@ -265,7 +268,7 @@ def make_gradient_step(
         elif learn_feedback:
             feedback = weights
         completed = _completed_updates(state.opt_state, opt_state)
-        return TrainState(params, feedback, opt_state, state.step + completed), loss
+        return TrainState(params, feedback, opt_state, state.step + completed), value
 
     return step
 
@@ -427,16 +430,20 @@ def _with_extra_args(optimizer):
     return optax.with_extra_args_support(optimizer).update
 
 
-def _value_fn(value_and_grad):
+def _value_fn(value_and_grad, has_aux):
     """The value alone, differentiable: its gradient is the one that comes with it.
 
     To differentiate `value_and_grad(x)[0]` would be wrong: it would differentiate the forward pass
     of custom derivatives as it stands, so the error would pass the kernels themselves.
     """
 
+    def loss_and_grad(x):
+        value, gradient = value_and_grad(x)
+        return (value[0] if has_aux else value), gradient
+
     @jax.custom_vjp
     def value(x):
-        return value_and_grad(x)[0]
+        return loss_and_grad(x)[0]
 
     def value_bwd(gradient, value_bar):
         def scaled(leaf):
@@ -444,7 +451,7 @@ def _value_fn(value_and_grad):
 
         return (jax.tree.map(scaled, gradient),)
 
-    value.defvjp(value_and_grad, value_bwd)
+    value.defvjp(loss_and_grad, value_bwd)
     return lambda x: value(x)  # Optax reads the names of its arguments
 
 

@@ -3,8 +3,19 @@
 import numpy as np
 import pandas as pd
 
-from soap_jax.study import claims, config, mediation
+from soap_jax.study import claims, mediation
+from soap_jax.study.comparison import TABLES, Comparison
 
+METHODS = {
+    "bp": ("backprop", "#707070", "the reference"),
+    "fa": ("FA, fixed feedback", "#D55E00", "fixed random feedback"),
+    "sign": ("sign sync, raw", "#0072B2", "the naive sign sync: direction and scale"),
+    "sign_preserve": ("sign sync, |B0| kept", "#009E73", "no scale, another direction"),
+    "sign_norm": ("sign sync, norm kept", "#CC79A7", "direction alone"),
+    "bp_scaled": ("backprop, scaled", "#B87A00", "the scale of sign sync alone, at the start"),
+    "bp_scaled_live": ("backprop, scaled live", "#2F93C9", "that scale, as the weights grow"),
+    "frozen": ("hidden layers frozen", "#8A8A8A", "hidden layers untrained: to be beaten"),
+}
 SPEEDS = {
     "bp": (1.0, 1.0),
     "fa": (0.55, 0.5),
@@ -16,64 +27,115 @@ SPEEDS = {
     "frozen": (0.2, 0.0),
 }
 """How fast each method of the made-up study learns, and how far its hidden rate is amplified."""
+ANGLES = {"fa": 90.0, "sign": 37.1, "sign_preserve": 50.5, "sign_norm": 37.1}
+"""Of feedback to weights at the start."""
+RATES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
 
 
-def make_study(**changes):
-    """A made-up study with every method: its configuration and its tables."""
-    made = config.StudyConfig(**{"epochs": 20, "periods": (1, 10), **changes})
-    marks = np.arange(made.evaluations + 1) * (340 // made.evaluations)
-    runs, evaluations = [], []
-    for method in made.methods:
-        speed, amplification = SPEEDS[method]
-        for period in made.periods_of(method):
-            for rate in made.learning_rates:
-                for seed in range(made.seeds):
-                    draw = np.random.default_rng(seed)  # alike for all methods: runs are paired
-                    noise = np.exp(0.04 * draw.normal())
-                    own = np.random.default_rng([seed, *method.encode()])
-                    noise *= np.exp(0.01 * own.normal())
-                    stable = 1 / (1 + (rate * max(amplification, 1) / 1.5) ** 2)
-                    pace = 0.2 * speed * rate * stable * noise
-                    diverged = rate * amplification > 18
-                    steps = np.ceil(np.log(2.3 / made.target_loss) / pace)
-                    loss = 0.02 + 2.28 * np.exp(-pace * np.maximum(marks - 0.5, 0))
-                    loss = np.where(diverged & (marks > 100), np.nan, loss)
-                    names = {"method": method, "period": period, "learning_rate": rate}
-                    names["seed"] = seed
-                    accuracy = 0.97 - 0.1 * loss[-1] - 0.02 * own.random()
-                    runs.append(
-                        names
-                        | {
-                            "steps": int(marks[-1]),
-                            "diverged": diverged,
-                            "steps_to_target": np.nan if diverged or steps > marks[-1] else steps,
-                            "train_loss": loss[-1],
-                            "validation_loss": loss[-1] * 1.1,
-                            "validation_accuracy": accuracy,
-                            "test_loss": loss[-1] * 1.2,
-                            "test_accuracy": accuracy - 0.01,
-                        }
-                    )
-                    table = pd.DataFrame({**names, "step": marks})
-                    table["train_loss"] = np.append(np.nan, loss[1:])
-                    table["validation_loss"] = loss * 1.1
-                    table["validation_accuracy"] = 0.97 - 0.1 * loss
-                    angle = {"fa": 55 + 35 * np.exp(-marks / 60), "sign_preserve": 50.5}
-                    angle = angle.get(method, 37.1) + own.normal() + 0 * marks
-                    has_feedback = method == "fa" or method in config.PERIODIC
-                    for layer in range(len(made.hidden) + 1):
-                        value = angle - 4 * layer if has_feedback else np.nan
-                        table[f"gradient_angle/Dense_{layer}"] = value
-                    for layer in range(len(made.hidden)):
-                        value = angle - 4 * layer if has_feedback else np.nan
-                        table[f"error_angle/Dense_{layer}"] = value
-                        effective = rate * amplification * np.exp(-marks / 2000)
-                        if method == "fa":
-                            effective = rate * np.cos(np.radians(angle))
-                        table[f"effective_learning_rate/Dense_{layer}"] = effective
-                    evaluations.append(table)
-    tables = {"runs": pd.DataFrame(runs), "evaluations": pd.concat(evaluations, ignore_index=True)}
-    return made, tables
+def make_record(
+    methods=tuple(METHODS),
+    *,
+    rates=RATES,
+    seeds=10,
+    periods=(1, 10),
+    hidden=1,
+    target_loss=0.5,
+    optimizer="sgd",
+    metric="accuracy",
+    **changes,
+):
+    """What was run, with `hidden` + 1 kernels; `metric` None: there are losses alone."""
+    select = f"validation_{metric}" if metric else "validation_loss"
+    protocol = {"learning_rates": list(rates), "periods": list(periods), "steps": 340}
+    protocol |= {"batch_size": 64, "evaluations": 20, "optimizer": optimizer, "select": select}
+    protocol |= {"maximise": metric is not None, "target_loss": target_loss, "task": {}}
+    described = {}
+    for name in methods:
+        label, color, isolates = METHODS.get(name, (name, None, ""))
+        described[name] = {"label": label, "color": color, "reference": "bp", "paper": ""}
+        described[name] |= {"isolates": isolates, "description": "", "exact": name not in ANGLES}
+        described[name]["periods"] = list(periods) if name.startswith("sign") else [0]
+    return {
+        "format": 3,
+        "title": "digits",
+        "protocol": protocol,
+        "seeds": list(range(seeds)),
+        "methods": described,
+        "kernels": [f"Dense_{k}/kernel" for k in range(hidden + 1)],
+        "examples": {"train": 1151, "validation": 287, "test": 359},
+        "window": 11,
+        "claims": [],
+        "config": None,
+        "command": "soap-jax study",
+        "data_source": "made up",
+        "loops": {},
+        "versions": {"soap_jax": "0.2.0", "jax": "0.10.2"},
+        "device": {"kind": "cpu", "platform": "cpu", "count": 2},
+        "settings": {},
+        "seconds": 41.2,
+    } | changes
+
+
+def comparison(*args, **changes):
+    """A made-up study; arguments as in `make_record`."""
+    record = make_record(*args, **changes)
+    protocol, kernels = record["protocol"], record["kernels"]
+    target = protocol["target_loss"]
+    marks, batches = np.arange(21) * 17, np.arange(340)
+    runs, evaluations, losses = [], [], []
+    for method, period, rate, seed in (
+        (method, period, rate, seed)
+        for method, of in record["methods"].items()
+        for period in of["periods"]
+        for rate in protocol["learning_rates"]
+        for seed in record["seeds"]
+    ):
+        speed, amplification = SPEEDS.get(method, (0.7, 1.0))
+        draw = np.random.default_rng(seed)  # alike for all methods: runs are paired
+        own = np.random.default_rng([seed, *method.encode()])
+        noise = np.exp(0.04 * draw.normal() + 0.01 * own.normal())
+        stable = 1 / (1 + (rate * max(amplification, 1) / 1.5) ** 2)
+        pace = 0.2 * speed * rate * stable * noise
+        diverged = rate * amplification > 18
+        curve = 0.02 + 2.28 * np.exp(-pace * batches)
+        curve = np.where(diverged & (batches > 100), np.nan, curve)
+        steps = (
+            np.nan
+            if target is None or not (curve <= target).any()
+            else (curve <= target).argmax() + 1
+        )
+        loss = np.append(curve, curve[-1])[marks]
+        keys = {"method": method, "learning_rate": rate, "seed": seed, "period": period}
+        losses.append({**keys, "train_loss": curve.astype(np.float32)})
+        accuracy = 0.97 - 0.1 * loss - 0.02 * own.random()
+        run = {**keys, "steps": 340, "diverged": diverged}
+        run["steps_to_target"] = np.nan if diverged else steps
+        table = {**keys, "step": marks, "train_loss": np.append(np.nan, loss[1:])}
+        run |= {"train_loss": loss[-1], "validation_loss": loss[-1] * 1.1}
+        table["validation_loss"] = loss * 1.1
+        if protocol["maximise"]:
+            metric = protocol["select"]
+            table[metric] = accuracy
+            run[metric] = accuracy[-1]
+            run[metric.replace("validation", "test")] = accuracy[-1] - 0.01
+        run["test_loss"] = loss[-1] * 1.2
+        runs.append(run)
+        inexact = method in ANGLES
+        error = {"fa": 55 + 35 * np.exp(-marks / 60), "sign_preserve": 50.5}.get(method, 37.1)
+        error = error * inexact + own.normal() * inexact + 0 * marks
+        for depth, path in enumerate(kernels):
+            if depth < len(kernels) - 1:
+                table[f"gradient_angle/{path}"] = error - 4 * depth * inexact
+                table[f"error_angle/{path}"] = error - 4 * depth * inexact
+                effective = rate * amplification * np.exp(-marks / 2000)
+                effective = rate * np.cos(np.radians(error)) if method == "fa" else effective
+                table[f"effective_learning_rate/{path}"] = effective
+            if depth:
+                table[f"weight_angle/{path}"] = ANGLES.get(method, 0.0) + 0.0 * marks
+                table[f"norm_ratio/{path}"] = 11.5 if method == "sign" else 1.0
+        evaluations.append(pd.DataFrame(table))
+    tables = pd.DataFrame(runs), pd.concat(evaluations, ignore_index=True), pd.DataFrame(losses)
+    return Comparison(record, dict(zip(TABLES, tables, strict=True)))
 
 
 def make_part(label, estimate, low, high, within, **changes):
@@ -149,22 +211,25 @@ UNKNOWN = mediation.Mediation(testable=False, note="sign_norm is not in the stud
 
 BAD_CASES = {
     "one seed": {"seeds": 1},
-    "one rate": {"learning_rates": (0.1,)},
+    "one rate": {"rates": (0.1,)},
     "only backprop": {"methods": ("bp",)},
     "no backprop": {"methods": ("fa", "sign")},
+    "no metric": {"metric": None},
+    "an unknown method": {"methods": ("bp", "mine")},
     "a target that nobody reaches": {"target_loss": 1e-9},
 }
 
 
-def break_everything(tables):
-    """The same tables after every run diverged at once."""
-    broken = {name: table.copy() for name, table in tables.items()}
-    keys = ["method", "period", "learning_rate", "seed", "step", "steps"]
-    for table in broken.values():
-        measured = [name for name in table if name not in keys and table[name].dtype == float]
-        table[measured] = np.nan
-    broken["runs"]["diverged"] = True
-    return broken
+def break_everything(made):
+    """The same study after every run diverged at once."""
+    tables = {}
+    for name in TABLES:
+        table = tables[name] = getattr(made, name).copy()
+        known = ["learning_rate", "seed", "period", "step", "steps"]
+        table[[n for n in table if n not in known and table[n].dtype == float]] = np.nan
+    tables["runs"]["diverged"] = True
+    tables["losses"]["train_loss"] = [np.full(340, np.nan, np.float32)] * len(tables["losses"])
+    return Comparison(made.record, tables)
 
 
 def luminance(color):

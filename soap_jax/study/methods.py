@@ -37,7 +37,8 @@ class Method:
     return it as `jax.value_and_grad(..., has_aux=True)` would.
 
     Attributes:
-        rule: how feedback changes outside the optimiser, `soap_jax.Fixed()` for FA.
+        rule: how feedback changes outside the optimiser, `soap_jax.Fixed()` for FA; or a mapping
+            from path patterns to rules, as in `soap_jax.init_feedback`.
         feedback_bar: feedback's own gradient, as in `soap_jax.with_feedback`; with one, the
             optimiser is over `(params, feedback)`.
         where: the kernels with feedback, as in `soap_jax.init_feedback`; by default all that
@@ -63,7 +64,7 @@ class Method:
         init: `(key, params) -> params`, for a method that starts from other params.
     """
 
-    rule: rules.Rule | None = None
+    rule: rules.Rule | Mapping[str, rules.Rule] | None = None
     feedback_bar: ops.FeedbackBar = None
     where: trees.Where = None
     initializer: feedback.Initializer = "matched"
@@ -90,14 +91,13 @@ class Method:
     @property
     def exact(self) -> bool:
         """Whether it follows the true gradient's direction, layer by layer."""
-        return not (self.own or self.feedback_bar or self.init_feedback) and (
-            self.rule is None or self.rule == rules.Transport()
-        )
+        made = self.own or self.needs or self.feedback_bar or self.init_feedback
+        return not made and (self.rule is None or self.rule == rules.Transport())
 
     @property
     def synced(self) -> bool:
-        """Whether a period says how often its feedback changes."""
-        return self.rule is not None and not isinstance(self.rule, rules.Fixed)
+        """Whether one period says how often its feedback changes."""
+        return isinstance(self.rule, rules.Rule) and not isinstance(self.rule, rules.Fixed)
 
     def periods(self, swept: Sequence[int] | None) -> tuple[int, ...]:
         """The periods that it runs with; `(0,)` if it has none.

@@ -1,8 +1,11 @@
-"""What a study's seeds allow one to conclude, and with which p-value.
+"""What paired seeds allow one to conclude, with which interval and which p-value.
+
+Everything here works on arrays: `smooth` and `steps_to_loss` on losses as a sweep returns them,
+`paired_ratio` on two methods' steps, seed by seed.
 
 A `Mean` is an estimate with its standard error and its *pivot*, the distribution of
-(estimate - truth) / error: Student's t (`student`) or, for runs whose learning rates were chosen on
-the same seeds, the one that a bootstrap finds (`bootstrap_t`). Interval and p-values come from
+(estimate - truth) / error: Student's t (`student`) or, where each method's learning rate was chosen
+on the same seeds, the one that a bootstrap finds (`bootstrap_t`). Interval and p-values come from
 one pivot, so that they never contradict each other.
 
 A statement says that the truth lies in a region. It has two p-values, of "it does" (`p_holds`) and
@@ -21,19 +24,120 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
-from statsmodels.stats import multitest
-
-from soap_jax.study.paired import Runs
 
 ALPHA = 0.05
+WINDOW = 11
+"""Batches in the moving average of the training loss, centred so that it does not lag."""
 RESAMPLES = 9999
 RESAMPLING_SEED = 20160715
 TINY = 1e-12
 """Standard errors of logs or degrees up to this are rounding, and count as zero."""
 
 
+def smooth(losses: ArrayLike, window: int = WINDOW) -> np.ndarray:
+    """A centred mean over `window` batches, fewer at the ends; NaN from the first break on.
+
+    Args:
+        losses: `(..., steps)`.
+        window: how many batches.
+
+    Example:
+        >>> smooth([1.0, 3.0, np.inf, 1.0]).tolist()
+        [2.0, 2.0, nan, nan]
+    """
+    values = np.asarray(losses, float)
+    unbroken = np.logical_and.accumulate(np.isfinite(values), axis=-1)
+    steps, before = values.shape[-1], window // 2
+    margin = [(0, 0)] * (values.ndim - 1) + [(before, window - 1 - before)]
+    total, count = (
+        sum(padded[..., k : k + steps] for k in range(window))
+        for padded in (
+            np.pad(np.where(unbroken, values, 0.0), margin),
+            np.pad(unbroken.astype(int), margin),
+        )
+    )
+    return np.where(unbroken, total / np.maximum(count, 1), np.nan)
+
+
+def steps_to_loss(losses: ArrayLike, target: float, window: int = WINDOW) -> np.ndarray:
+    """The number of batches seen when a run's smoothed loss first falls to a target.
+
+    Args:
+        losses: `(..., steps)`, each batch's loss before its update.
+        target: the loss to reach.
+        window: of `smooth`; 1 for losses that are smooth already.
+
+    Returns:
+        `(...)`, NaN where a run never gets there.
+
+    Example:
+        >>> steps_to_loss([[2.0, 0.4, 0.6], [2.0, 2.0, 2.0]], 0.5, window=1).tolist()
+        [2.0, nan]
+    """
+    arrived = smooth(losses, window) <= target
+    return np.where(arrived.any(-1), arrived.argmax(-1) + 1.0, np.nan)
+
+
+def number(value: float) -> str:
+    """A number for people: three digits, thousands set off, a dash where there is none.
+
+    Example:
+        >>> number(1234.6), number(0.22871), number(0.5), number(float("nan"))
+        ('1,235', '0.229', '0.5', '–')
+    """
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if math.isnan(value):
+        return "–"
+    said = f"{abs(value):,.0f}" if abs(value) >= 99.95 else f"{abs(value):.3g}"
+    return f"−{said}" if value < 0 and said != "0" else said
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """An estimate and its 95 % interval; `str` says both in words.
+
+    Attributes:
+        value: the estimate; NaN where there is none.
+        low: lower end of the interval, infinite (for ratios 0) where the runs leave it open; NaN
+            where there is no interval.
+        high: upper end.
+        note: what a reader must know beside the numbers, or "".
+
+    Example:
+        >>> print(Estimate(1.8, 1.7512, 1.85), Estimate(1.8, 1.7, math.inf), sep="; ")
+        1.80 [1.75, 1.85]; 1.80 [1.70, ∞)
+    """
+
+    value: float
+    low: float
+    high: float
+    note: str = ""
+
+    def __str__(self):
+        return self.words()
+
+    def words(self, unit: str = "") -> str:
+        """The estimate with its unit, and its interval as far as there is one."""
+        if math.isnan(self.value):
+            return "–"
+        said = _padded(self.value) + unit
+        open_low, open_high = self.low in (0, -math.inf), self.high == math.inf
+        if math.isnan(self.low) or (open_low and open_high):
+            return said
+        low = f"({number(self.low)}" if open_low else f"[{_padded(self.low)}"
+        return f"{said} {low}, " + ("∞)" if open_high else f"{_padded(self.high)}]")
+
+
+def _padded(value):
+    """Three digits even where the last are zeros, so that the ends of an interval look alike."""
+    said = number(value)
+    short = abs(value) >= 99.95 or "e" in said or said in "0"
+    return said if short else f"{value:#.3g}".replace("-", "−")
+
+
 class Result(NamedTuple):
-    """An estimate, its 95 % interval (NaN where there is none), and how a statement fares."""
+    """An estimate, its 95 % interval, and how a statement fares."""
 
     estimate: float
     low: float
@@ -89,7 +193,8 @@ class Mean:
 
     Attributes:
         estimate: the estimate.
-        error: its standard error; 0 where the sample does not vary, which is taken at its word.
+        error: its standard error; 0 where the sample does not vary, which is taken at its word:
+            the interval is a point. NaN for one value alone.
         pivot: the distribution of (estimate - truth) / error.
         has_low: whether the sample says how small the truth can be: not if it is an upper bound.
         has_high: whether the sample says how large the truth can be: not if it is a lower bound.
@@ -105,9 +210,7 @@ class Mean:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval; infinite where the sample says nothing."""
-        if not self.error and 2 * self.least >= ALPHA:
-            return -np.inf, np.inf
+        """The 95 % interval; infinite where the sample says nothing, NaN for one value."""
         below, above = self.pivot.interval(1 - ALPHA) if self.error else (0.0, 0.0)
         low = float(self.estimate - self.error * above) if self.has_low else -np.inf
         high = float(self.estimate - self.error * below) if self.has_high else np.inf
@@ -115,28 +218,20 @@ class Mean:
 
     def p_above(self, bound: float) -> float:
         """One-sided p-value of "the truth lies above `bound`": small speaks for it."""
-        if bound == -np.inf or not self.has_low:
-            return float(bound != -np.inf)
-        difference = self.estimate - bound
-        return (
-            float(self.pivot.sf(difference / self.error))
-            if self.error
-            else self._flat(difference > 0)
-        )
+        return self._p(bound, -np.inf, self.has_low)
 
     def p_below(self, bound: float) -> float:
         """One-sided p-value of "the truth lies below `bound`": small speaks for it."""
-        if bound == np.inf or not self.has_high:
-            return float(bound != np.inf)
-        difference = self.estimate - bound
-        return (
-            float(self.pivot.cdf(difference / self.error))
-            if self.error
-            else self._flat(difference < 0)
-        )
+        return self._p(bound, np.inf, self.has_high)
 
-    def _flat(self, speaks_for: bool) -> float:
-        return self.least if speaks_for else 1.0
+    def _p(self, bound, nowhere, is_known):
+        if bound == nowhere or not is_known:
+            return float(bound != nowhere)
+        difference = self.estimate - bound
+        if not self.error:
+            return self.least if difference * nowhere < 0 else 1.0
+        tail = self.pivot.sf if nowhere < 0 else self.pivot.cdf
+        return float(tail(difference / self.error))
 
     def judge(self, within: tuple[float, float]) -> Result:
         """How the statement fares that the truth lies inside a region, infinite where open.
@@ -155,16 +250,16 @@ class Mean:
         p_fails = min(1.0, 2 * min(self.p_below(low), self.p_above(high)))
         return Result(self.estimate, *self.interval, p_holds, p_fails)
 
-    def judge_ratio(self, within: tuple[float, float]) -> Result:
+    def judge_ratio(self, within: tuple[float, float] = (0.0, np.inf)) -> Result:
         """The same for the exponential of the mean, in a region of ratios (0 where open)."""
         low, high = (math.log(end) if end else -np.inf for end in within)
         result = self.judge((low, high))
-        estimate, least, most = (math.exp(value) for value in result[:3])
+        estimate, least, most = np.exp(result[:3]).tolist()
         return result._replace(estimate=estimate, low=least, high=most)
 
 
 def student(sample: ArrayLike) -> Mean:
-    """The mean of two or more independent values, by Student's t.
+    """The mean of independent values, by Student's t.
 
     `p_above` and `p_below` are those of `scipy.stats.ttest_1samp`; where all values are the same,
     which says nothing of their spread, those of the sign test.
@@ -175,6 +270,8 @@ def student(sample: ArrayLike) -> Mean:
         (-0.484, 4.484)
     """
     values = np.asarray(sample, float)
+    if values.size < 2:
+        return Mean(float(values.mean()) if values.size else np.nan, np.nan, _student_t(1))
     pivot = _student_t(values.size - 1)
     if np.ptp(values) <= TINY:
         return Mean(float(values[0]), 0.0, pivot, least=0.5**values.size)
@@ -184,8 +281,90 @@ def student(sample: ArrayLike) -> Mean:
 _student_t = functools.cache(stats.t)  # slow to make
 
 
+@dataclasses.dataclass(frozen=True)
+class Quotient(Mean):
+    """The ratio of two paired means, by Fieller's method; see `fieller`.
+
+    Attributes:
+        part: `(seeds,)`, the numerator's values.
+        whole: `(seeds,)`, the denominator's.
+    """
+
+    part: np.ndarray = dataclasses.field(kw_only=True)
+    whole: np.ndarray = dataclasses.field(kw_only=True)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Each ρ for which the mean of part - ρ whole is not significantly other than zero.
+
+        NaN where the mean of the whole itself is not, since that set is unbounded.
+        """
+        a, b = self.part, self.whole
+        quantile = stats.t.ppf(1 - ALPHA / 2, a.size - 1)
+        aa, ab, _, bb = (quantile**2 * np.cov(a, b) / a.size).flat
+        # (mean(a) - ρ mean(b))² ≤ aa - 2 ρ ab + ρ² bb, which is square ρ² - 2 half ρ + rest ≤ 0
+        square, rest = b.mean() ** 2 - bb, a.mean() ** 2 - aa
+        half = a.mean() * b.mean() - ab
+        if square <= TINY**2:
+            return np.nan, np.nan
+        root = math.sqrt(max(half**2 - square * rest, 0.0))
+        return float((half - root) / square), float((half + root) / square)
+
+    def _p(self, bound, nowhere, is_known):
+        if not np.isfinite(bound):
+            return float(bound != nowhere)
+        side = np.sign(self.whole.mean())
+        return student(side * (self.part - bound * self.whole))._p(0.0, nowhere, is_known)
+
+
+def fieller(part: ArrayLike, whole: ArrayLike) -> Quotient:
+    """The ratio of two paired means, with Fieller's interval.
+
+    Example:
+        >>> share = fieller([1.0, 1.2, 0.9], [2.0, 2.2, 2.0])
+        >>> [round(value, 3) for value in (share.estimate, *share.interval)]
+        [0.5, 0.363, 0.608]
+
+    References:
+        Fieller, Some problems in interval estimation, 1954.
+    """
+    a, b = np.asarray(part, float), np.asarray(whole, float)
+    known = abs(b.mean()) > TINY
+    ratio = float(a.mean() / b.mean()) if known else np.nan
+    return Quotient(ratio, np.nan, _student_t(max(a.size - 1, 1)), part=a, whole=b)
+
+
+class Runs(NamedTuple):
+    """The runs of one method, over learning rates and paired seeds.
+
+    Attributes:
+        values: `(rates, seeds)`, what is compared: logarithms of steps, or a metric.
+        censored: `(rates, seeds)` bool: the value is only a bound, since the run never reached the
+            target or diverged.
+        diverged: `(rates, seeds)` bool.
+        score: `(rates, seeds)`, by which the learning rate is chosen; more is better.
+        loss: `(rates, seeds)`, which breaks ties; less is better.
+    """
+
+    values: np.ndarray
+    censored: np.ndarray
+    diverged: np.ndarray
+    score: np.ndarray
+    loss: np.ndarray
+
+    @property
+    def tuned(self) -> int | None:
+        """Index of the best learning rate; None if some run diverged at each."""
+        if (self.diverged | np.isnan(self.score)).any(axis=1).all():
+            return None
+        return int(choose_rates(self, np.ones((1, self.score.shape[1]), int))[0])
+
+
 def choose_rates(runs: Runs, counts: np.ndarray) -> np.ndarray:
-    """What `summary.best_rate` chooses in each of many resamples, all at once.
+    """The learning rate with the best mean score, in each of many resamples at once.
+
+    Ties, up to a millionth since scores are float32, go to the lower mean loss. A rate at which any
+    run of the resample diverged is not chosen.
 
     Args:
         runs: the runs of one method.
@@ -194,13 +373,14 @@ def choose_rates(runs: Runs, counts: np.ndarray) -> np.ndarray:
     Returns:
         `(resamples,)` indices of learning rates.
     """
+    unknown = runs.diverged | np.isnan(runs.score)
 
     def mean(values):
-        return counts @ np.where(runs.diverged, 0.0, values).T / counts[0].sum()
+        return counts @ np.where(unknown, 0.0, values).T / counts[0].sum()
 
-    diverged = counts @ runs.diverged.T > 0
-    accuracy = np.where(diverged, -np.inf, mean(runs.accuracy).round(6))  # ties are ties
-    best = accuracy == accuracy.max(axis=1, keepdims=True)
+    score = np.where(counts @ unknown.T > 0, -np.inf, mean(runs.score))
+    most = score.max(axis=1, keepdims=True)
+    best = score >= most - 1e-6 * np.abs(most)
     return np.where(best, mean(runs.loss), np.inf).argmin(axis=1)
 
 
@@ -211,34 +391,35 @@ def _resamples(seeds: int, resamples: int) -> np.ndarray:
     return rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
 
 
-def bootstrap_t(numerator: Runs, denominator: Runs, *, resamples: int = RESAMPLES) -> Mean:
-    """Mean log ratio of steps with each method at its tuned rate, by the bootstrap-t over seeds.
+def bootstrap_t(above: Runs, below: Runs, *, resamples: int = RESAMPLES) -> Mean:
+    """Mean paired difference of two methods, each at its best rate, by the bootstrap-t over seeds.
 
     In every resample of the seeds each method's rate is chosen anew, so that the pivot knows what
     the choice adds to the spread. The pivot is made symmetric: where two rates are nearly tied the
-    ratio jumps from one to the other, and an equal-tailed bootstrap-t reflects that jump to the
-    wrong side (its 95 % intervals then covered 69 %, the symmetric ones 95 %). Steps of censored
-    runs enter as they are; where a rate that any resample chose has some, the mean is a bound
-    (see `censor`).
+    difference jumps from one to the other, and an equal-tailed bootstrap-t reflects that jump to
+    the wrong side (its 95 % intervals then covered 69 %, the symmetric ones 95 %). Censored values
+    enter as they are; where a rate that any resample chose has some, the mean is a bound (see
+    `censor`).
 
     Args:
-        numerator: the runs of one method; `tuned` must not be None.
-        denominator: the runs of another, with the same rates and seeds.
+        above: the runs of one method; `tuned` must not be None.
+        below: those of another, with the same seeds, to be taken off.
         resamples: how many; the seed of the generator is fixed, so results repeat.
 
     References:
         Hall, On symmetric bootstrap confidence intervals, 1988.
     """
-    seeds = numerator.steps.shape[1]
+    pair = (above, below)
+    seeds = above.values.shape[1]
     counts = _resamples(seeds, resamples)
-    pair = (numerator, denominator)
     rates = [choose_rates(runs, counts) for runs in pair]
-    above, below = (np.log(runs.steps)[chosen] for runs, chosen in zip(pair, rates, strict=True))
-    means = np.sum(counts * (above - below), axis=1) / seeds
-    squares = np.sum(counts * (above - below - means[:, None]) ** 2, axis=1)
-    errors = np.sqrt(squares / (seeds - 1) / seeds)
+    a, b = (runs.values[chosen] for runs, chosen in zip(pair, rates, strict=True))
+    differences = np.where(counts > 0, a - b, 0.0)
+    means = np.sum(counts * differences, axis=1) / seeds
+    squares = np.sum(counts * (differences - means[:, None]) ** 2, axis=1)
+    errors = np.sqrt(squares / max(seeds - 1, 1) / seeds)
 
-    mean = student(np.log(numerator.steps[numerator.tuned] / denominator.steps[denominator.tuned]))
+    mean = student(above.values[above.tuned] - below.values[below.tuned])
     shifts = np.where(np.abs(means - mean.estimate) > TINY, means - mean.estimate, 0.0)
     flat = errors <= TINY  # resamples that do not vary: infinitely far off, or not at all
     ratios = shifts / np.where(flat, 1.0, errors)
@@ -247,8 +428,8 @@ def bootstrap_t(numerator: Runs, denominator: Runs, *, resamples: int = RESAMPLE
     return dataclasses.replace(
         mean,
         pivot=Empirical(np.sort(np.concatenate([pivot, -pivot]))),
-        has_low=not (unsure or denominator.censored[rates[1]].any()),
-        has_high=not (unsure or numerator.censored[rates[0]].any()),
+        has_low=not (unsure or below.censored[rates[1]].any()),
+        has_high=not (unsure or above.censored[rates[0]].any()),
     )
 
 
@@ -258,8 +439,8 @@ def too_many(censored: ArrayLike) -> bool:
     return 10 * int(flags.sum()) > flags.size
 
 
-def censor(mean: Mean, numerator: ArrayLike, denominator: ArrayLike) -> Mean:
-    """Takes from a mean log ratio what censored runs do not allow it to say.
+def censor(mean: Mean, above: ArrayLike, below: ArrayLike) -> Mean:
+    """Takes from a mean difference what censored runs do not allow it to say.
 
     With a run's steps cut at its budget the mean of a numerator's logs is that of smaller numbers:
     the ratio is a lower bound, which says nothing of how large the truth can be. A censored
@@ -268,16 +449,42 @@ def censor(mean: Mean, numerator: ArrayLike, denominator: ArrayLike) -> Mean:
 
     Args:
         mean: of log(numerator's steps / denominator's).
-        numerator: bool, which of the numerator's runs are censored.
-        denominator: the same of the denominator's.
+        above: bool, which of the numerator's runs are censored.
+        below: the same of the denominator's.
     """
-    nothing = too_many(numerator) or too_many(denominator)
+    nothing = too_many(above) or too_many(below)
     return dataclasses.replace(
         mean,
-        estimate=np.nan if np.any(numerator) and np.any(denominator) else mean.estimate,
-        has_low=mean.has_low and not (nothing or np.any(denominator)),
-        has_high=mean.has_high and not (nothing or np.any(numerator)),
+        estimate=np.nan if np.any(above) and np.any(below) else mean.estimate,
+        has_low=mean.has_low and not (nothing or np.any(below)),
+        has_high=mean.has_high and not (nothing or np.any(above)),
     )
+
+
+def paired_ratio(above: ArrayLike, below: ArrayLike, *, budget: float | None = None) -> Estimate:
+    """The geometric mean of paired ratios, such as of steps to a loss, with its t interval.
+
+    Args:
+        above: `(seeds,)`, the numerators; NaN of a run that never got there.
+        below: `(seeds,)`, the denominators of the same seeds.
+        budget: steps that each run had. NaNs count as so many, and make the ratio a bound: the
+            interval is open on that side.
+
+    Raises:
+        ValueError: for NaNs without a budget, or values that are not positive.
+
+    Example:
+        >>> print(paired_ratio([20.0, 40.0, 84.0], [10.0, 20.0, 40.0]))
+        2.03 [1.90, 2.17]
+    """
+    pair = [np.asarray(steps, float) for steps in (above, below)]
+    missing = [np.isnan(steps) for steps in pair]
+    if budget is None and np.any(missing):
+        raise ValueError("some runs never got there (NaN); expected budget=, the steps they had.")
+    if any(np.any(steps <= 0) for steps in pair):
+        raise ValueError("some values are not positive; ratios are taken on the log scale.")
+    a, b = (np.log(np.where(np.isnan(steps), budget or np.nan, steps)) for steps in pair)
+    return Estimate(*censor(student(a - b), *missing).judge_ratio()[:3])
 
 
 def trend(table: ArrayLike) -> Result:
@@ -315,8 +522,8 @@ def intersection_union(p_holds: Sequence[float], p_fails: Sequence[float]) -> tu
     return max(p_holds), min(1.0, len(p_fails) * min(p_fails))
 
 
-def holm(p_holds: Sequence[float], p_fails: Sequence[float]) -> np.ndarray:
-    """Holm-adjusted p-values of "this claim is decided", one per claim.
+def holm(p_holds: ArrayLike, p_fails: ArrayLike) -> np.ndarray:
+    """Holm-adjusted p-values of "this claim is decided", one per claim, along the last axis.
 
     Of each claim exactly one is true, that it holds or that it does not, so a claim is decided by
     the smaller of its two-sided p-values, in the direction that this names; the doubling in each
@@ -329,4 +536,7 @@ def holm(p_holds: Sequence[float], p_fails: Sequence[float]) -> np.ndarray:
         1980.
     """
     smaller = np.minimum(p_holds, p_fails)
-    return multitest.multipletests(smaller, method="holm")[1] if smaller.size else smaller
+    order = smaller.argsort(axis=-1)
+    steps = np.take_along_axis(smaller, order, -1) * np.arange(smaller.shape[-1], 0, -1)
+    adjusted = np.minimum(np.maximum.accumulate(steps, axis=-1), 1.0)
+    return np.take_along_axis(adjusted, order.argsort(axis=-1), -1)

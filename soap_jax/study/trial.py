@@ -1,0 +1,429 @@
+"""One training of a task by a method, as pure functions: its start, its step, its measurements.
+
+Methods that differ in their rule alone share one program, in which a traced index says whose rule
+syncs feedback. Backprop is among them: its feedback is W.
+
+    validation_loss, validation_METRIC
+    gradient_angle/PATH             of a kernel's pseudo-gradient to its true one
+    error_angle/PATH                of the errors of its output, example by example
+    effective_learning_rate/PATH    rate × <pseudo, true> / <true, true> of its gradients
+    weight_angle/PATH               of feedback to its kernel
+    norm_ratio/PATH                 of feedback to its kernel
+
+The first three are of every kernel but the last, whose gradient is exact. Errors are not measured
+of a kernel that the transform does not follow there, or under a gradient that is of no loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from soap_jax import feedback as fb
+from soap_jax import metrics, rules, training, trees
+from soap_jax.study import methods
+from soap_jax.study.methods import Method
+from soap_jax.tasks import Task
+from soap_jax.transform import explain, with_feedback
+
+PROBE_SIZE = 256
+"""Examples on which gradients are compared."""
+LOSS_STREAM, STATE_STREAM, EVALUATION_KEY = 2**30, 2**30 + 1, 2**30 + 2
+"""Folded into a seed's key, beside its streams for params, feedback and order."""
+
+Optimizer = Callable[[Any], optax.GradientTransformation]
+"""`learning_rate -> optimiser`."""
+
+
+class Layers(NamedTuple):
+    """Which param is which, by `soap_jax.explain`.
+
+    Attributes:
+        kernels: those that errors pass or that come first, in order of use.
+        served: those that feedback serves.
+        last: the last kernel, and the params that are first used after it.
+    """
+
+    kernels: tuple[trees.Path, ...]
+    served: tuple[trees.Path, ...]
+    last: frozenset[trees.Path]
+
+
+class State(NamedTuple):
+    """What a training carries from step to step: its `TrainState`, and the model's own state."""
+
+    train: training.TrainState
+    model: chex.ArrayTree
+
+
+class Plan(NamedTuple):
+    """What stays the same through a training.
+
+    Attributes:
+        order: `(steps, batch_size)` int32, the examples of each batch; None if they are made.
+        key: from which the loss and made batches draw.
+        scale: by kernel, the size of its signs at the start, relative to its own.
+    """
+
+    order: jax.Array | None
+    key: chex.PRNGKey
+    scale: dict[str, jax.Array]
+
+
+class Trial(NamedTuple):
+    """The pure functions of a training; `data` is what `data_of` returns.
+
+    Attributes:
+        init: `(seed, learning_rate, period, index, data) -> (state, plan)`.
+        step: `(state, plan, learning_rate, index, data, i) -> (state, loss)`.
+        measure: `(state, plan, learning_rate, index, data) -> scalars by column`.
+        test: `(state, data) -> scalars by metric`.
+        steps: how many there are.
+        marks: how often a run is measured, in equal distances, besides the start.
+    """
+
+    init: Callable[..., tuple[State, Plan]]
+    step: Callable[..., tuple[State, jax.Array]]
+    measure: Callable[..., dict[str, jax.Array]]
+    test: Callable[..., dict[str, jax.Array]]
+    steps: int
+    marks: int
+
+
+def data_of(task: Task) -> dict[str, chex.ArrayTree]:
+    """The task's arrays, by part."""
+    return {part: jax.tree.map(jnp.asarray, getattr(task, part)) for part in task.examples}
+
+
+def batch_of(task: Task, data, plan: Plan, i) -> chex.ArrayTree:
+    """The i-th batch of a training."""
+    if task.generated:
+        return task.train(jax.random.fold_in(plan.key, i))  # type: ignore[operator]
+    return jax.tree.map(lambda leaf: leaf[plan.order[i]], data["train"])  # type: ignore[index]
+
+
+def loss_of(task: Task) -> Callable[..., tuple[jax.Array, chex.ArrayTree]]:
+    """The task's loss as `(params, state, batch, key) -> (loss, state)`, with or without state."""
+    if task.init_state is not None:
+        return task.loss
+    return lambda params, state, batch, key: (task.loss(params, batch), state)
+
+
+def layers_of(task: Task, params, state, batch) -> Layers:
+    """Reads from `explain` which param is which.
+
+    Raises:
+        ValueError: if there is no kernel that feedback could serve.
+    """
+    rows = explain(loss_of(task), params, state, batch, jax.random.key(0), has_aux=True)
+    kinds = ("feedback", "no effect", "backprop")
+    kernels = [row.path for row in rows if len(row.shape) > 1 and row.effect in kinds]
+    served = tuple(row.path for row in rows if row.effect == "feedback")
+    if not served:
+        raise ValueError(
+            "the task has no kernel for feedback: no error passes one in a product with an "
+            "activation on its way back. Expected two layers or more; is the batch an argument of "
+            f"the loss? What soap_jax.explain says of it:\n{rows}"
+        )
+    paths = [row.path for row in rows]
+    return Layers(tuple(kernels), served, frozenset(paths[paths.index(kernels[-1]) :]))
+
+
+def shared_key(method: Method) -> tuple | None:
+    """What tells a method from others in one program; None for one that needs its own."""
+    if method.own or method.feedback_bar or method.init_feedback or method.optimizer:
+        return None
+    rule = rules.Transport() if method.rule is None else method.rule
+    if type(rule) not in (rules.Fixed, rules.SignSync, rules.Transport):
+        return None
+    return _static(rule), method.scale, method.last_only
+
+
+def _static(rule):
+    if isinstance(rule, Mapping):
+        return tuple((pattern, _static(part)) for pattern, part in rule.items())
+    return rule if isinstance(rule, rules.Fixed) else dataclasses.replace(rule, period=1)
+
+
+def make(
+    task: Task,
+    members: tuple[Method, ...],
+    layers: Layers,
+    *,
+    optimizer: Optimizer,
+    batch_size: int,
+    steps: int,
+    evaluations: int,
+    eval_batch_size: int | None = None,
+) -> Trial:
+    """Makes the functions of a training by one of the methods `members`, of which an index tells.
+
+    Initial params, feedback and the order of examples come from streams of their own, so that
+    methods are paired by their seed.
+
+    Args:
+        task: what is learnt.
+        members: one method; or several that differ in rule, scale and `last_only` alone.
+        layers: from `layers_of`.
+        optimizer: `learning_rate -> optimiser`.
+        batch_size: examples per step.
+        steps: updates in all.
+        evaluations: how often a run is measured; divides `steps`.
+        eval_batch_size: at most so many examples at a time; by default all.
+    """
+    method = members[0]
+    learns = method.feedback_bar is not None
+    plain = loss_of(task)
+    through = with_feedback(plain, feedback_bar=method.feedback_bar)
+
+    def of_method(params, weights, state, batch, key):
+        if method.loss is None:
+            return through(params, weights, state, batch, key)
+        if task.init_state is None:
+            return method.loss(params, weights, batch), state
+        return method.loss(params, weights, state, batch, key)
+
+    def value_and_grad(params, weights, state, batch, key, step, learning_rate):
+        if method.gradient is None:
+            argnums = (0, 1) if learns else 0
+            gradient = jax.value_and_grad(of_method, argnums, has_aux=True)
+            return gradient(params, weights, state, batch, key)
+        if task.init_state is None:
+            loss, gradients = method.gradient(params, weights, batch, key, step, learning_rate)
+            return (loss, state), gradients
+        return method.gradient(params, weights, state, batch, key, step, learning_rate)
+
+    def optimizer_at(learning_rate, index):
+        chosen = optimizer(learning_rate)
+        if method.optimizer is not None:
+            chosen = method.optimizer(chosen, learning_rate)
+        if not any(member.last_only for member in members):
+            return chosen
+        if isinstance(chosen, optax.MultiSteps):
+            chosen = chosen.gradient_transformation()
+        share = _share_of_hidden(members, index)
+
+        def only(updates, params):
+            del params
+            return jax.tree_util.tree_map_with_path(
+                lambda keys, u: u if trees.path_of(keys) in layers.last else u * share, updates
+            )
+
+        return optax.chain(chosen, optax.stateless(only))
+
+    def sync(train, plan, index):
+        if not isinstance(train.feedback, fb.FeedbackState):
+            return train
+
+        def branch(member):
+            rule = _static(rules.Transport() if member.rule is None else member.rule)
+
+            def synced(params, feedback, step):
+                own = dataclasses.replace(feedback, rule=rule)
+                weights = fb.sync_feedback(params, own, step).feedback
+                if member.scale is None:
+                    return weights
+                live = methods.amplification(params, weights)
+                ratios = plan.scale if member.scale == "start" else _by_name(live)
+                return trees.map_pairs(
+                    lambda path, w, b: (ratios["/".join(path)] * b).astype(b.dtype), params, weights
+                )
+
+            return synced
+
+        args = train.params, train.feedback, train.step
+        weights = lax.switch(index, [branch(member) for member in members], *args)
+        return train._replace(feedback=dataclasses.replace(train.feedback, feedback=weights))
+
+    def init_weights(key, params, batch, period):
+        made = method.init_feedback and method.init_feedback(key, params, batch)
+        if made is not None and method.rule is None:
+            return made
+        if method.own and method.rule is None:
+            return None
+        rule = rules.Fixed() if method.rule is None or len(members) > 1 else method.rule
+        where = _at(layers.served) if method.where is None and made is None else method.where
+        state = fb.init_feedback(
+            key, params, rule, where=where, initializer=method.initializer, feedback=made
+        )
+        if not isinstance(rule, Mapping):
+            state = dataclasses.replace(state, period=jnp.maximum(period, 1))
+        return dataclasses.replace(state, rule=rules.Fixed())  # `sync` knows the rule
+
+    def init(seed, learning_rate, period, index, data):
+        key = jax.random.key(seed)
+        init_key, feedback_key, order_key = jax.random.split(key, 3)
+        params = task.init(init_key)
+        if method.init is not None:
+            params = method.init(init_key, params)
+        model = task.init_state and task.init_state(jax.random.fold_in(key, STATE_STREAM))
+        order = None
+        if not task.generated:
+            order = _order(order_key, task.examples["train"], batch_size, steps)
+        plan = Plan(order, jax.random.fold_in(key, LOSS_STREAM), {})
+        weights = init_weights(feedback_key, params, batch_of(task, data, plan, 0), period)
+        if any(member.scale == "start" for member in members):
+            plan = plan._replace(
+                scale=_by_name(methods.amplification(params, training.feedback_weights(weights)))
+            )
+        chosen = optimizer_at(learning_rate, index)
+        train = training.init_train_state(params, chosen, feedback=weights, learn_feedback=learns)
+        return State(train, model), plan
+
+    def step(state, plan, learning_rate, index, data, i):
+        key = jax.random.fold_in(plan.key, i)
+
+        def gradient(params, weights, batch, *, step):
+            return value_and_grad(params, weights, state.model, batch, key, step, learning_rate)
+
+        of_gradient = training.make_gradient_step(
+            gradient, optimizer_at(learning_rate, index), learn_feedback=learns, has_aux=True
+        )
+        train = sync(state.train, plan, index)
+        train, (loss, model) = of_gradient(train, batch_of(task, data, plan, i))
+        return State(train, model), loss
+
+    def measure(state, plan, learning_rate, index, data):
+        key = jax.random.key(EVALUATION_KEY)
+        train = sync(state.train, plan, index)
+        params, weights = train.params, training.feedback_weights(train.feedback)
+        row = {}
+        if "validation" in data:
+            found = evaluate(task, params, state.model, data["validation"], eval_batch_size)
+            row |= {f"validation_{name}": value for name, value in found.items()}
+        probe = data.get("validation", data.get("train"))
+        probe = task.train(plan.key) if probe is None else probe  # type: ignore[operator]
+        size = batch_size if method.gradient is not None else PROBE_SIZE
+        probe = jax.tree.map(lambda leaf: leaf[:size], probe)
+        args = state.model, probe, key
+        _, pseudo = value_and_grad(params, weights, *args, train.step, learning_rate)
+        pseudo = _leaves(pseudo[0] if learns else pseudo)
+        true = _leaves(jax.grad(plain, has_aux=True)(params, *args)[0])
+        share = _share_of_hidden(members, index)
+        for path in layers.kernels[:-1]:
+            name, (a, b) = "/".join(path), (tree[path] for tree in (pseudo, true))
+            row[f"gradient_angle/{name}"] = metrics.angle(a, b)
+            along = share * jnp.sum(a * b) / jnp.sum(b * b)
+            row[f"effective_learning_rate/{name}"] = learning_rate * along
+        if method.loss is None and method.gradient is None:
+            for column, metric in (
+                ("weight_angle", metrics.weight_angle),
+                ("norm_ratio", metrics.norm_ratio),
+            ):
+                row |= {
+                    f"{column}/{'/'.join(path)}": leaf
+                    for path, leaf in _leaves(metric(params, weights)).items()
+                }
+        return row
+
+    def test(state, data):
+        if "test" not in data:
+            return {}
+        return evaluate(task, state.train.params, state.model, data["test"], eval_batch_size)
+
+    return Trial(init, step, measure, test, steps, evaluations)
+
+
+def evaluate(task: Task, params, state, data, batch_size: int | None = None):
+    """The loss and the metrics of a model over examples, by name, batches weighted by their size.
+
+    Args:
+        task: whose they are.
+        params: the model's.
+        state: its state; None without one.
+        data: the examples.
+        batch_size: at most so many at a time; by default all.
+    """
+
+    def one(batch):
+        key = jax.random.key(EVALUATION_KEY)
+        args = (params, batch) if task.init_state is None else (params, state, batch)
+        found = {name: metric(*args) for name, metric in task.metrics.items()}
+        if "loss" not in found:
+            found = {"loss": loss_of(task)(params, state, batch, key)[0], **found}
+        return {name: jnp.asarray(value, jnp.float32) for name, value in found.items()}
+
+    num = jax.tree.leaves(data)[0].shape[0]
+    size = min(batch_size or num, num)
+    whole = num // size
+    if whole == 1 and size == num:
+        return one(data)
+    batches = jax.tree.map(lambda x: x[: whole * size].reshape(whole, size, *x.shape[1:]), data)
+    total = jax.tree.map(lambda values: size * values.sum(), lax.map(one, batches))
+    if rest := num - whole * size:
+        last = one(jax.tree.map(lambda leaf: leaf[-rest:], data))
+        total = jax.tree.map(lambda a, b: a + rest * b, total, last)
+    return jax.tree.map(lambda value: value / num, total)
+
+
+def scanned(trial: Trial) -> Callable[..., dict[str, Any]]:
+    """A whole training as one function, for `soap_jax.sweeps`.
+
+    A run whose loss is not finite goes no further: all that follows is NaN.
+
+    Returns:
+        `(seed, learning_rate, period, index, data) -> record`: `train_loss` `(steps,)`, each batch's
+        before its update; `evaluations`, by column `(evaluations + 1,)`; `test`, by metric.
+    """
+
+    def run(seed, learning_rate, period, index, data):
+        state, plan = trial.init(seed, learning_rate, period, index, data)
+        every = trial.steps // trial.marks
+
+        def train(state, k):
+            def one(state, i):
+                return trial.step(state, plan, learning_rate, index, data, i)
+
+            state, losses = lax.scan(one, state, (k - 1) * every + jnp.arange(every))
+            return state, losses.astype(jnp.float32)
+
+        def wait(state, k):
+            return state, jnp.where(k > 0, jnp.nan, jnp.zeros(every, jnp.float32))
+
+        def segment(carry, k):  # the first only measures: so XLA compiles measuring once
+            state, alive = carry
+            state, losses = lax.cond((k > 0) & alive, train, wait, state, k)
+            alive &= jnp.isfinite(losses).all()
+            row = trial.measure(state, plan, learning_rate, index, data)
+            row = jax.tree.map(lambda leaf: jnp.where(alive, leaf, jnp.nan), row)
+            return (state, alive), (losses, row)
+
+        marks = jnp.arange(trial.marks + 1, dtype=jnp.int32)
+        (state, alive), (losses, rows) = lax.scan(segment, (state, jnp.array(True)), marks)
+        test = trial.test(state, data)
+        test = jax.tree.map(lambda leaf: jnp.where(alive, leaf, jnp.nan), test)
+        return {"train_loss": losses[1:].reshape(-1), "evaluations": rows, "test": test}
+
+    return run
+
+
+def _order(key, num, batch_size, steps):
+    epochs = -(-steps // (num // batch_size))
+    keys = jax.random.split(key, epochs)
+    order = jax.vmap(lambda key: training.epoch_order(key, num, batch_size))(keys)
+    return order.reshape(-1, batch_size)[:steps]
+
+
+def _share_of_hidden(members, index):
+    """0 where only the last kernel learns, else 1."""
+    return jnp.array([float(not member.last_only) for member in members], jnp.float32)[index]
+
+
+def _at(paths):
+    names = {"/".join(path) for path in paths}
+    return lambda path, leaf: path in names
+
+
+def _by_name(by_path):
+    return {"/".join(path): value for path, value in by_path.items()}
+
+
+def _leaves(tree):
+    return {trees.path_of(k): leaf for k, leaf in jax.tree_util.tree_leaves_with_path(tree)}
