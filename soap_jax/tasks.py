@@ -8,6 +8,7 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import chex
 import flax.linen as nn
@@ -178,23 +179,29 @@ def split(dataset: data.Dataset) -> tuple[data.Split, data.Split, data.Split]:
     return train, validation, dataset.test
 
 
-def scaling(dataset: data.Dataset, inputs: str = "standard") -> Callable[[jax.Array], jax.Array]:
-    """Makes the function from inputs as stored to float32.
+class Scaling(NamedTuple):
+    """How inputs as they are stored become float32: `(x - mean) / std`."""
+
+    mean: float
+    std: float
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns the inputs of a model."""
+        return (x.astype(jnp.float32) - self.mean) / self.std
+
+
+def scaling(dataset: data.Dataset, inputs: str = "standard") -> Scaling:
+    """The scaling of a data set's inputs, one for all values.
 
     Args:
         dataset: the data.
-        inputs: "standard", for mean 0 and variance 1 over all values of the training examples
-            without those for validation; or "unit", where the largest value becomes 1.
-
-    Returns:
-        `x -> (x - mean) / std`.
+        inputs: "standard", for mean 0 and variance 1 over the training examples without those for
+            validation; or "unit", where `dataset.max_value` becomes 1.
     """
     if inputs == "unit":
-        mean, std = 0.0, float(dataset.max_value)
-    else:
-        images = split(dataset)[0].images
-        mean, std = float(images.mean()), float(images.std())
-    return lambda x: (x.astype(jnp.float32) - mean) / std
+        return Scaling(0.0, float(dataset.max_value))
+    images = split(dataset)[0].images
+    return Scaling(float(images.mean()), float(images.std()))
 
 
 def read(path: str | os.PathLike[str]) -> data.Dataset:

@@ -2,14 +2,15 @@
 
     result = study.compare(**preset.comparison_arguments(StudyConfig(), data.load("digits")))
 
-`soap-jax study` is this, `soap-jax train` one of its runs. A field below is an option there, and its
-line under Attributes is the option's help. Importing this module loads nothing heavy.
+`soap-jax study` is this, `soap-jax train` one of its runs. A field below is an option there, and
+its line under Attributes is the option's help. Importing this module loads nothing heavy.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import math
 import reprlib
@@ -22,11 +23,9 @@ from soap_jax import grids
 
 if TYPE_CHECKING:
     import chex
-    import flax.linen as nn
-    import jax
     import optax
 
-    from soap_jax import data
+    from soap_jax import data, models, tasks
     from soap_jax.study import methods
 
 DATASETS = {"digits": 64, "mnist": 784, "fashion_mnist": 784, "kmnist": 784, "cifar10": 3072}
@@ -90,7 +89,7 @@ class Protocol:
     chunk_size: int | None = None
     memory_limit: float | None = None
 
-    def quick(self):
+    def smaller(self):
         """The same at a size that takes about a minute: three seeds, three rates, 300 steps."""
         return dataclasses.replace(
             self,
@@ -130,7 +129,8 @@ class Network:
         init: initial weights: matched draws every method's kernels alike (Glorot normal); soap is
             that of the original package: methods without feedback start as PyTorch does (uniform
             within 1 / √fan_in), which is slower.
-        inputs: pixels: standard (mean 0 and variance 1 over the training examples) or unit (0 to 1).
+        inputs: pixels: standard (mean 0 and variance 1 over the training examples) or unit (0
+            to 1).
     """
 
     dataset: str = "digits"
@@ -146,7 +146,7 @@ class Network:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StudyConfig(Network, Protocol):
+class StudyConfig(Protocol, Network):
     """The configuration of a study; two equal ones give the same results on the same machine.
 
     Attributes:
@@ -299,33 +299,24 @@ def _check_names(field: str, values: Sequence[str], known: Collection[str]):
             raise ValueError(f"{field}: {value!r} is unknown; expected {', '.join(known)}.{hint}")
 
 
-def comparison_arguments(config: StudyConfig, dataset: data.Dataset) -> dict[str, Any]:
+def comparison_arguments(
+    config: StudyConfig, dataset: data.Dataset, *, scale: tasks.Scaling | None = None
+) -> dict[str, Any]:
     """What `soap_jax.study.compare` needs for the preset: the task, the methods and the protocol.
 
     Args:
         config: the configuration.
         dataset: the data, as `soap_jax.data.load` or `soap_jax.tasks.read` gives them.
+        scale: of their inputs; by default as the configuration says.
 
     Raises:
         ValueError: if the data do not suit the configuration.
     """
-    import flax.linen as nn
-
-    from soap_jax import models, tasks
+    from soap_jax import tasks
     from soap_jax.study import preset_claims
 
-    activation, classes = getattr(nn, config.activation), dataset.num_classes
-    model: nn.Module
-    if config.model == "mlp":
-        model = models.MLP((*config.hidden, classes), activation=activation, feedback=False)
-    elif dataset.train.images.ndim == 4:
-        model = models.ConvNet(config.channels, classes, activation=activation, feedback=False)
-    else:
-        raise ValueError(
-            f"model is 'conv', and examples have the shape {dataset.train.images.shape[1:]}; "
-            "expected images, (height, width) or (height, width, channels)."
-        )
-    scale = tasks.scaling(dataset, config.inputs)
+    model = network(config, dataset)
+    scale = scale or tasks.scaling(dataset, config.inputs)
     return config.arguments() | {
         "task": tasks.classification(model, dataset, scale=scale),
         "methods": {name: _method(config, name, model, scale) for name in config.methods},
@@ -336,30 +327,54 @@ def comparison_arguments(config: StudyConfig, dataset: data.Dataset) -> dict[str
     }
 
 
+def network(config: Network, dataset: data.Dataset) -> models.MLP | models.ConvNet:
+    """The network without feedback.
+
+    Raises:
+        ValueError: if the data do not suit it.
+    """
+    import flax.linen as nn
+
+    from soap_jax import models
+
+    activation, classes = getattr(nn, config.activation), dataset.num_classes
+    if config.model == "mlp":
+        return models.MLP((*config.hidden, classes), activation=activation, feedback=False)
+    if dataset.train.images.ndim != 4:
+        raise ValueError(
+            f"model is 'conv', and examples have the shape {dataset.train.images.shape[1:]}; "
+            "expected images, (height, width) or (height, width, channels)."
+        )
+    return models.ConvNet(config.channels, classes, activation=activation, feedback=False)
+
+
 def optimizer(config: StudyConfig) -> Callable[[Any], optax.GradientTransformation]:
     """The optimiser as a function of the learning rate, with decoupled weight decay.
 
-        w <- w + Δw - learning_rate * weight_decay * w
+    w <- w + Δw - learning_rate * weight_decay * w
     """
     import jax.numpy as jnp
     import optax
 
-    kinds = {"sgd": optax.sgd, "adam": optax.adam}
+    kinds = {
+        "sgd": optax.sgd,
+        "momentum": functools.partial(optax.sgd, momentum=0.9),
+        "adam": optax.adam,
+    }
 
     def of_rate(learning_rate):
-        if config.optimizer == "momentum":
-            chosen = optax.sgd(learning_rate, momentum=0.9)
-        else:
-            chosen = kinds[config.optimizer](learning_rate)
+        chosen = kinds[config.optimizer](learning_rate)
         if not config.weight_decay:
             return chosen
         share = config.weight_decay * jnp.asarray(learning_rate, jnp.float32)
         return optax.chain(chosen, optax.add_decayed_weights(-share))
 
+    decay = f", weight decay {config.weight_decay:g}" if config.weight_decay else ""
+    of_rate.__qualname__ = config.optimizer + decay  # as records say it
     return of_rate
 
 
-def _method(config: StudyConfig, name: str, model: nn.Module, scale) -> methods.Method:
+def _method(config: StudyConfig, name: str, model, scale) -> methods.Method:
     """A method of the registry, with what the network must bring and the study's starts."""
     import jax
     import jax.numpy as jnp
@@ -386,6 +401,7 @@ def _method(config: StudyConfig, name: str, model: nn.Module, scale) -> methods.
             keys = {"params": key, "feedback": key}
             return direct.init(keys, scale(batch[0][:1]))["projection"]
 
+        loss.__qualname__ = f"DirectMLP(error={errors[name]!r})"
         changes |= {"loss": loss, "init_feedback": init_feedback}
     if isinstance(model, models.MLP) and name == "activity_propagation":
 

@@ -182,7 +182,7 @@ def compare(
         "config": None,
         "command": None,
         "loops": {name: "python" if p.stepwise else "scan" for name, (p, _) in programs.items()},
-        **_provenance(),
+        **provenance(),
         **(record or {}),
     }
     _check_alike(facts)
@@ -543,7 +543,8 @@ def _name(optimizer) -> str:
     return name
 
 
-def _provenance() -> dict[str, Any]:
+def provenance() -> dict[str, Any]:
+    """The versions, device and settings that results come from."""
     devices = jax.devices()
     return {
         "versions": {"soap_jax": soap_jax.__version__, "python": platform.python_version()}
