@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import json
 import math
 import os
 import pathlib
@@ -19,17 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from soap_jax.study import statistics
+from soap_jax.study import statistics, store
 from soap_jax.study.statistics import Estimate, Runs
+from soap_jax.study.store import KEYS, TABLES
 
 if TYPE_CHECKING:
     from soap_jax.study.claims import Claim, Finding, Test
 
-FORMAT = 3
-"""Of the record and the tables; it grows when older results cannot be read any more."""
-KEYS = ["method", "learning_rate", "seed", "period"]
-"""The columns that name a run; the period is 0 where nothing is synced by a period."""
-TABLES = ("runs", "evaluations", "losses")
 Periods = tuple[int | None, int | None]
 """Of two methods that are compared; None is a method's smallest."""
 
@@ -418,22 +413,8 @@ def load(path: str | os.PathLike[str]) -> Comparison:
     Raises:
         ValueError: if there is none, it is not finished, or another version wrote it.
     """
-    path = pathlib.Path(path)
-    try:
-        record = json.loads((path / "study.json").read_text(encoding="utf-8"))
-        if record["format"] != FORMAT:
-            raise ValueError(
-                f"{path} holds results of format {record['format']}; expected {FORMAT}. Another "
-                "version of soap_jax wrote them: run the study again into a new directory."
-            )
-        tables = {name: pd.read_parquet(path / f"{name}.parquet") for name in TABLES}
-    except FileNotFoundError as error:
-        name = pathlib.Path(error.filename).name
-        raise ValueError(
-            f"{path} has no {name}; expected a directory of results. If a study there was stopped, "
-            "the same command continues it."
-        ) from error
-    return Comparison(record, tables, path)
+    found = store.Store(path)
+    return Comparison(found.record, found.read(), found.path)
 
 
 def joined(*notes: str) -> str:

@@ -8,13 +8,15 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
+import math
 import os
 import pathlib
 import platform
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +27,13 @@ from jax.extend import core
 
 import soap_jax
 from soap_jax import grids, sweeps, trees
-from soap_jax.study import circumstances, claims, comparison, files, statistics, store, trial
+from soap_jax.study import circumstances, comparison, files, statistics, store, trial
 from soap_jax.study import methods as registry
 from soap_jax.study.methods import Method
 from soap_jax.tasks import Task
+
+if TYPE_CHECKING:
+    from soap_jax.study.claims import Claim, Test
 
 MAX_RUNS = 10**6
 """The most runs of a comparison; each of them is known by name from the start."""
@@ -55,7 +60,7 @@ def compare(
     target_loss: float | None = None,
     select: str | None = None,
     maximise: bool = False,
-    claims: Sequence[claims.Claim | claims.Test] = (),
+    claims: Sequence[Claim | Test] = (),
     out: str | os.PathLike[str] | None = None,
     chunk_size: int | None = None,
     memory_limit: float | None = None,
@@ -182,7 +187,7 @@ def compare(
         "config": None,
         "command": None,
         "loops": {name: "python" if p.stepwise else "scan" for name, (p, _) in programs.items()},
-        **_provenance(),
+        **provenance(),
         **(record or {}),
     }
     _check_alike(facts)
@@ -196,9 +201,17 @@ def compare(
         path = pathlib.Path(out or stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(files.locked(path))
         into = store.Store(path)
-        into.begin(facts)
+        into.begin(facts, [store.Run(name, *p[1::-1], p.period) for name, m in points.items() for p in m])
+        start = time.perf_counter()
         run(into)
-        into.finish()
+
+        def complete(tables):
+            view = comparison.Comparison(into.record, tables)
+            target = None if math.isnan(view.target_loss) else view.target_loss
+            facts = {"target_loss": target, "seconds": round(time.perf_counter() - start, 1)}
+            return tables | {"runs": view.runs}, facts
+
+        into.finish(complete)
         found = comparison.load(path)
     found.path = None if out is None else path
     return found
@@ -543,7 +556,8 @@ def _name(optimizer) -> str:
     return name
 
 
-def _provenance() -> dict[str, Any]:
+def provenance() -> dict[str, Any]:
+    """The versions, device and settings that results come from."""
     devices = jax.devices()
     return {
         "versions": {"soap_jax": soap_jax.__version__, "python": platform.python_version()}

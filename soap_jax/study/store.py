@@ -19,7 +19,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -75,19 +75,20 @@ class Store:
         """Whether all runs are in the tables."""
         return (self.path / "study.json").exists() and not (self.path / "progress.json").exists()
 
-    def begin(self, record: Mapping[str, Any]) -> None:
+    def begin(self, record: Mapping[str, Any], runs: Collection[Run]) -> None:
         """Notes how the runs to come are done, beside those that are there.
 
         Args:
             record: of the comparison.
+            runs: all that it asks for.
 
         Raises:
             ValueError: if runs are there that were done otherwise, or whose claims had other
-                bounds.
+                bounds, or if these and those would not be every method with every seed.
         """
         record = json.loads(json.dumps(record))
-        before = self.record
-        if before and self.done():
+        before, there = self.record, self.done()
+        if there:
             differ = [
                 f"{part}.{said}"
                 for part in SAME
@@ -110,6 +111,13 @@ class Store:
                 )
             record["methods"] = before["methods"] | record["methods"]
             record["seeds"] = sorted({*before["seeds"], *record["seeds"]})
+            missing = _expected(record) - there.union(runs)
+            if missing:
+                raise ValueError(
+                    f"{self.path} would lack {min(missing)} and {len(missing) - 1} other runs; "
+                    "expected every method with every seed. Ask for all methods when you add "
+                    "seeds, and for all seeds when you add methods."
+                )
             record["seconds_before"] = before.get("seconds", 0) + before.get("seconds_before", 0)
         self.record = record
         self._write_json("progress.json", record)
@@ -139,18 +147,19 @@ class Store:
             )
         return set(found)
 
-    def finish(self, **facts: Any) -> None:
+    def finish(self, complete: Callable[[Tables], tuple[Tables, dict[str, Any]]]) -> None:
         """Puts all parts into the tables, then writes the record, which makes them results.
 
         Args:
-            **facts: what else the record shall say.
+            complete: from the tables to the same, completed, and to what else the record shall say.
         """
         pieces = [tidy(runs, results, self.record) for runs, results in self._parts()]
         if (self.path / "study.json").exists():
             pieces.append({name: self._table(name) for name in TABLES})
         order = {method: i for i, method in enumerate(self.record["methods"])}
-        for name in TABLES:
-            table = pd.concat([piece[name] for piece in pieces], ignore_index=True)
+        joined = {name: pd.concat([p[name] for p in pieces], ignore_index=True) for name in TABLES}
+        tables, facts = complete(joined)
+        for name, table in tables.items():
             by = ["method", "period", "learning_rate", "seed", *(["step"] if "step" in table else [])]
             table = table.sort_values(
                 by, key=lambda column: column.map(order) if column.name == "method" else column
@@ -247,6 +256,17 @@ class Store:
         return record
 
 
+def _expected(record) -> set[Run]:
+    """Every method with every seed, at every learning rate and period."""
+    return {
+        Run(name, rate, seed, period)
+        for name, method in record["methods"].items()
+        for rate in record["protocol"]["learning_rates"]
+        for seed in record["seeds"]
+        for period in method["periods"]
+    }
+
+
 def tidy(runs: Sequence[Run], results: Mapping[str, Any], record: Mapping[str, Any]) -> Tables:
     """Turns the results of some runs into rows of the three tables.
 
@@ -262,7 +282,8 @@ def tidy(runs: Sequence[Run], results: Mapping[str, Any], record: Mapping[str, A
     smooth = statistics.smooth(losses, record["window"])
     steps = losses.shape[1]
     names = pd.DataFrame(runs, columns=KEYS)
-    ends = {name: np.asarray(v[:, -1], float) for name, v in results["evaluations"].items()}
+    columns = sorted(results["evaluations"], key=lambda name: "/" in name)  # measures come last
+    ends = {name: np.asarray(results["evaluations"][name][:, -1], float) for name in columns}
     final = {name: value for name, value in ends.items() if "/" not in name}
     final |= {f"test_{name}": np.asarray(v, float) for name, v in results["test"].items()}
     finite = np.isfinite(losses).all(axis=1)
@@ -270,8 +291,13 @@ def tidy(runs: Sequence[Run], results: Mapping[str, Any], record: Mapping[str, A
         finite &= np.isfinite(final.get(name, 0.0))
     with np.errstate(invalid="ignore"):
         diverged = ~(finite & (smooth[:, -1] <= DIVERGED * losses[:, 0]))
+    target = record["protocol"]["target_loss"]
     table = names.assign(
-        steps=steps, diverged=diverged, steps_to_target=np.nan, train_loss=smooth[:, -1], **final
+        steps=steps,
+        diverged=diverged,
+        steps_to_target=np.nan if target is None else statistics.steps_to_loss(smooth, target, 1),
+        train_loss=smooth[:, -1],
+        **final,
     )
     marks = np.arange(record["protocol"]["evaluations"] + 1)
     marks = marks * (steps // record["protocol"]["evaluations"])
@@ -280,6 +306,6 @@ def tidy(runs: Sequence[Run], results: Mapping[str, Any], record: Mapping[str, A
     rows = rows.assign(
         step=np.tile(marks, len(runs)),
         train_loss=before[:, marks].reshape(-1),
-        **{k: np.asarray(v, float).reshape(-1) for k, v in results["evaluations"].items()},
+        **{k: np.asarray(results["evaluations"][k], float).reshape(-1) for k in columns},
     )
     return {"runs": table, "evaluations": rows, "losses": names.assign(train_loss=list(losses))}

@@ -31,7 +31,7 @@ from soap_jax import metrics, rules, training, trees
 from soap_jax.study import methods
 from soap_jax.study.methods import Method
 from soap_jax.tasks import Task
-from soap_jax.transform import explain, with_feedback
+from soap_jax.transform import explain, gradient_and_errors, with_feedback
 
 PROBE_SIZE = 256
 """Examples on which gradients are compared."""
@@ -303,15 +303,27 @@ def make(
         size = batch_size if method.gradient is not None else PROBE_SIZE
         probe = jax.tree.map(lambda leaf: leaf[:size], probe)
         args = state.model, probe, key
-        _, pseudo = value_and_grad(params, weights, *args, train.step, learning_rate)
-        pseudo = _leaves(pseudo[0] if learns else pseudo)
-        true = _leaves(jax.grad(plain, has_aux=True)(params, *args)[0])
+        true, true_errors = gradient_and_errors(plain, has_aux=True)(params, None, *args)
+        if method.gradient is not None:
+            pseudo, errors = value_and_grad(params, weights, *args, train.step, learning_rate)[1], {}
+        elif method.loss is not None:
+            of_params = gradient_and_errors(
+                lambda params, *args: of_method(params, weights, *args), has_aux=True
+            )
+            pseudo, errors = of_params(params, None, *args)
+        else:
+            pseudo, errors = gradient_and_errors(plain, has_aux=True)(params, weights, *args)
+        num = jax.tree.leaves(probe)[0].shape[0]
+        pseudo, true = _leaves(pseudo), _leaves(true)
         share = _share_of_hidden(members, index)
         for path in layers.kernels[:-1]:
             name, (a, b) = "/".join(path), (tree[path] for tree in (pseudo, true))
             row[f"gradient_angle/{name}"] = metrics.angle(a, b)
             along = share * jnp.sum(a * b) / jnp.sum(b * b)
             row[f"effective_learning_rate/{name}"] = learning_rate * along
+            if name in errors and name in true_errors:
+                angles = metrics.angles_by_example(errors[name], true_errors[name], num)
+                row[f"error_angle/{name}"] = jnp.nanmean(angles)  # NaN of those without an error
         if method.loss is None and method.gradient is None:
             for column, metric in (
                 ("weight_angle", metrics.weight_angle),
