@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from soap_jax.study import statistics, store
+from soap_jax.study import files, statistics, store
 from soap_jax.study.statistics import Estimate, Runs
 from soap_jax.study.store import KEYS, TABLES
 
@@ -356,10 +356,20 @@ class Comparison:
     def report(
         self, path: str | os.PathLike[str], claims: Sequence[Claim | Test] | None = None
     ) -> None:
-        """Writes report.html, figures and tables into a directory."""
+        """Writes the report.
+
+        Args:
+            path: of the page, such as "report.html", which needs no other file; or a directory, for
+                report.html, figures (SVG, PNG, PDF) and tables (CSV).
+            claims: as in `judge`.
+        """
         from soap_jax.study import report
 
-        report.write(self, self.judge(claims), path)
+        findings, path = self.judge(claims), pathlib.Path(path)
+        if path.suffix == ".html":
+            files.write_text(path, report.render(self, findings))
+        else:
+            report.write(self, findings, path)
 
     # Inside
 
