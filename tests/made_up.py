@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 
 from soap_jax.study import claims, mediation, preset_claims
-from soap_jax.study.comparison import TABLES, Comparison
+from soap_jax.study.comparison import Comparison
+from soap_jax.study.store import TABLES
 
 METHODS = {
     "bp": ("backprop", "#707070", "the reference"),
@@ -66,6 +67,7 @@ def make_record(
         "seeds": list(range(seeds)),
         "methods": described,
         "kernels": [f"Dense_{k}/kernel" for k in range(hidden + 1)],
+        "extended": [],
         "examples": {"train": 1151, "validation": 287, "test": 359},
         "window": 11,
         "claims": [claim.to_dict() for claim in preset_claims.CLAIMS],

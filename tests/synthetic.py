@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 from made_up import make_record
 
-from soap_jax.study.comparison import TABLES, Comparison
+from soap_jax.study.comparison import Comparison
+from soap_jax.study.store import TABLES
 
 ANGLES = {"sign_norm": 37.1, "sign_preserve": 50.5, "sign": 37.1, "fa": 90.0}
 """Initial angles of feedback to weights, degrees."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import json
 import math
 import os
 import pathlib
@@ -19,18 +18,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from soap_jax.study import statistics
+from soap_jax.study import files, statistics, store
 from soap_jax.study.statistics import Estimate, Runs
+from soap_jax.study.store import KEYS, TABLES
 
 if TYPE_CHECKING:
     from soap_jax.study.claims import Claim, Finding, Test
 
-FORMAT = 3
-"""Of the record and the tables; it grows when older results cannot be read any more."""
-KEYS = ["method", "learning_rate", "seed", "period"]
-"""The columns that name a run; the period is 0 where nothing is synced by a period."""
 ORDER = ["learning_rate", "seed", "step"]
-TABLES = ("runs", "evaluations", "losses")
 Periods = tuple[int | None, int | None]
 """Of two methods that are compared; None is a method's smallest."""
 
@@ -95,7 +90,8 @@ class Comparison:
         self.methods: dict[str, dict[str, Any]] = self.record["methods"]
         self.kernels: list[str] = list(self.record["kernels"])
         self.hidden = self.kernels[:-1]
-        self.rates: tuple[float, ...] = tuple(self.protocol["learning_rates"])
+        extended = self.record.get("extended", [])
+        self.rates: tuple[float, ...] = tuple(sorted([*self.protocol["learning_rates"], *extended]))
         self.seeds: tuple[int, ...] = tuple(self.record["seeds"])
         self.runs, self.evaluations, self.losses = (
             tables[name].sort_values([c for c in ORDER if c in tables[name]], kind="stable")
@@ -339,6 +335,17 @@ class Comparison:
             rows.append(row | {"diverged": int(runs.diverged.sum()), "runs": runs.diverged.size})
         return pd.DataFrame(rows)
 
+    def params(
+        self, method: str, rate: float, seed: int, period: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """A run's final params by their paths, which `compare(keep_params=True)` kept."""
+        period = min(self.methods[method]["periods"]) if period is None else period
+        if self.path is None:
+            raise ValueError("the comparison has no directory; expected compare(out=...)")
+        run = store.Run(method, rate, seed, period)
+        with np.load(store.Store(self.path).params(run)) as arrays:
+            return dict(arrays)
+
     def judge(self, claims: Sequence[Claim | Test] | None = None) -> list[Finding]:
         """Judges claims, by default those stored when the study started.
 
@@ -351,10 +358,20 @@ class Comparison:
     def report(
         self, path: str | os.PathLike[str], claims: Sequence[Claim | Test] | None = None
     ) -> None:
-        """Writes report.html, figures and tables into a directory."""
+        """Writes the report.
+
+        Args:
+            path: of the page, such as "report.html", which needs no other file; or a directory, for
+                report.html, figures (SVG, PNG, PDF) and tables (CSV).
+            claims: as in `judge`.
+        """
         from soap_jax.study import report
 
-        report.write(self, self.judge(claims), path)
+        findings, path = self.judge(claims), pathlib.Path(path)
+        if path.suffix == ".html":
+            files.write_text(path, report.render(self, findings))
+        else:
+            report.write(self, findings, path)
 
     # Inside
 
@@ -404,7 +421,7 @@ class Comparison:
     def _shared(self):
         rows = self.base(self.runs)
         rows = rows[rows["method"].isin(self._leaders())]
-        rows = rows[~rows["learning_rate"].isin(self.protocol.get("extended", []))]
+        rows = rows[~rows["learning_rate"].isin(self.record.get("extended", []))]
         arrived = ~rows["diverged"] & (2 * rows["steps_to_target"] <= self.protocol["steps"])
         reached = arrived.groupby(rows["learning_rate"]).all()
         if reached.any():
@@ -423,20 +440,8 @@ def load(path: str | os.PathLike[str]) -> Comparison:
     Raises:
         ValueError: if there is none, it is not finished, or another version wrote it.
     """
-    path = pathlib.Path(path)
-    for name in ("study.json", *(f"{name}.parquet" for name in TABLES)):
-        if not (path / name).is_file():
-            raise ValueError(
-                f"{path} has no {name}; expected a directory of results. If a study there was "
-                "stopped, the same command continues it."
-            )
-    record = json.loads((path / "study.json").read_text(encoding="utf-8"))
-    if record["format"] != FORMAT:
-        raise ValueError(
-            f"{path} holds results of format {record['format']}; expected {FORMAT}. Another "
-            "version of soap_jax wrote them: run the study again into a new directory."
-        )
-    return Comparison(record, {n: pd.read_parquet(path / f"{n}.parquet") for n in TABLES}, path)
+    found = store.Store(path)
+    return Comparison(found.record, found.read(), found.path)
 
 
 def joined(*notes: str) -> str:
@@ -458,12 +463,8 @@ def _censoring(mean, censored, missing):
 
 
 def _array(losses):
-    """`(runs, steps)`; NaN after the end of runs that stopped early."""
-    listed = losses["train_loss"]
-    array = np.full((len(listed), max(map(len, listed), default=0)), np.nan)
-    for row, of_run in zip(array, listed, strict=True):
-        row[: len(of_run)] = of_run
-    return array
+    """`(runs, steps)`."""
+    return np.array(losses["train_loss"].tolist(), float)
 
 
 def _named(name, *numbers):
