@@ -305,6 +305,32 @@ def error_angle(
     return jax.tree.map(one, pseudo, true)
 
 
+def angles_by_example(a: jax.Array, b: jax.Array, batch_size: int) -> jax.Array:
+    """Angles of two batches of errors, example by example, where there is an axis of examples.
+
+    Args:
+        a: such as an error of `soap_jax.transform.layer_errors`.
+        b: the same shape.
+        batch_size: the number of examples. The first axis of this length is taken for theirs.
+
+    Returns:
+        `(batch_size,)` degrees, NaN for an example without an error; without such an axis a scalar,
+        the angle over all.
+
+    Raises:
+        ValueError: if shapes differ.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> angles_by_example(jnp.eye(2), jnp.ones((2, 2)), 2).round()
+        Array([45., 45.], dtype=float32)
+        >>> angles_by_example(jnp.eye(2), jnp.ones((2, 2)), 3).round()
+        Array(45., dtype=float32)
+    """
+    axes = [axis for axis, length in enumerate(jnp.shape(a)) if length == batch_size]
+    return jax.vmap(angle, in_axes=axes[0])(a, b) if axes else angle(a, b)
+
+
 def path_angle(kernels: Sequence[jax.Array], feedback: Sequence[jax.Array]) -> jax.Array:
     """Angle of a path of feedback to the path of kernels: of their products.
 

@@ -197,10 +197,10 @@ def iterate(
         return _compile(run, mesh, room * num, args, one_by_one=on_cpu)
 
     least = 2 if on_cpu else 1  # on CPU XLA would see that a loop is of one, and unroll it
-    calls, per_device = _calls(points, num, chunk_size)
+    calls, per_device = calls_of(points, num, chunk_size)
     if memory_limit is not None:
         fitting = _fit(compile_for, memory_limit, least, max(least, per_device))
-        calls, per_device = _calls(points, num, min(fitting, per_device))
+        calls, per_device = calls_of(points, num, min(fitting, per_device))
     room = max(least, per_device)
     program = compile_for(room)
     finished = len(done)
@@ -227,7 +227,9 @@ def iterate(
         yield Part([indices[k] for k in keep], jax.tree.map(kept, results))
 
 
-def _calls(points, num_devices, chunk_size) -> tuple[list[list[int]], int]:
+def calls_of(
+    points: Sequence[Point], num_devices: int, chunk_size: int
+) -> tuple[list[list[int]], int]:
     """The points of each call, as equal as can be, of one period each; its runs per device."""
     by_period: dict[int, list[int]] = {}
     for i, point in enumerate(points):

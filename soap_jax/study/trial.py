@@ -31,7 +31,7 @@ from soap_jax import metrics, rules, training, trees
 from soap_jax.study import methods
 from soap_jax.study.methods import Method
 from soap_jax.tasks import Task
-from soap_jax.transform import explain, with_feedback
+from soap_jax.transform import explain, gradient_and_errors, with_feedback
 
 PROBE_SIZE = 256
 """Examples on which gradients are compared."""
@@ -87,6 +87,7 @@ class Trial(NamedTuple):
         test: `(state, data) -> scalars by metric`.
         steps: how many there are.
         marks: how often a run is measured, in equal distances, besides the start.
+        keep_params: whether the final params are among its results.
     """
 
     init: Callable[..., tuple[State, Plan]]
@@ -95,6 +96,7 @@ class Trial(NamedTuple):
     test: Callable[..., dict[str, jax.Array]]
     steps: int
     marks: int
+    keep_params: bool
 
 
 def data_of(task: Task) -> dict[str, chex.ArrayTree]:
@@ -162,6 +164,7 @@ def make(
     steps: int,
     evaluations: int,
     eval_batch_size: int | None = None,
+    keep_params: bool = False,
 ) -> Trial:
     """Makes the functions of a training by one of the methods `members`, of which an index tells.
 
@@ -177,6 +180,7 @@ def make(
         steps: updates in all.
         evaluations: how often a run is measured; divides `steps`.
         eval_batch_size: at most so many examples at a time; by default all.
+        keep_params: as in `Trial`.
     """
     method = members[0]
     learns = method.feedback_bar is not None
@@ -303,15 +307,30 @@ def make(
         size = batch_size if method.gradient is not None else PROBE_SIZE
         probe = jax.tree.map(lambda leaf: leaf[:size], probe)
         args = state.model, probe, key
-        _, pseudo = value_and_grad(params, weights, *args, train.step, learning_rate)
-        pseudo = _leaves(pseudo[0] if learns else pseudo)
-        true = _leaves(jax.grad(plain, has_aux=True)(params, *args)[0])
+        true, true_errors = gradient_and_errors(plain, has_aux=True)(params, None, *args)
+        if method.gradient is not None:
+            pseudo, errors = (
+                value_and_grad(params, weights, *args, train.step, learning_rate)[1],
+                {},
+            )
+        elif method.loss is not None:
+            of_params = gradient_and_errors(
+                lambda params, *args: of_method(params, weights, *args), has_aux=True
+            )
+            pseudo, errors = of_params(params, None, *args)
+        else:
+            pseudo, errors = gradient_and_errors(plain, has_aux=True)(params, weights, *args)
+        num = jax.tree.leaves(probe)[0].shape[0]
+        pseudo, true = _leaves(pseudo), _leaves(true)
         share = _share_of_hidden(members, index)
         for path in layers.kernels[:-1]:
             name, (a, b) = "/".join(path), (tree[path] for tree in (pseudo, true))
             row[f"gradient_angle/{name}"] = metrics.angle(a, b)
             along = share * jnp.sum(a * b) / jnp.sum(b * b)
             row[f"effective_learning_rate/{name}"] = learning_rate * along
+            if name in errors and name in true_errors:
+                angles = metrics.angles_by_example(errors[name], true_errors[name], num)
+                row[f"error_angle/{name}"] = jnp.nanmean(angles)  # NaN of those without an error
         if method.loss is None and method.gradient is None:
             for column, metric in (
                 ("weight_angle", metrics.weight_angle),
@@ -328,7 +347,7 @@ def make(
             return {}
         return evaluate(task, state.train.params, state.model, data["test"], eval_batch_size)
 
-    return Trial(init, step, measure, test, steps, evaluations)
+    return Trial(init, step, measure, test, steps, evaluations, keep_params)
 
 
 def evaluate(task: Task, params, state, data, batch_size: int | None = None):
@@ -369,8 +388,9 @@ def scanned(trial: Trial) -> Callable[..., dict[str, Any]]:
     A run whose loss is not finite goes no further: all that follows is NaN.
 
     Returns:
-        `(seed, learning_rate, period, index, data) -> record`: `train_loss` `(steps,)`, each batch's
-        before its update; `evaluations`, by column `(evaluations + 1,)`; `test`, by metric.
+        `(seed, learning_rate, period, index, data) -> results`: `train_loss` `(steps,)`, each
+        batch's before its update; `evaluations`, by column `(evaluations + 1,)`; `test`, by metric;
+        `params`, if kept.
     """
 
     def run(seed, learning_rate, period, index, data):
@@ -399,7 +419,8 @@ def scanned(trial: Trial) -> Callable[..., dict[str, Any]]:
         (state, alive), (losses, rows) = lax.scan(segment, (state, jnp.array(True)), marks)
         test = trial.test(state, data)
         test = jax.tree.map(lambda leaf: jnp.where(alive, leaf, jnp.nan), test)
-        return {"train_loss": losses[1:].reshape(-1), "evaluations": rows, "test": test}
+        results = {"train_loss": losses[1:].reshape(-1), "evaluations": rows, "test": test}
+        return results | ({"params": state.train.params} if trial.keep_params else {})
 
     return run
 

@@ -44,7 +44,8 @@ What one should know:
 -   Weights can be hidden in an activation: `(x + w) - x` is one.
 """
 
+from soap_jax.transform.errors import gradient_and_errors, layer_errors
 from soap_jax.transform.explanation import Explanation, explain
 from soap_jax.transform.wrap import with_feedback
 
-__all__ = ["Explanation", "explain", "with_feedback"]
+__all__ = ["Explanation", "explain", "gradient_and_errors", "layer_errors", "with_feedback"]

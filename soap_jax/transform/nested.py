@@ -180,7 +180,8 @@ def _fixed(reader, eqn, init, body):
     return carry
 
 
-def _scan_parts(eqn, values):
+def scan_parts(eqn, values):
+    """A scan's operands, or what is known of them: constants, carry, and what is scanned over."""
     if "ft_in" in eqn.params:  # since JAX 0.11
         n, m, _ = map(len, eqn.params["ft_in"].unpack())
     else:
@@ -188,9 +189,15 @@ def _scan_parts(eqn, values):
     return values[:n], values[n : n + m], values[n + m :]
 
 
-def _scan_body(reader, eqn, labels):
+def scan_options(eqn):
+    """The options of a scan that are no part of its body."""
+    names = "length", "reverse", "unroll", "_split_transpose"
+    return {name: eqn.params[name] for name in names if name in eqn.params}
+
+
+def scan_body(reader, eqn, labels):
     """The labels that a scan's body gets, when nothing new is found."""
-    consts, init, xs = _scan_parts(eqn, labels)
+    consts, init, xs = scan_parts(eqn, labels)
     rows = [
         label._replace(whole=False, number=not var.aval.ndim)
         for label, var in zip(
@@ -205,19 +212,17 @@ def _scan_body(reader, eqn, labels):
 
 
 def _scan_labels(reader, eqn, labels):
-    inner = _scan_body(reader, eqn, labels)
-    _, carry, _ = _scan_parts(eqn, inner)
+    inner = scan_body(reader, eqn, labels)
+    _, carry, _ = scan_parts(eqn, inner)
     outs = reader.labels(eqn.params["jaxpr"], inner)
     return [*carry, *(label._replace(whole=False) for label in outs[len(carry) :])]
 
 
 def _scan(reader, eqn, values, outs):
-    labels = _scan_body(reader, eqn, [value.label for value in values])
-    consts, init, xs = _scan_parts(eqn, values)
-    _, carried, rows = _scan_parts(eqn, labels)
+    labels = scan_body(reader, eqn, [value.label for value in values])
+    consts, init, xs = scan_parts(eqn, values)
+    _, carried, rows = scan_parts(eqn, labels)
     f = _inner(reader, eqn.params["jaxpr"], labels)
-    names = "length", "reverse", "unroll", "_split_transpose"
-    options = {name: eqn.params[name] for name in names if name in eqn.params}
     m = len(init)
 
     def scan(consts, start, rows):
@@ -226,7 +231,7 @@ def _scan(reader, eqn, values, outs):
             found = f(*pairs)
             return _split(_wide(found[:m]), carried), _split(found[m:])
 
-        return lax.scan(body, start, rows, **options)
+        return lax.scan(body, start, rows, **scan_options(eqn))
 
     operands = _split(consts), _split(_wide(init), carried), _split(xs, rows)
     if "linear" in eqn.params:  # in older JAX

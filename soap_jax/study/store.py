@@ -1,0 +1,330 @@
+"""The directory that holds a comparison, while it runs and after.
+
+    study.json         the record: protocol, methods, claims, versions, device, duration
+    runs               one row per run                      (.parquet and .csv)
+    evaluations        one row per run and evaluation       (.parquet and .csv)
+    losses             one row per run: every batch's loss  (.parquet)
+    progress.json      while runs are missing: what study.json will say
+    parts/             while runs are missing: those that are done since, some in each file
+    params/            if asked for: each run's final params                  (.npz)
+
+Everything is written under another name first and then renamed, so a file is whole or absent. A
+comparison that is stopped, however it is, goes on with the runs that are missing. Methods and seeds
+may be added later; what else a run depends on may not change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import numpy as np
+import pandas as pd
+
+import soap_jax
+from soap_jax import trees
+from soap_jax.study import circumstances, files, statistics
+
+FORMAT = 3
+"""Of the tables and files; it grows when older results cannot be read any more."""
+KEYS = ["method", "learning_rate", "seed", "period"]
+"""The columns that name a run; the period is 0 where none says how often feedback changes."""
+TABLES = ("runs", "evaluations", "losses")
+DIVERGED = 2.0
+"""A run whose training loss ends above so many times its first one counts as diverged."""
+SAME = ("protocol", "versions", "device", "settings")
+"""What may not change between runs of one comparison."""
+
+Tables = dict[str, pd.DataFrame]
+
+
+class Run(NamedTuple):
+    """What names a run, in the order of `KEYS`."""
+
+    method: str
+    learning_rate: float
+    seed: int
+    period: int
+
+
+class Store:
+    """The directory that holds one comparison's results; hold it with `files.locked`.
+
+    Args:
+        path: where.
+
+    Attributes:
+        path: where.
+        record: what is known of what is there; empty if nothing is.
+        finished: whether study.json is there and nothing newer is under way.
+
+    Raises:
+        ValueError: if what is there is no comparison, or one of another format.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = pathlib.Path(path)
+        self.record = self._read("progress.json") or self._read("study.json") or {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether all runs are in the tables."""
+        return (self.path / "study.json").exists() and not (self.path / "progress.json").exists()
+
+    def begin(self, record: Mapping[str, Any], runs: Collection[Run]) -> None:
+        """Notes how the runs to come are done, beside those that are there.
+
+        Args:
+            record: of the comparison.
+            runs: all that it asks for.
+
+        Raises:
+            ValueError: if runs are there that were done otherwise, or whose claims had other
+                bounds, or if these and those would not be every method with every seed.
+        """
+        record = json.loads(json.dumps(record))
+        before, there = self.record, self.done()
+        if there:
+            differ = [
+                f"{part}.{said}"
+                for part in SAME
+                for said in circumstances.differences(before.get(part, {}), record[part])
+            ]
+            for name, method in record["methods"].items():
+                was = before["methods"].get(name, method)
+                differ += [
+                    f"the method {name}, {said}"
+                    for said in circumstances.differences(
+                        {"trains by": was["description"]}, {"trains by": method["description"]}
+                    )
+                ]
+            if before["claims"] and before["claims"] != record["claims"]:
+                differ.append("the claims, whose bounds were written down before the first run")
+            if differ:
+                raise ValueError(
+                    f"{self.path} holds runs that were done otherwise ({'; '.join(differ)}). "
+                    "Go on as before, name another directory as out, or delete this one."
+                )
+            record["methods"] = before["methods"] | record["methods"]
+            record["seeds"] = sorted({*before["seeds"], *record["seeds"]})
+            missing = _expected(record) - there.union(runs)
+            if missing:
+                raise ValueError(
+                    f"{self.path} would lack {min(missing)} and {len(missing) - 1} other runs; "
+                    "expected every method with every seed. Ask for all methods when you add "
+                    "seeds, and for all seeds when you add methods."
+                )
+            record["seconds_before"] = before.get("seconds", 0) + before.get("seconds_before", 0)
+        self.record = record
+        self._write_json("progress.json", record)
+
+    def add(self, runs: Sequence[Run], results: Mapping[str, Any]) -> None:
+        """Keeps some runs: what `trial.scanned` gave, with a leading axis of the runs."""
+        flat = flattened({name: part for name, part in results.items() if name != "params"})
+        for i, run in enumerate(runs if "params" in results else ()):
+            own = {name: leaf[i] for name, leaf in flattened(results["params"]).items()}
+            files.write_atomically(self.params(run), lambda file, own=own: np.savez(file, **own))
+        names = json.dumps([list(run) for run in runs])
+        name = hashlib.sha256(names.encode()).hexdigest()[:16]
+        path = self.path / "parts" / f"{runs[0].method}-{name}.npz"
+        files.write_atomically(path, lambda file: np.savez(file, runs=np.array(names), **flat))
+
+    def params(self, run: Run) -> pathlib.Path:
+        """The file with a run's final params, by their paths."""
+        return self.path / "params" / f"{'-'.join(map(str, run))}.npz"
+
+    def done(self) -> set[Run]:
+        """The runs that are there, in the tables or in parts."""
+        found = [run for runs, _ in self._parts() for run in runs]
+        if (self.path / "study.json").exists():
+            table = self._table("runs")
+            found += [Run(*row) for row in table[KEYS].itertuples(index=False, name=None)]
+        if len(set(found)) < len(found):
+            twice = next(run for run in found if found.count(run) > 1)
+            raise ValueError(
+                f"{self.path} holds {twice} twice. Delete its directory parts, and what is missing "
+                "then is done again."
+            )
+        return set(found)
+
+    def finish(self, complete: Callable[[Tables], tuple[Tables, dict[str, Any]]]) -> None:
+        """Puts all parts into the tables, then writes the record, which makes them results.
+
+        Args:
+            complete: from the tables to the same, completed, and to what else the record shall say.
+        """
+        pieces = [tidy(runs, results, self.record) for runs, results in self._parts()]
+        if (self.path / "study.json").exists():
+            pieces.append({name: self._table(name) for name in TABLES})
+        order = {method: i for i, method in enumerate(self.record["methods"])}
+        joined = {name: pd.concat([p[name] for p in pieces], ignore_index=True) for name in TABLES}
+        tables, facts = complete(joined)
+        for name, table in tables.items():
+            by = [
+                "method",
+                "period",
+                "learning_rate",
+                "seed",
+                *(["step"] if "step" in table else []),
+            ]
+            table = table.sort_values(
+                by, key=lambda column: column.map(order) if column.name == "method" else column
+            ).reset_index(drop=True)
+            content = table.to_parquet(None, index=False, write_page_checksum=True)
+            self._write(f"{name}.parquet", content)
+            if name != "losses":  # a row is as long as a run
+                self._write(f"{name}.csv", table.to_csv(index=False).encode())
+        self.record |= facts
+        self._write_json("study.json", self.record)
+        self.forget()
+
+    def forget(self) -> None:
+        """Removes what was kept while runs were missing."""
+        shutil.rmtree(self.path / "parts", ignore_errors=True)
+        (self.path / "progress.json").unlink(missing_ok=True)
+
+    def read(self) -> Tables:
+        """Reads the tables.
+
+        Raises:
+            ValueError: if runs are missing, or a table cannot be read.
+        """
+        if not self.record:
+            raise ValueError(
+                f"{self.path} holds no comparison: neither study.json nor progress.json is there. "
+                "Name the directory that was given as out."
+            )
+        if not self.finished:
+            raise ValueError(
+                f"{self.path} holds {len(self.done())} runs: the comparison is not finished. The "
+                "same command or call goes on where it stopped."
+            )
+        return {name: self._table(name) for name in TABLES}
+
+    def _table(self, name):
+        file = self.path / f"{name}.parquet"
+        try:
+            table = pd.read_parquet(file, page_checksum_verification=True)
+            missing = [column for column in KEYS if column not in table]
+            if missing:
+                raise ValueError(f"it lacks the columns {', '.join(missing)}")
+        except Exception as error:  # PyArrow, too, raises what not
+            raise ValueError(
+                f"{file} cannot be read ({error}). Run the comparison again, into another "
+                "directory."
+            ) from error
+        return table
+
+    def _parts(self) -> Iterator[tuple[list[Run], dict[str, Any]]]:
+        for file in sorted((self.path / "parts").glob("*.npz")):
+            try:
+                with np.load(file) as arrays:
+                    flat = dict(arrays)
+                runs = [Run(*run) for run in json.loads(str(flat.pop("runs")))]
+                results: dict[str, Any] = {"evaluations": {}, "test": {}}
+                for name, leaf in flat.items():
+                    part, _, column = name.partition("/")
+                    if column:
+                        results[part][column] = leaf
+                    else:
+                        results[part] = leaf
+                assert len(runs) == len(results["train_loss"])
+            except Exception as error:  # NumPy raises what not
+                raise ValueError(
+                    f"{file} is damaged ({error!r}). Delete it, and its runs are done again."
+                ) from error
+            yield runs, results
+
+    def _write(self, name, content):
+        files.write_atomically(self.path / name, lambda file: file.write(content))
+
+    def _write_json(self, name, record):
+        files.write_text(self.path / name, json.dumps(record, indent=2) + "\n")
+
+    def _read(self, name) -> dict[str, Any] | None:
+        file = self.path / name
+        if not file.exists():
+            return None
+        try:
+            record = json.loads(file.read_text())
+            found, made_by = record.get("format", 1), record["versions"]["soap_jax"]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{file} is not the record of a comparison ({error!r}). Name another directory as "
+                "out, or delete this one."
+            ) from error
+        if found != FORMAT:
+            raise ValueError(
+                f"{self.path} holds results of format {found}, made by soap_jax {made_by}; this is "
+                f"soap_jax {soap_jax.__version__}, which reads format {FORMAT}. Use that version, "
+                "or run the comparison again into another directory."
+            )
+        return record
+
+
+def flattened(tree: chex.ArrayTree) -> dict[str, Any]:
+    """The leaves of a tree by their paths, such as "Dense_0/kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(trees.path_of(keys)): leaf for keys, leaf in leaves}
+
+
+def _expected(record) -> set[Run]:
+    """Every method with every seed, at every learning rate and period."""
+    return {
+        Run(name, rate, seed, period)
+        for name, method in record["methods"].items()
+        for rate in (*record["protocol"]["learning_rates"], *record["extended"])
+        for seed in record["seeds"]
+        for period in method["periods"]
+    }
+
+
+def tidy(runs: Sequence[Run], results: Mapping[str, Any], record: Mapping[str, Any]) -> Tables:
+    """Turns the results of some runs into rows of the three tables.
+
+    A run is `diverged` if any loss was not finite (from there on it is NaN) or if its smoothed
+    training loss ends above `DIVERGED` times its first value.
+
+    Args:
+        runs: which.
+        results: as `trial.scanned` gives them, with a leading axis of the runs.
+        record: of the comparison.
+    """
+    losses = np.asarray(results["train_loss"], np.float32)
+    smooth = statistics.smooth(losses, record["window"])
+    steps = losses.shape[1]
+    names = pd.DataFrame(runs, columns=KEYS)
+    columns = sorted(results["evaluations"], key=lambda name: "/" in name)  # measures come last
+    ends = {name: np.asarray(results["evaluations"][name][:, -1], float) for name in columns}
+    final = {name: value for name, value in ends.items() if "/" not in name}
+    final |= {f"test_{name}": np.asarray(v, float) for name, v in results["test"].items()}
+    finite = np.isfinite(losses).all(axis=1)
+    for name in ("validation_loss", "test_loss"):
+        finite &= np.isfinite(final.get(name, 0.0))
+    with np.errstate(invalid="ignore"):
+        diverged = ~(finite & (smooth[:, -1] <= DIVERGED * losses[:, 0]))
+    target = record["protocol"]["target_loss"]
+    table = names.assign(
+        steps=steps,
+        diverged=diverged,
+        steps_to_target=np.nan if target is None else statistics.steps_to_loss(smooth, target, 1),
+        train_loss=smooth[:, -1],
+        **final,
+    )
+    marks = np.arange(record["protocol"]["evaluations"] + 1)
+    marks = marks * (steps // record["protocol"]["evaluations"])
+    before = np.concatenate([np.full((len(runs), 1), np.nan), smooth], axis=1)
+    rows = names.loc[names.index.repeat(len(marks))].reset_index(drop=True)
+    rows = rows.assign(
+        step=np.tile(marks, len(runs)),
+        train_loss=before[:, marks].reshape(-1),
+        **{k: np.asarray(results["evaluations"][k], float).reshape(-1) for k in columns},
+    )
+    return {"runs": table, "evaluations": rows, "losses": names.assign(train_loss=list(losses))}
