@@ -91,11 +91,11 @@ def stepwise(
     measure = jax.jit(jax.vmap(of_method.measure, (0, 0, 0, None, None)))
     test = jax.jit(jax.vmap(of_method.test, (0, None)))
     every = of_method.steps // of_method.marks
-    finished, done = len(done), set(done)
+    finished, known = len(done), set(done)
     if on_progress:
         on_progress(finished, len(points))
     for indices in sweeps.calls_of(points, 1, chunk_size or 10)[0]:
-        mine = [i for i in indices if i not in done]
+        mine = [i for i in indices if i not in known]
         if not mine:
             continue
         seeds = jnp.array([points[i].seed for i in indices], jnp.int32)
@@ -115,7 +115,7 @@ def stepwise(
         if of_method.keep_params:
             results["params"] = jax.device_get(state.train.params)
         results = results | _until_broken(results, every)
-        keep = np.array([k for k, i in enumerate(indices) if i not in done])
+        keep = np.array([k for k, i in enumerate(indices) if i not in known])
         finished += len(mine)
         if on_progress:
             on_progress(finished, len(points))
@@ -142,7 +142,7 @@ def convolves(jaxpr: core.Jaxpr) -> bool:
         if eqn.primitive.name == "conv_general_dilated":
             return True
         for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(part) and convolves(getattr(part, "jaxpr", part)):
+            if _is_jaxpr(part) and convolves(getattr(part, "jaxpr", part)):  # type: ignore
                 return True
     return False
 

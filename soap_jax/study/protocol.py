@@ -210,7 +210,7 @@ def compare(
             more = []
             if into:
                 into.finish(functools.partial(_completed, into.record, start))
-                found = comparison.load(path)
+                found = comparison.load(into.path)
                 more = _beyond(found, extend)
             if not _everywhere([float(len(more))])[0]:
                 break

@@ -107,7 +107,7 @@ def data_of(task: Task) -> dict[str, chex.ArrayTree]:
 def batch_of(task: Task, data, plan: Plan, i) -> chex.ArrayTree:
     """The i-th batch of a training."""
     if task.generated:
-        return task.train(jax.random.fold_in(plan.key, i))  # type: ignore[operator]
+        return task.train(jax.random.fold_in(plan.key, i))
     return jax.tree.map(lambda leaf: leaf[plan.order[i]], data["train"])  # type: ignore[index]
 
 
@@ -303,16 +303,14 @@ def make(
             found = evaluate(task, params, state.model, data["validation"], eval_batch_size)
             row |= {f"validation_{name}": value for name, value in found.items()}
         probe = data.get("validation", data.get("train"))
-        probe = task.train(plan.key) if probe is None else probe  # type: ignore[operator]
+        probe = task.train(plan.key) if probe is None else probe
         size = batch_size if method.gradient is not None else PROBE_SIZE
         probe = jax.tree.map(lambda leaf: leaf[:size], probe)
         args = state.model, probe, key
         true, true_errors = gradient_and_errors(plain, has_aux=True)(params, None, *args)
         if method.gradient is not None:
-            pseudo, errors = (
-                value_and_grad(params, weights, *args, train.step, learning_rate)[1],
-                {},
-            )
+            pseudo = value_and_grad(params, weights, *args, train.step, learning_rate)[1]
+            true_errors = errors = {}
         elif method.loss is not None:
             of_params = gradient_and_errors(
                 lambda params, *args: of_method(params, weights, *args), has_aux=True
