@@ -377,6 +377,7 @@ def _described(chosen, periods_of) -> dict[str, dict[str, Any]]:
             "paper": method.paper,
             "description": method.describe(),
             "exact": method.exact,
+            "init": method.init and _name(method.init),
             "periods": list(periods_of[name]),
         }
         for name, method in chosen.items()
