@@ -382,11 +382,10 @@ def _method(config: StudyConfig, name: str, model, scale) -> methods.Method:
     from soap_jax import activity, feedback, models, training
     from soap_jax.study.methods import METHODS
 
-    method, changes = METHODS[name], {}
+    method = METHODS[name]
+    changes: dict[str, Any] = {"initializer": feedback.glorot_normal}
     errors = {"dfa": "exact", "sdfa": "sign", "drtp": "target"}
-    if method.rule is not None:
-        changes["initializer"] = feedback.glorot_normal
-    elif config.init == "soap" and name not in errors:
+    if config.init == "soap" and method.rule is None and name not in errors:
         changes["init"] = init_as_torch
     if isinstance(model, models.MLP) and name in errors:
         direct = models.DirectMLP(model.features, activation=model.activation, error=errors[name])

@@ -92,37 +92,45 @@ def train(
             examples; or if the last checkpoint cannot be read, or one cannot be written.
     """
     path, facts = pathlib.Path(path), _begin(path, config, dataset)
-    programs = _programs(config, dataset)
-    arrays = jax.device_put(trial.data_of(programs.task))
-    state, plan = programs.init(arrays)
+    task, of_method = _trial(config, dataset)
+    arrays = jax.device_put(trial.data_of(task))
     rate = np.float32(config.learning_rate)
+    state, plan = jax.jit(of_method.init)(*_start(config), arrays)
+    measure = jax.jit(of_method.measure)
 
     def row_of(epoch, train_loss):
-        found = programs.measure(trial.State(state, None), plan, rate, 0, arrays)
-        row = {"epoch": epoch, "step": int(state.step), "train_loss": train_loss}
+        found = measure(state, plan, rate, 0, arrays)
+        row = {"epoch": epoch, "step": int(state.train.step), "train_loss": train_loss}
         first = {name: found[name] for name in ("validation_loss", "validation_accuracy")}
         return row | {name: float(value) for name, value in (first | found).items()}
 
+    train_epoch = _epoch(config, of_method)
     with _manager(path, config) as manager:
         if kept(path):
             state, rows = _restore(path, manager, kept(path)[-1], state, facts["feedback"])
         else:
             rows = [row_of(0, math.nan)]
         on_epoch(rows[-1])
-        keys = jax.random.split(_order_key(config), config.epochs)
+        order_key = jax.random.split(jax.random.key(config.seed), 3)[2]
+        keys = jax.random.split(order_key, config.epochs)
         for epoch in range(len(rows), config.epochs + 1):
-            state, losses = programs.epoch(state, plan, rate, keys[epoch - 1], arrays)
+            order = training.epoch_order(keys[epoch - 1], task.examples["train"], config.batch_size)
+            state, losses = train_epoch(state, plan._replace(order=order), rate, arrays)
             rows.append(row_of(epoch, float(np.asarray(losses, float).mean())))
             on_epoch(rows[-1])
             if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
                 with _writing(path):
                     _write_curves(path, rows)
                     _save(manager, epoch, state, rows, facts["feedback"])
-    result = {f"test_{k}": float(v) for k, v in programs.test(state, arrays).items()}
+    found = jax.jit(of_method.test)(state, arrays)
     losses = [row[name] for row in rows for name in ("train_loss", "validation_loss")][1:]
     limit = store.DIVERGED * rows[0]["validation_loss"]
-    diverged = not (all(map(math.isfinite, losses)) and rows[-1]["train_loss"] <= limit)
-    result |= {"epochs": config.epochs, "steps": int(state.step), "diverged": diverged}
+    result = {
+        "epochs": config.epochs,
+        "steps": rows[-1]["step"],
+        "diverged": not (all(map(math.isfinite, losses)) and rows[-1]["train_loss"] <= limit),
+        **{f"test_{name}": float(value) for name, value in found.items()},
+    }
     facts["result"] = {k: v if math.isfinite(v) else None for k, v in result.items()}
     _write_facts(path, facts)
     _draw(path, config, pd.DataFrame(rows))
@@ -154,15 +162,13 @@ def load(path: str | os.PathLike[str], *, epoch: int | None = None) -> Trained:
         there = f"only of the epochs {', '.join(map(str, found))}" if found else "none at all"
         of = "" if epoch is None else f" of epoch {epoch}"
         raise ValueError(f"{path} has no checkpoint{of}; it has {there}.")
-    config = TrainConfig(**facts["config"])
-    shape, scale = facts["network"]["image_shape"], tasks.Scaling(*facts["network"]["scaling"])
-    like = data.Split(
-        np.broadcast_to(np.uint8(0), (2 * config.batch_size + 5, *shape)),
-        np.zeros(2 * config.batch_size + 5, np.int32),
-    )
-    dataset = data.Dataset("", like, like, facts["network"]["num_classes"], 255, "")
-    programs = _programs(config, dataset, scale)
-    state, _ = jax.eval_shape(programs.init, trial.data_of(programs.task))
+    config, network = TrainConfig(**facts["config"]), facts["network"]
+    num = 2 * config.batch_size  # only shapes count
+    like = data.Split(np.zeros((num, *network["image_shape"]), np.uint8), np.zeros(num, np.int32))
+    dataset = data.Dataset("", like, like, network["num_classes"], 255, "")
+    scale = tasks.Scaling(*network["scaling"])
+    task, of_method = _trial(config, dataset, scale)
+    state, _ = jax.eval_shape(of_method.init, *_start(config), trial.data_of(task))
     with _manager(path, config, read_only=True) as manager:
         step = found[-1] if epoch is None else epoch
         state, rows = _restore(path, manager, step, state, facts["feedback"])
@@ -172,10 +178,10 @@ def load(path: str | os.PathLike[str], *, epoch: int | None = None) -> Trained:
         del feedback
         return model.apply({"params": params}, scale(images))
 
-    weights = None
-    if not METHODS[config.method].exact:
-        weights = training.feedback_weights(state.feedback)
-    return Trained(config, len(rows) - 1, apply_fn, state.params, weights, state)
+    train = state.train
+    exact = METHODS[config.method].exact
+    weights = None if exact else training.feedback_weights(train.feedback)
+    return Trained(config, len(rows) - 1, apply_fn, train.params, weights, train)
 
 
 def read(path: pathlib.Path, config: TrainConfig | None = None) -> dict[str, Any] | None:
@@ -284,73 +290,50 @@ def _begin(path, config, dataset) -> dict[str, Any]:
     return facts
 
 
-class _Programs(NamedTuple):
-    """The compiled parts of training; a state is a `TrainState`."""
-
-    task: tasks.Task
-    init: Callable[..., tuple[training.TrainState, trial.Plan]]
-    epoch: Callable[..., tuple[training.TrainState, jax.Array]]
-    measure: Callable[..., dict[str, jax.Array]]
-    test: Callable[..., dict[str, jax.Array]]
-
-
-def _programs(config, dataset, scale=None) -> _Programs:
-    study = config.as_study()
-    arguments = preset.comparison_arguments(study, dataset, scale=scale)
-    task, method = arguments["task"], arguments["methods"][config.method]
-    num = task.examples["train"]
+def _trial(config, dataset, scale=None) -> tuple[tasks.Task, trial.Trial]:
+    """The task, and the functions of one epoch's training."""
+    arguments = preset.comparison_arguments(config.as_study(), dataset, scale=scale)
+    task = arguments["task"]
     batch = jax.tree.map(lambda leaf: leaf[: config.batch_size], task.train)
     layers = trial.layers_of(task, task.init(jax.random.key(0)), None, batch)
     of_method = trial.make(
         task,
-        (method,),
+        (arguments["methods"][config.method],),
         layers,
         optimizer=arguments["optimizer"],
         batch_size=config.batch_size,
-        steps=num // config.batch_size,  # of one epoch
+        steps=task.examples["train"] // config.batch_size,
         evaluations=1,
     )
+    return task, of_method
 
-    def init(arrays):
-        period = max(method.periods(study.periods))
-        seed, rate = np.int32(config.seed), np.float32(config.learning_rate)
-        state, plan = of_method.init(seed, rate, np.int32(period), 0, arrays)
-        return state.train, plan
 
-    def step(state, plan, rate, arrays, i):
-        state, loss = of_method.step(trial.State(state, None), plan, rate, 0, arrays, i)
-        return state.train, loss
+def _start(config):
+    """Seed, learning rate, period and index, as a study hands them to its runs."""
+    (period,) = METHODS[config.method].periods((config.period,))
+    return np.int32(config.seed), np.float32(config.learning_rate), np.int32(period), 0
 
-    def planned(plan, key):
-        return plan._replace(order=training.epoch_order(key, num, config.batch_size))
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def scanned(state, plan, rate, key, arrays):
-        plan = planned(plan, key)
-        steps = jnp.arange(num // config.batch_size)
-        return lax.scan(lambda state, i: step(state, plan, rate, arrays, i), state, steps)
+def _epoch(config, of_method) -> Callable[..., tuple[trial.State, jax.Array]]:
+    """`(state, plan, learning_rate, arrays) -> (state, losses)`; the state is donated."""
+    one = jax.jit(of_method.step, donate_argnums=0)
 
-    compiled = jax.jit(step, donate_argnums=0)
-
-    def stepwise(state, plan, rate, key, arrays):
-        plan, losses = planned(plan, key), []
-        for i in range(num // config.batch_size):
-            state, loss = compiled(state, plan, rate, arrays, i)
+    def stepwise(state, plan, rate, arrays):
+        losses = []
+        for i in range(of_method.steps):
+            state, loss = one(state, plan, rate, 0, arrays, i)
             losses.append(loss)
-        return state, jnp.stack(losses)
+        return state, losses
 
-    by_steps = config.model == "conv" and jax.default_backend() == "cpu"  # as in a study
-    return _Programs(
-        task,
-        jax.jit(init),
-        stepwise if by_steps else scanned,
-        jax.jit(of_method.measure),
-        jax.jit(lambda state, arrays: of_method.test(trial.State(state, None), arrays)),
-    )
+    def scanned(state, plan, rate, arrays):
+        def step(state, i):
+            return of_method.step(state, plan, rate, 0, arrays, i)
 
+        return lax.scan(step, state, jnp.arange(of_method.steps))
 
-def _order_key(config):
-    return jax.random.split(jax.random.key(config.seed), 3)[2]
+    if config.model == "conv" and jax.default_backend() == "cpu":  # see `compare`
+        return stepwise
+    return jax.jit(scanned, donate_argnums=0)
 
 
 @contextlib.contextmanager
