@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from soap_jax.study import claims, mediation
+from soap_jax.study import claims, mediation, preset_claims
 from soap_jax.study.comparison import TABLES, Comparison
 
 METHODS = {
@@ -64,7 +64,7 @@ def make_record(
         "kernels": [f"Dense_{k}/kernel" for k in range(hidden + 1)],
         "examples": {"train": 1151, "validation": 287, "test": 359},
         "window": 11,
-        "claims": [],
+        "claims": [claim.to_dict() for claim in preset_claims.CLAIMS],
         "config": None,
         "command": "soap-jax study",
         "data_source": "made up",
@@ -171,7 +171,7 @@ def make_findings():
         ("7", "Alignment emerges.", claims.HOLDS, "61 is below 75.", 0.01, (angle,)),
         ("7b", "Most near the output.", claims.NOT_TESTABLE, "One hidden layer.", nan, (none,)),
     ]
-    return [claims.Finding(**dict(zip(keys, row, strict=True))) for row in rows]
+    return [claims.Finding(family=6, **dict(zip(keys, row, strict=True))) for row in rows]
 
 
 def make_mediation():

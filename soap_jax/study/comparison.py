@@ -261,6 +261,8 @@ class Comparison:
         else:
             mean = statistics.student(above.values[i] - below.values[j])
         censored = above.censored[i], below.censored[j]
+        if metric and np.any(censored):
+            raise NotTestable(f"{metric} of {a} or {b} is not known for every seed")
         mean = statistics.censor(mean, *censored)
         places = dict.fromkeys((*pair, rate) for pair, rate in zip(pairs, rates, strict=True))
         missing = [self.missing(method, rate, period) for method, period, rate in places]
@@ -432,7 +434,7 @@ def _censoring(mean, censored, missing):
         bound = "a lower bound" if mean.has_low else "an upper bound"
     else:
         bound = "neither a lower nor an upper bound"
-    return f"{bound}: {missing or 'runs never arrived at rates that resamples chose'}"
+    return f"{bound}: {missing or 'runs were censored at rates that resamples chose'}"
 
 
 def _array(losses):
