@@ -6,6 +6,7 @@ Words and axes have the colour of the text around them, so that a page may be li
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import pathlib
 import textwrap
@@ -65,13 +66,13 @@ class Figure:
     table: Cells
     empty: str
 
-    @property
+    @functools.cached_property
     def spec(self) -> dict[str, Any]:
         """The figure in Vega-Lite; empty where there is nothing to see."""
         if self.chart is None:
             return {}
         chart = self.chart.properties(title=self.title, description=self.alt)
-        return chart.to_dict() | {"config": CONFIG}
+        return chart.to_dict(validate=False) | {"config": CONFIG}
 
 
 class Point(NamedTuple):

@@ -74,8 +74,10 @@ def _page(comparison, findings, figures, causes):
         lstrip_blocks=True,
     )
     specs = {figure.name: figure.spec for figure in figures if figure.chart}
-    for spec in specs.values():
-        del spec["title"]  # the page has it as a heading
+    for name, spec in specs.items():  # the page has titles as headings
+        specs[name] = {key: value for key, value in spec.items() if key != "title"}
+    longest = max(map(len, [*charts.names(comparison).values(), *charts.VERDICTS]))
+    data = json.dumps({"specs": specs, "longest": longest}).replace("<", r"\u003c")
     versions = comparison.record.get("versions", {})
     return environment.get_template("report.html.jinja").render(
         title=f"Feedback alignment compared: {comparison.record['title']}",
@@ -87,7 +89,7 @@ def _page(comparison, findings, figures, causes):
         p_value=screen.p_value,
         tests=_tests,
         figures=figures,
-        specs=json.dumps(specs).replace("<", r"\u003c"),
+        specs=data,
         vega=vega() if specs else "",
         diagram=causes,
         methods=screen.summary_cells(comparison, full=True),
@@ -175,7 +177,7 @@ def _details(comparison: Comparison) -> dict[str, dict[str, str]]:
         },
     }
     return {
-        title: {term.replace("_", " "): _said(value) for term, value in terms.items()}
+        title: {term.replace("_", " "): _said(value) for term, value in terms.items() if value != ""}
         for title, terms in lists.items()
         if terms
     }

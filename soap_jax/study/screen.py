@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 
@@ -19,11 +20,11 @@ from soap_jax.study.statistics import Estimate, number
 def summary_table(comparison: Comparison) -> Table:
     """The table of methods at their smallest periods."""
     title = f"{comparison.record['title']}, {len(comparison.seeds)} seeds, 95 % intervals"
-    (first, *columns), rows = summary_cells(comparison, full=False)
+    columns, rows = summary_cells(comparison, full=False)
     table = _table(title, summary_notes(comparison, full=False))
-    table.add_column(first, no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+    for i, column in enumerate(columns):
+        head = "\n".join(textwrap.wrap(column, 9))
+        table.add_column(head, justify="right" if i else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))
     return table
@@ -53,10 +54,12 @@ def summary_cells(comparison: Comparison, *, full: bool) -> tuple[list[str], lis
         said.append(number(row["best_rate"]) + "*" * bool(row["best_rate_at_edge"]))
         for metric in metrics:
             found = _estimate(row, metric, 100 if _is_share(metric) else 1)
-            said.append(str(found) if full or math.isnan(found.low) else _plus_minus(found))
+            half = found.high - found.value
+            short = number(found.value) + f" ± {half:.2g}" * math.isfinite(half)
+            said.append(str(found) if full else short)
         said.append("–" if math.isnan(steps) else censored + number(steps))
         is_one = is_reference and not math.isnan(steps)
-        said.append("1" if is_one else "–" if math.isnan(ratio.value) else str(ratio))
+        said.append("1" if is_one else "–" if math.isnan(ratio.value) else censored + str(ratio))
         if full:
             where = "" if math.isnan(fewest) else f" at {number(row['fastest_rate'])}"
             said.append(number(fewest) + where)
@@ -125,13 +128,16 @@ def _estimate(row, name, scale=1.0):
     return Estimate(*(scale * row[name + end] for end in ("", "_low", "_high")))
 
 
-def _plus_minus(found):
-    return f"{number(found.value)} ± {number(found.high - found.value)}"
-
-
 def _table(title, caption):
-    style = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "caption_justify": "left"}
-    return Table(title=title, caption=Text(caption), caption_style="", **style)
+    return Table(
+        title=title,
+        caption=Text(caption),
+        caption_style="",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
 
 
 class Progress:

@@ -1,11 +1,11 @@
-const specs = JSON.parse(document.getElementById("specs").textContent);
+const { specs, longest } = JSON.parse(document.getElementById("specs").textContent);
 
 function draw(name, linear) {
   const place = document.getElementById("plot-" + name);
   const text = JSON.stringify(specs[name]);
   const spec = JSON.parse(linear ? text.replaceAll('"type":"log"', '"type":"linear"') : text);
   spec.width = "container";
-  spec.config.legend.columns = Math.max(1, Math.floor(place.clientWidth / 190));
+  spec.config.legend.columns = Math.max(1, Math.floor((place.clientWidth - 60) / (30 + 6 * longest)));
   vegaEmbed(place, spec, {
     renderer: "svg",
     ast: true, // expressions are read, not run: the page allows no eval
