@@ -16,7 +16,10 @@ import soap_jax
 from soap_jax import direct, ops, study
 
 SHORT = {"seeds": 3, "steps": 24, "batch_size": 8, "evaluations": 3}
-RNG = np.random.default_rng(0)
+
+
+def numbers():
+    return np.random.default_rng(0)
 
 
 def squares(y, target):
@@ -48,9 +51,9 @@ class Conv(nn.Module):
 def conv():
     """Linen, with batch normalisation and dropout: stripes that stand or lie."""
     model = Conv()
-    labels = RNG.integers(0, 2, 72)
+    labels = numbers().integers(0, 2, 72)
     rows = np.broadcast_to((np.arange(6) % 2)[:, None], (6, 6))
-    images = np.where(labels[:, None, None], rows, rows.T) + RNG.normal(size=(72, 6, 6)) / 2
+    images = np.where(labels[:, None, None], rows, rows.T) + numbers().normal(size=(72, 6, 6)) / 2
     images = images[..., None].astype(np.float32)
     start = functools.partial(model.init, x=images[:1], train=False)
 
@@ -76,12 +79,16 @@ def conv():
 def equinox():
     """A regression without metrics."""
     _, static = eqx.partition(make_mlp(jax.random.key(0)), eqx.is_inexact_array)
-    x = RNG.uniform(-1, 1, (72, 2)).astype(np.float32)
+    x = numbers().uniform(-1, 1, (72, 2)).astype(np.float32)
+
+    def loss(params, batch):
+        return squares(jax.vmap(eqx.combine(params, static))(batch[0]), batch[1])
+
     return study.Task(
         init=lambda key: eqx.filter(make_mlp(key), eqx.is_inexact_array),
-        loss=lambda params, batch: squares(jax.vmap(eqx.combine(params, static))(batch[0]), batch[1]),
+        loss=loss,
         **parts(x, np.sin(3 * x[:, :1]) * x[:, 1:]),
-    )  # fmt: skip
+    )
 
 
 def make_mlp(key):
@@ -91,7 +98,7 @@ def make_mlp(key):
 def lstm():
     """Linen, a scan over time: the largest of a sequence's numbers."""
     model = nn.Sequential([nn.RNN(nn.OptimizedLSTMCell(6)), lambda h: h[:, -1], nn.Dense(1)])
-    x = RNG.uniform(size=(72, 5, 1)).astype(np.float32)
+    x = numbers().uniform(size=(72, 5, 1)).astype(np.float32)
     return study.Task(
         init=lambda key: model.init(key, x[:1])["params"],
         loss=lambda params, batch: squares(model.apply({"params": params}, batch[0]), batch[1]),
@@ -117,7 +124,7 @@ class Transformer(nnx.Module):
 def transformer():
     """NNX: the same token at each place of a sequence, reversed; metrics, no test examples."""
     graph = nnx.graphdef(Transformer(nnx.Rngs(0)))
-    ids = RNG.integers(0, 5, (72, 4))
+    ids = numbers().integers(0, 5, (72, 4))
     arrays = parts(ids, ids[:, ::-1].copy())
     del arrays["test"]
     return study.Task(
@@ -130,7 +137,7 @@ def transformer():
 
 def plain():
     """A function, and training data alone, in a dict."""
-    x = RNG.normal(size=(48, 3)).astype(np.float32)
+    x = numbers().normal(size=(48, 3)).astype(np.float32)
 
     def loss(params, batch):
         h = jnp.tanh(jnp.tanh(batch["x"] @ params["a"]) @ params["b"])
@@ -222,12 +229,15 @@ def test_what_was_interrupted_goes_on(name, tmp_path):
     task = TASKS[name]()
     with pytest.raises(Stop):
         study.compare(task, methods, out=tmp_path, on_progress=interrupt, **arguments)
-    trained = []
+    trained = {"bp": set(), "fa": set(), "sign_norm": set()}
     again = study.compare(
-        task, methods, out=tmp_path, on_progress=lambda method, *_: trained.append(method),
+        task,
+        methods,
+        out=tmp_path,
+        on_progress=lambda method, done, *_: trained[method].add(done or 0),
         **arguments,
-    )  # fmt: skip
-    assert "sign_norm" in trained and "bp" not in trained
+    )
+    assert trained["bp"] <= {0, 6} and max(trained["sign_norm"]) == 6
     whole = study.compare(task, methods, **arguments)
     for a, b in zip(tables(again), tables(whole), strict=True):
         pd.testing.assert_frame_equal(a, b, rtol=1e-4)
@@ -309,9 +319,9 @@ def test_transport_at_each_step_is_backprop(own):
 
 
 def test_all_methods_start_from_the_same_loss(own):
-    first = own.losses.assign(first=own.losses.train_loss.str[0])
-    assert (first.groupby("seed")["first"].nunique() == 1).all()
-    assert first["first"].nunique() == 4
+    first = own.losses.assign(first=own.losses.train_loss.str[0]).groupby("seed")["first"]
+    np.testing.assert_allclose(first.max(), first.min(), rtol=1e-6)  # by several programs
+    assert first.min().nunique() == 4
 
 
 def test_own_methods_do_as_they_say(own):
@@ -365,9 +375,8 @@ ROWS = {"x": X, "y": X[:, :1]}
     [
         (bad(loss=lambda params, batch: batch["x"] @ params["a"]), "scalar"),
         (bad(loss=lambda params, batch: jnp.nan * jnp.sum(params["a"])), "NaN|finite"),
-        (bad(loss=lambda params, batch: jnp.mean(ROWS["x"] @ params["a"] @ params["b"])), "kernel"),
+        (bad(loss=lambda params, batch: jnp.mean(X @ params["a"] @ params["b"])), "batch"),
         (bad(loss=lambda params, batch: jnp.mean(batch["x"] @ params["a"])), "kernel"),
-        (bad(init=lambda key: {}), "kernel|params"),
         (bad(metrics={"wrong": lambda params, batch: batch["z"]}, validation=ROWS), "wrong"),
         (bad(metrics={"wrong": lambda params, batch: batch["x"]}, validation=ROWS), "wrong"),
         (bad(validation={"x": X}), "validation"),

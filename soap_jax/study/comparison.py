@@ -89,7 +89,8 @@ class Comparison:
         self.methods: dict[str, dict[str, Any]] = self.record["methods"]
         self.kernels: list[str] = list(self.record["kernels"])
         self.hidden = self.kernels[:-1]
-        self.rates: tuple[float, ...] = tuple(self.protocol["learning_rates"])
+        extended = self.record.get("extended", [])
+        self.rates: tuple[float, ...] = tuple(sorted([*self.protocol["learning_rates"], *extended]))
         self.seeds: tuple[int, ...] = tuple(self.record["seeds"])
         self.runs, self.evaluations, self.losses = (
             tables[name].sort_values(["learning_rate", "seed"], kind="stable") for name in TABLES
@@ -321,6 +322,17 @@ class Comparison:
             rows.append(row | {"diverged": int(runs.diverged.sum()), "runs": runs.diverged.size})
         return pd.DataFrame(rows)
 
+    def params(
+        self, method: str, rate: float, seed: int, period: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """A run's final params by their paths, which `compare(keep_params=True)` kept."""
+        period = min(self.methods[method]["periods"]) if period is None else period
+        if self.path is None:
+            raise ValueError("the comparison has no directory; expected compare(out=...)")
+        run = store.Run(method, rate, seed, period)
+        with np.load(store.Store(self.path).params(run)) as arrays:
+            return dict(arrays)
+
     def judge(self, claims: Sequence[Claim | Test] | None = None) -> list[Finding]:
         """Judges claims, by default those stored when the study started.
 
@@ -396,7 +408,7 @@ class Comparison:
     def _shared(self):
         rows = self.base(self.runs)
         rows = rows[rows["method"].isin(self._leaders())]
-        rows = rows[~rows["learning_rate"].isin(self.protocol.get("extended", []))]
+        rows = rows[~rows["learning_rate"].isin(self.record.get("extended", []))]
         arrived = ~rows["diverged"] & (2 * rows["steps_to_target"] <= self.protocol["steps"])
         reached = arrived.groupby(rows["learning_rate"]).all()
         if reached.any():

@@ -60,7 +60,9 @@ def compare(
     target_loss: float | None = None,
     select: str | None = None,
     maximise: bool = False,
+    extend: int = 0,
     claims: Sequence[Claim | Test] = (),
+    keep_params: bool = False,
     out: str | os.PathLike[str] | None = None,
     chunk_size: int | None = None,
     memory_limit: float | None = None,
@@ -98,7 +100,11 @@ def compare(
         select: the column by which each method's learning rate is chosen, at the end of training:
             by default "validation_loss", without validation data "train_loss".
         maximise: whether the largest value of it is best.
+        extend: at most so many more rates on a side where some method's best rate lies at the edge
+            of a grid of three rates or more, each for all methods; none beyond a rate at which some
+            run diverged. They set neither the target nor the shared rate.
         claims: what the comparison is to test; their bounds are stored before the first run.
+        keep_params: whether `out` also keeps each run's final params, for `Comparison.params`.
         out: a directory. The comparison then survives a kill and goes on when the same call is
             repeated, and methods and seeds may be added to it.
         chunk_size: at most so many runs per device at once.
@@ -143,18 +149,19 @@ def compare(
     _check_select(task, select)
     if target_loss is not None and not 0 < target_loss < float("inf"):
         raise ValueError(f"target_loss is {target_loss}; expected a positive number.")
-    points = {
-        name: [
-            point._replace(period=period)
-            for period in method.periods(periods)
-            for point in sweeps.grid(seeds=list(seeds), learning_rates=learning_rates)
-        ]
-        for name, method in chosen.items()
-    }
-    if sum(map(len, points.values())) > MAX_RUNS:
+    periods_of = {name: method.periods(periods) for name, method in chosen.items()}
+
+    def points(rates):
+        grid = sweeps.grid(seeds=list(seeds), learning_rates=rates)
+        return {
+            name: [point._replace(period=period) for period in of_method for point in grid]
+            for name, of_method in periods_of.items()
+        }
+
+    if (num := sum(map(len, points(learning_rates).values()))) > MAX_RUNS:
         raise ValueError(
-            f"methods, learning_rates, seeds and periods make {sum(map(len, points.values()))} "
-            f"runs; expected at most {MAX_RUNS}."
+            f"methods, learning_rates, seeds and periods make {num} runs; expected at most "
+            f"{MAX_RUNS}."
         )
     layers = _check_task(task, batch_size)
     settings = {
@@ -164,7 +171,7 @@ def compare(
         "evaluations": evaluations,
         "eval_batch_size": eval_batch_size,
     }
-    programs = _programs(task, chosen, layers, settings)
+    programs = _programs(task, chosen, layers, settings, keep_params)
     facts = {
         "format": store.FORMAT,
         "title": "comparison",
@@ -179,7 +186,8 @@ def compare(
             "task": _fingerprint(task, batch_size),
         },
         "seeds": list(seeds),
-        "methods": _described(chosen, periods),
+        "methods": _described(chosen, periods_of),
+        "extended": [],
         "kernels": ["/".join(path) for path in layers.kernels],
         "examples": task.examples,
         "window": statistics.WINDOW,
@@ -191,30 +199,57 @@ def compare(
         **(record or {}),
     }
     _check_alike(facts)
-    run = functools.partial(
-        _train, task, programs, points, chunk_size, memory_limit, on_progress or (lambda *args: None)
-    )
-    if jax.process_index() != 0:
-        run(None)
-        return None
+    if out is None and keep_params:
+        raise ValueError("keep_params is True, but out is None; expected a directory for them.")
     with contextlib.ExitStack() as stack:
-        path = pathlib.Path(out or stack.enter_context(tempfile.TemporaryDirectory()))
-        stack.enter_context(files.locked(path))
-        into = store.Store(path)
-        into.begin(facts, [store.Run(name, *p[1::-1], p.period) for name, m in points.items() for p in m])
-        start = time.perf_counter()
-        run(into)
-
-        def complete(tables):
-            view = comparison.Comparison(into.record, tables)
-            target = None if math.isnan(view.target_loss) else view.target_loss
-            facts = {"target_loss": target, "seconds": round(time.perf_counter() - start, 1)}
-            return tables | {"runs": view.runs}, facts
-
-        into.finish(complete)
-        found = comparison.load(path)
+        into, path = None, None
+        if jax.process_index() == 0:
+            path = pathlib.Path(out or stack.enter_context(tempfile.TemporaryDirectory()))
+            stack.enter_context(files.locked(path))
+            into = store.Store(path)
+            facts["extended"] = into.record.get("extended", [])
+        while True:
+            rates = _everywhere([*learning_rates, *facts["extended"]])
+            mine = points(rates)
+            if into:
+                into.begin(facts, [_run(name, p) for name, of in mine.items() for p in of])
+            start = time.perf_counter()
+            _train(task, programs, mine, chunk_size, memory_limit, on_progress, into)
+            more = []
+            if into:
+                into.finish(functools.partial(_completed, into.record, start))
+                found = comparison.load(path)
+                more = _beyond(found, extend)
+            if not _everywhere([float(len(more))])[0]:
+                break
+            facts["extended"] = _everywhere([*facts["extended"], *more])
+    if into is None:
+        return None
     found.path = None if out is None else path
     return found
+
+
+def _completed(record, start, tables):
+    """The tables with steps to the target, which only all of them tell, and the target."""
+    view = comparison.Comparison(record, tables)
+    target = None if math.isnan(view.target_loss) else view.target_loss
+    facts = {"target_loss": target, "seconds": round(time.perf_counter() - start, 1)}
+    return tables | {"runs": view.runs}, facts
+
+
+def _beyond(found: comparison.Comparison, extend: int) -> list[float]:
+    """The rates to add: beyond an edge where some method is best and no run diverged."""
+    base, rates = found.protocol["learning_rates"], found.rates
+    if len(base) < 3 or not extend:
+        return []
+    best = [found.best_rate(m, t) for m, of in found.methods.items() for t in of["periods"]]
+    more = []
+    for edge, neighbour, sign in ((rates[0], rates[1], -1), (rates[-1], rates[-2], 1)):
+        added = sum(sign * (rate - base[0 if sign < 0 else -1]) > 0 for rate in rates)
+        diverged = found.runs["diverged"][found.runs["learning_rate"] == edge].any()
+        if edge in best and added < extend and not diverged:
+            more.append(float(f"{edge * edge / neighbour:.3g}"))
+    return more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +267,7 @@ class Program:
     stepwise: bool
 
 
-def _programs(task, chosen, layers, settings) -> dict[str, tuple[Program, int]]:
+def _programs(task, chosen, layers, settings, keep_params) -> dict[str, tuple[Program, int]]:
     """The program of each method, and its index in it, traced to see that all of it works.
 
     Which methods share one is fixed by the registry, not by who else takes part: so no result
@@ -253,13 +288,15 @@ def _programs(task, chosen, layers, settings) -> dict[str, tuple[Program, int]]:
             members, key = {None: method}, None
         program_key = name if key is None else tuple(map(id, like.values()))
         if program_key not in made:
-            made[program_key] = _program(task, name, tuple(members.values()), layers, settings)
+            made[program_key] = _program(
+                task, name, tuple(members.values()), layers, settings, keep_params
+            )
         found[name] = made[program_key], list(members).index(key)
     return found
 
 
-def _program(task, name, members, layers, settings) -> Program:
-    of_method = trial.make(task, members, layers, **settings)
+def _program(task, name, members, layers, settings, keep_params) -> Program:
+    of_method = trial.make(task, members, layers, keep_params=keep_params, **settings)
     run = trial.scanned(of_method)
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     args = scalar, jax.ShapeDtypeStruct((), jnp.float32), scalar, scalar, trial.data_of(task)
@@ -291,17 +328,18 @@ def _train(task, programs, points, chunk_size, memory_limit, on_progress, into):
     """Trains every run that is not done yet; each part is kept as soon as it is there."""
     known = into.done() if into else set()
     finished = {
-        name: _same_everywhere([store.Run(name, p.learning_rate, p.seed, p.period) in known for p in mine])
+        name: _everywhere([float(_run(name, point) in known) for point in mine])
         for name, mine in points.items()
     }
     total = sum(map(len, points.values()))
     data = trial.data_of(task)
     for name, (program, index) in programs.items():
         mine = points[name]
-        before = sum(map(sum, finished.values())) - sum(finished[name])
+        before = int(sum(map(sum, finished.values())) - sum(finished[name]))
 
         def progress(done, in_all, name=name, before=before):
-            on_progress(name, done, in_all, before + (done or 0), total)
+            if on_progress:
+                on_progress(name, done, in_all, before + (done or 0), total)
 
         progress(None, len(mine))
         keywords = {
@@ -316,12 +354,12 @@ def _train(task, programs, points, chunk_size, memory_limit, on_progress, into):
             parts = sweeps.iterate(program.run, mine, memory_limit=memory_limit, **keywords)
         for part in parts:
             if into:
-                runs = [
-                    store.Run(name, mine[i].learning_rate, mine[i].seed, mine[i].period)
-                    for i in part.indices
-                ]
-                into.add(runs, part.results)
-        finished[name] = [True] * len(mine)
+                into.add([_run(name, mine[i]) for i in part.indices], part.results)
+        finished[name] = [1.0] * len(mine)
+
+
+def _run(name, point) -> store.Run:
+    return store.Run(name, point.learning_rate, point.seed, point.period)
 
 
 def stepwise(
@@ -373,7 +411,9 @@ def stepwise(
             "evaluations": jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *rows),
             "test": jax.device_get(test(state, data)),
         }
-        results = _until_broken(results, every)
+        if of_method.keep_params:
+            results["params"] = jax.device_get(state.train.params)
+        results = results | _until_broken(results, every)
         keep = np.array([k for k, i in enumerate(indices) if i not in done])
         finished += len(mine)
         if on_progress:
@@ -510,7 +550,7 @@ def _types(part, batch_size):
 
 def _text(fun, args) -> str:
     """A function as its jaxpr, with the values that it closes over, without addresses."""
-    closed = jax.make_jaxpr(lambda *args: fun(*args))(*args)  # noqa: PLW0108: not from a cache
+    closed = jax.make_jaxpr(lambda *args: fun(*args))(*args)  # not from a cache
     consts = " ".join(_digest(const) for const in closed.consts)
     return re.sub(r"0x[0-9a-f]+", "", f"{closed.jaxpr} {consts}")
 
@@ -528,7 +568,7 @@ def _is_key(leaf) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _described(chosen, periods) -> dict[str, dict[str, Any]]:
+def _described(chosen, periods_of) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "label": method.label or name,
@@ -538,7 +578,7 @@ def _described(chosen, periods) -> dict[str, dict[str, Any]]:
             "paper": method.paper,
             "description": method.describe(),
             "exact": method.exact,
-            "periods": list(method.periods(periods)),
+            "periods": list(periods_of[name]),
         }
         for name, method in chosen.items()
     }
@@ -596,6 +636,10 @@ def _check_alike(facts):
         ) from None
 
 
-def _same_everywhere(flags: list[bool]) -> list[bool]:
-    """What the first process knows to be done, in every process."""
-    return np.asarray(multihost_utils.broadcast_one_to_all(np.array(flags))).tolist()
+def _everywhere(numbers: list[float]) -> list[float]:
+    """What the first process says, in every process."""
+    if jax.process_count() == 1:
+        return numbers
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
+    mine = np.resize(np.array([*numbers, 0.0], np.float64), size).view(np.uint32)  # x64 is off
+    return multihost_utils.broadcast_one_to_all(mine).view(np.float64).tolist()

@@ -6,6 +6,7 @@
     losses             one row per run: every batch's loss  (.parquet)
     progress.json      while runs are missing: what study.json will say
     parts/             while runs are missing: those that are done since, some in each file
+    params/            if asked for: each run's final params                  (.npz)
 
 Everything is written under another name first and then renamed, so a file is whole or absent. A
 comparison that is stopped, however it is, goes on with the runs that are missing. Methods and seeds
@@ -22,11 +23,13 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import numpy as np
 import pandas as pd
 
 import soap_jax
+from soap_jax import trees
 from soap_jax.study import circumstances, files, statistics
 
 FORMAT = 3
@@ -124,14 +127,18 @@ class Store:
 
     def add(self, runs: Sequence[Run], results: Mapping[str, Any]) -> None:
         """Keeps some runs: what `trial.scanned` gave, with a leading axis of the runs."""
-        flat = {
-            "/".join(k.key for k in keys): leaf
-            for keys, leaf in jax.tree_util.tree_leaves_with_path(results)
-        }
+        flat = flattened({name: part for name, part in results.items() if name != "params"})
+        for i, run in enumerate(runs if "params" in results else ()):
+            own = {name: leaf[i] for name, leaf in flattened(results["params"]).items()}
+            files.write_atomically(self.params(run), lambda file, own=own: np.savez(file, **own))
         names = json.dumps([list(run) for run in runs])
         name = hashlib.sha256(names.encode()).hexdigest()[:16]
         path = self.path / "parts" / f"{runs[0].method}-{name}.npz"
         files.write_atomically(path, lambda file: np.savez(file, runs=np.array(names), **flat))
+
+    def params(self, run: Run) -> pathlib.Path:
+        """The file with a run's final params, by their paths."""
+        return self.path / "params" / f"{'-'.join(map(str, run))}.npz"
 
     def done(self) -> set[Run]:
         """The runs that are there, in the tables or in parts."""
@@ -160,7 +167,13 @@ class Store:
         joined = {name: pd.concat([p[name] for p in pieces], ignore_index=True) for name in TABLES}
         tables, facts = complete(joined)
         for name, table in tables.items():
-            by = ["method", "period", "learning_rate", "seed", *(["step"] if "step" in table else [])]
+            by = [
+                "method",
+                "period",
+                "learning_rate",
+                "seed",
+                *(["step"] if "step" in table else []),
+            ]
             table = table.sort_values(
                 by, key=lambda column: column.map(order) if column.name == "method" else column
             ).reset_index(drop=True)
@@ -256,12 +269,18 @@ class Store:
         return record
 
 
+def flattened(tree: chex.ArrayTree) -> dict[str, Any]:
+    """The leaves of a tree by their paths, such as "Dense_0/kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(trees.path_of(keys)): leaf for keys, leaf in leaves}
+
+
 def _expected(record) -> set[Run]:
     """Every method with every seed, at every learning rate and period."""
     return {
         Run(name, rate, seed, period)
         for name, method in record["methods"].items()
-        for rate in record["protocol"]["learning_rates"]
+        for rate in (*record["protocol"]["learning_rates"], *record["extended"])
         for seed in record["seeds"]
         for period in method["periods"]
     }

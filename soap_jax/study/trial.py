@@ -87,6 +87,7 @@ class Trial(NamedTuple):
         test: `(state, data) -> scalars by metric`.
         steps: how many there are.
         marks: how often a run is measured, in equal distances, besides the start.
+        keep_params: whether the final params are among its results.
     """
 
     init: Callable[..., tuple[State, Plan]]
@@ -95,6 +96,7 @@ class Trial(NamedTuple):
     test: Callable[..., dict[str, jax.Array]]
     steps: int
     marks: int
+    keep_params: bool
 
 
 def data_of(task: Task) -> dict[str, chex.ArrayTree]:
@@ -162,6 +164,7 @@ def make(
     steps: int,
     evaluations: int,
     eval_batch_size: int | None = None,
+    keep_params: bool = False,
 ) -> Trial:
     """Makes the functions of a training by one of the methods `members`, of which an index tells.
 
@@ -177,6 +180,7 @@ def make(
         steps: updates in all.
         evaluations: how often a run is measured; divides `steps`.
         eval_batch_size: at most so many examples at a time; by default all.
+        keep_params: as in `Trial`.
     """
     method = members[0]
     learns = method.feedback_bar is not None
@@ -305,7 +309,10 @@ def make(
         args = state.model, probe, key
         true, true_errors = gradient_and_errors(plain, has_aux=True)(params, None, *args)
         if method.gradient is not None:
-            pseudo, errors = value_and_grad(params, weights, *args, train.step, learning_rate)[1], {}
+            pseudo, errors = (
+                value_and_grad(params, weights, *args, train.step, learning_rate)[1],
+                {},
+            )
         elif method.loss is not None:
             of_params = gradient_and_errors(
                 lambda params, *args: of_method(params, weights, *args), has_aux=True
@@ -340,7 +347,7 @@ def make(
             return {}
         return evaluate(task, state.train.params, state.model, data["test"], eval_batch_size)
 
-    return Trial(init, step, measure, test, steps, evaluations)
+    return Trial(init, step, measure, test, steps, evaluations, keep_params)
 
 
 def evaluate(task: Task, params, state, data, batch_size: int | None = None):
@@ -381,8 +388,9 @@ def scanned(trial: Trial) -> Callable[..., dict[str, Any]]:
     A run whose loss is not finite goes no further: all that follows is NaN.
 
     Returns:
-        `(seed, learning_rate, period, index, data) -> record`: `train_loss` `(steps,)`, each batch's
-        before its update; `evaluations`, by column `(evaluations + 1,)`; `test`, by metric.
+        `(seed, learning_rate, period, index, data) -> results`: `train_loss` `(steps,)`, each
+        batch's before its update; `evaluations`, by column `(evaluations + 1,)`; `test`, by metric;
+        `params`, if kept.
     """
 
     def run(seed, learning_rate, period, index, data):
@@ -411,7 +419,8 @@ def scanned(trial: Trial) -> Callable[..., dict[str, Any]]:
         (state, alive), (losses, rows) = lax.scan(segment, (state, jnp.array(True)), marks)
         test = trial.test(state, data)
         test = jax.tree.map(lambda leaf: jnp.where(alive, leaf, jnp.nan), test)
-        return {"train_loss": losses[1:].reshape(-1), "evaluations": rows, "test": test}
+        results = {"train_loss": losses[1:].reshape(-1), "evaluations": rows, "test": test}
+        return results | ({"params": state.train.params} if trial.keep_params else {})
 
     return run
 
