@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import io
 import os
 import pathlib
 import re
+import runpy
 import shlex
 import sys
 import time
@@ -111,10 +111,10 @@ class TaskStudy(_Running, preset.Protocol):
 
         options = self.smaller() if self.quick else self
         arguments = options.arguments() | {
-            "task": self.module.task,
-            "methods": getattr(self.module, "methods", preset.DEFAULT_METHODS),
-            "claims": getattr(self.module, "claims", ()),
-            "optimizer": getattr(self.module, "optimizer", optax.sgd),
+            "task": self.module["task"],
+            "methods": self.module.get("methods", preset.DEFAULT_METHODS),
+            "claims": self.module.get("claims", ()),
+            "optimizer": self.module.get("optimizer", optax.sgd),
             "select": self.select,
             "maximise": self.maximise,
         }
@@ -284,20 +284,17 @@ def main():
 
 def _parse(args: list[str]) -> Any:
     """The options of a command, as an object that runs it."""
-    study = Annotated[Study, tyro.conf.subcommand("study")]
     task = next((arg for arg in args if arg.endswith(".py")), None)
+    study: Any = Annotated[Study, tyro.conf.subcommand("study")]
     if args[:1] == ["study"] and task is not None:
-        study = Annotated[TaskStudy, tyro.conf.subcommand("study", default=_import(task, args))]
-    commands = (
-        study
-        | Annotated[Report, tyro.conf.subcommand("report")]
-        | Annotated[Train, tyro.conf.subcommand("train")]
-    )
+        study = Annotated[TaskStudy, tyro.conf.subcommand("study", default=_imported(task, args))]
+    report = Annotated[Report, tyro.conf.subcommand("report")]
+    train = Annotated[Train, tyro.conf.subcommand("train")]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(
-                commands,
+                study | report | train,
                 args=args or ["--help"],
                 prog="soap-jax",
                 description="Feedback alignment for JAX and Flax. --version says which this is.",
@@ -341,30 +338,28 @@ def _options() -> tyro.constructors.ConstructorRegistry:
     return registry
 
 
-def _import(path: str, args: list[str]) -> TaskStudy:
+def _imported(path: str, args: list[str]) -> TaskStudy:
     """What a task file says, as defaults of options."""
-    _start_jax(cache="--no-cache" not in args, distributed="--distributed" in args)
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}.")
-    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module
-    sys.path.insert(0, str(pathlib.Path(path).parent))
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == path]
-        where = f", line {lines[-1]}" if lines else ""
-        raise ValueError(f"{path}{where}: {type(error).__name__}: {_first_line(error)}.") from error
+    _start_jax(cache="--no-cache" not in args, distributed="--distributed" in args)
     from soap_jax.tasks import Task
 
-    if not isinstance(getattr(module, "task", None), Task):
+    sys.path.insert(0, str(pathlib.Path(path).parent))
+    try:
+        module = runpy.run_path(path)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        where = [f", line {frame.lineno}" for frame in frames if frame.filename == path][-1:]
+        said = f"{path}{''.join(where)}: {type(error).__name__}: {_first_line(error)}."
+        raise ValueError(said) from error
+    if not isinstance(module.get("task"), Task):
         raise ValueError(f"{path} defines no `task`; expected task = soap_jax.study.Task(...).")
     fields = {field.name for field in dataclasses.fields(TaskStudy)} - {"task", "module"}
-    given = {name: getattr(module, name) for name in fields if hasattr(module, name)}
-    lists = {name: tuple(given[name]) for name in ("learning_rates", "periods") if name in given}
-    return TaskStudy(task=pathlib.Path(path), module=module, **given | lists)
+    given: dict[str, Any] = {name: module[name] for name in fields & module.keys()}
+    for name in {"learning_rates", "periods"} & given.keys():
+        given[name] = tuple(given[name])
+    return TaskStudy(task=pathlib.Path(path), module=module, **given)
 
 
 def _as(kind, options):
@@ -479,15 +474,17 @@ def _estimate(arguments, runs, steps) -> float:
     def note(method, done, *_):
         events[method].append((time.perf_counter(), done))
 
-    segments = min(arguments["evaluations"], steps)
-    few = {"learning_rates": arguments["learning_rates"][:2], "steps": steps // segments}
-    study.compare(**arguments | few | {"epochs": None, "evaluations": 1}, on_progress=note)
+    evaluations = min(arguments["evaluations"], steps)
+    some = min(4, evaluations)
+    few = {"epochs": None, "steps": steps // evaluations * some, "evaluations": some}
+    few |= {"learning_rates": arguments["learning_rates"][:2]}
+    study.compare(**arguments | few, on_progress=note)
     seconds = 0.0
     for name, ((begin, _), (compiled, _), *parts) in events.items():
         end, done = parts[-1]
-        seconds += compiled - begin
         since, before = parts[0] if len(parts) > 1 else (compiled, 0)
-        seconds += segments * runs[name] * (end - since) / (done - before)
+        each = (end - since) / (done - before) * evaluations / some
+        seconds += compiled - begin + each * runs[name]
     return seconds
 
 

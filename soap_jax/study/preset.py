@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 DATASETS = {"digits": 64, "mnist": 784, "fashion_mnist": 784, "kmnist": 784, "cifar10": 3072}
 """The data sets, and the values in an example of each."""
-DEFAULT_METHODS = ("bp", "fa", "sign", "sign_preserve", "sign_norm")
-DEFAULT_METHODS += ("bp_scaled", "bp_scaled_live", "frozen")
+_SIGNS, _SCALED = ("sign", "sign_preserve", "sign_norm"), ("bp_scaled", "bp_scaled_live")
+DEFAULT_METHODS = ("bp", "fa", *_SIGNS, *_SCALED, "frozen")
 WEIGHT_DECAY = 1e-3
 """That of a study with Kolen-Pollack learning, which is nothing without."""
 CHOICES = {
@@ -374,7 +374,7 @@ def optimizer(config: StudyConfig) -> Callable[[Any], optax.GradientTransformati
     return of_rate
 
 
-def _method(config: StudyConfig, name: str, model, scale) -> methods.Method:
+def _method(config: StudyConfig, name: str, model: Any, scale: tasks.Scaling) -> methods.Method:
     """A method of the registry, with what the network must bring and the study's starts."""
     import jax
     import jax.numpy as jnp
@@ -384,7 +384,7 @@ def _method(config: StudyConfig, name: str, model, scale) -> methods.Method:
 
     method = METHODS[name]
     changes: dict[str, Any] = {"initializer": feedback.glorot_normal}
-    errors = {"dfa": "exact", "sdfa": "sign", "drtp": "target"}
+    errors: dict[str, Any] = {"dfa": "exact", "sdfa": "sign", "drtp": "target"}
     if config.init == "soap" and method.rule is None and name not in errors:
         changes["init"] = init_as_torch
     if isinstance(model, models.MLP) and name in errors:
@@ -394,7 +394,8 @@ def _method(config: StudyConfig, name: str, model, scale) -> methods.Method:
             x, labels = batch
             variables = {"params": params, "projection": projections}
             target = jax.nn.one_hot(labels, model.features[-1], dtype=jnp.float32)
-            return training.cross_entropy(direct.apply(variables, scale(x), target), labels)
+            logits: Any = direct.apply(variables, scale(x), target)
+            return training.cross_entropy(logits, labels)
 
         def init_feedback(key, params, batch):
             keys = {"params": key, "feedback": key}
@@ -405,7 +406,7 @@ def _method(config: StudyConfig, name: str, model, scale) -> methods.Method:
     if isinstance(model, models.MLP) and name == "activity_propagation":
 
         def tapped(tap, params, batch):
-            logits = model.apply({"params": params}, scale(batch[0]), tap)
+            logits: Any = model.apply({"params": params}, scale(batch[0]), tap)
             return training.cross_entropy(logits, batch[1])
 
         def gradient(params, feedback, batch, key, step, learning_rate):

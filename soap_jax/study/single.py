@@ -1,7 +1,7 @@
 """Trains one model by one method, for those who want a model rather than a study.
 
     train.json          configuration, versions, device, data source; once trained, the result
-    curves              one row per epoch            (.parquet, .csv, .png and .pdf)
+    curves              one row per epoch            (.parquet, .csv, .svg, .png, .pdf)
     checkpoints/EPOCH   Orbax: the state of training, the curves up to it, and their checksum
 
 Start, feedback, order of examples and measurements are those of one run of a study. A training that
@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import math
@@ -27,7 +27,6 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import altair as alt
 import chex
 import jax
 import jax.numpy as jnp
@@ -37,7 +36,17 @@ import pandas as pd
 from jax import lax
 
 from soap_jax import data, grids, tasks, training
-from soap_jax.study import circumstances, files, preset, protocol, store, trial
+from soap_jax.study import (
+    charts,
+    circumstances,
+    drawing,
+    files,
+    preset,
+    protocol,
+    statistics,
+    store,
+    trial,
+)
 from soap_jax.study.methods import METHODS
 from soap_jax.study.preset import TrainConfig
 
@@ -123,12 +132,12 @@ def train(
                     _write_curves(path, rows)
                     _save(manager, epoch, state, rows, facts["feedback"])
     found = jax.jit(of_method.test)(state, arrays)
-    losses = [row[name] for row in rows for name in ("train_loss", "validation_loss")][1:]
+    ends = [row[name] for row in rows for name in ("train_loss", "validation_loss")][1:]
     limit = store.DIVERGED * rows[0]["validation_loss"]
     result = {
         "epochs": config.epochs,
         "steps": rows[-1]["step"],
-        "diverged": not (all(map(math.isfinite, losses)) and rows[-1]["train_loss"] <= limit),
+        "diverged": not (all(map(math.isfinite, ends)) and rows[-1]["train_loss"] <= limit),
         **{f"test_{name}": float(value) for name, value in found.items()},
     }
     facts["result"] = {k: v if math.isfinite(v) else None for k, v in result.items()}
@@ -379,7 +388,7 @@ def _save(manager, epoch, state, rows, feedback):
     manager.save(epoch, args=ocp.args.Composite(**arguments))
 
 
-def _restore(path, manager, epoch, like, feedback) -> tuple[training.TrainState, list[Row]]:
+def _restore(path, manager, epoch, like, feedback) -> tuple[trial.State, list[Row]]:
     """The state, onto the first device, and the curves until then."""
     step = path / "checkpoints" / str(epoch)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -429,40 +438,44 @@ def _write_facts(path, facts):
 
 
 def _draw(path, config, curves):
-    """Draws curves.png and curves.pdf; lines break where numbers are not finite."""
-    panels: dict[str, dict[str, str]] = {
-        "Loss": {"training, mean of epoch": "train_loss", "validation": "validation_loss"},
-        "Accuracy (%)": {"validation": "validation_accuracy"},
-        "Angle to the true one (degrees)": {
-            f"{kind.removesuffix('_angle')}, {layer.removesuffix('/kernel')}": name
-            for name in curves
-            for kind, _, layer in [name.partition("/")]
-            if kind in ("gradient_angle", "weight_angle")
-        },
+    """Draws the curves as SVG, PNG and PDF; lines break where numbers are not finite."""
+    angles = {
+        f"{kind}, {name.removesuffix('/kernel')}": curves[column]
+        for column in curves
+        for kind, _, name in [column.partition("_angle/")]
+        if kind in ("gradient", "weight")
     }
-    charts = []
-    for title, lines in panels.items():
-        columns = curves.rename(columns={of: label for label, of in lines.items()})
-        table = columns.melt("epoch", list(lines), "of", "y").replace([np.inf, -np.inf], np.nan)
-        if table.empty:
-            continue
-        table["y"] *= 100 if title.startswith("Accuracy") else 1
-        kind = "log" if title == "Loss" and (table["y"].dropna() > 0).all() else "linear"
-        legend = {"title": None, "sort": list(lines), "legend": alt.Legend(orient="bottom")}
-        chart = alt.Chart(table, title=title, width=260, height=220).encode(
-            x=alt.X("epoch:Q", axis=alt.Axis(tickMinStep=1)),
-            y=alt.Y("y:Q", title=None, scale=alt.Scale(type=kind, zero=False, nice=False)),
-            color=alt.Color("of", **legend),
-            strokeDash=alt.StrokeDash("of", **legend),
+    accuracy = {"accuracy": 100 * curves["validation_accuracy"]}
+    losses = {"training": curves["train_loss"], "validation": curves["validation_loss"]}
+    panels = []
+    for y, lines in (("loss", losses), ("validation accuracy (%)", accuracy), ("angle", angles)):
+        marks = zip(charts.PALETTE[1:], charts.SHAPES, charts.DASHES * 2, strict=False)
+        points = {
+            name: [
+                drawing.Point(i, statistics.Estimate(v, v, v), "")
+                for i, v in enumerate(np.where(np.isfinite(values), values, np.nan))
+            ]
+            for name, values in lines.items()
+        }
+        figure = drawing.curves(
+            points,
+            dict(zip(lines, itertools.cycle(marks), strict=False)),
+            x="epoch",
+            ticks=sorted({*np.linspace(0, config.epochs, 6).astype(int).tolist()}),
+            y=y,
+            y_log=y == "loss",
+            degrees=y == "angle",
+            empty="",
+            name=y.split()[-2 if "%" in y else 0],
+            title=y.capitalize(),
+            caption="",
         )
-        charts.append(chart.mark_line())
+        panels += [figure.spec] if figure.spec else []
     title = (
         f"{config.data or config.dataset}, {METHODS[config.method].label}, rate "
         f"{config.learning_rate:g}, seed {config.seed}"
     )
-    whole = alt.hconcat(*charts, title=alt.Title(title, anchor="middle")).resolve_scale(
-        color="independent", strokeDash="independent"
-    )
-    for kind in ("png", "pdf"):
-        write = functools.partial(whole.save, format=kind, scale_factor=2)
-        files.write_atomically(path / f"curves.{kind}", write)
+    parts = [{k: v for k, v in spec.items() if k not in ("$schema", "config")} for spec in panels]
+    spec = {"hconcat": parts, "title": title, "config": drawing.CONFIG}
+    spec["resolve"] = {"scale": dict.fromkeys(("color", "shape", "strokeDash"), "independent")}
+    drawing.save(spec, path / "curves")
