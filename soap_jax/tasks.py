@@ -263,7 +263,7 @@ def read(path: str | os.PathLike[str]) -> data.Dataset:
 def _read_npz(path):
     names = ("x_train", "y_train", "x_test", "y_test")
     try:
-        with np.load(path) as file:
+        with path.open("rb") as stream, np.load(stream) as file:
             if missing := [name for name in names if name not in file]:
                 raise ValueError(f"it lacks {', '.join(missing)}")
             return [file[name] for name in names]
