@@ -57,13 +57,15 @@ def describe(comparison: Comparison, effects: mediation.Mediation) -> Diagram | 
     if not effects.testable:
         return None
     total, *paths = map(effects.effect, ("total", "rate", "direction"))
-    rates = {rate.method: rate.start for rate in effects.effective_rates}
-    amplified, size = (number(rates[m] / rates["bp"]) for m in ("sign", "bp_scaled_live"))
+    method, reference, control = (rate.method for rate in effects.effective_rates[:3])
+    start = {rate.method: rate.start for rate in effects.effective_rates}
+    amplified, size = (number(start[m] / start[reference]) for m in (method, control))
     first = f"error_angle/{comparison.hidden[0]}"
-    turned = comparison.measured(first, "sign", effects.learning_rate, end=False).mean()
+    turned = comparison.measured(first, method, effects.learning_rate, end=False).mean()
+    name = comparison.label(method)
     target = f"{comparison.target_loss:.3g}"
     boxes = (
-        (f"*{comparison.label('sign')}*", f"in place of {comparison.label('bp')}"),
+        (f"*{name}*", f"in place of {comparison.label(reference)}"),
         ("effective learning rate", "of the hidden layers"),
         ("direction of the error", "that reaches them"),
         (f"steps to loss {target}", f"*in all {_factor(total)}*"),
@@ -88,7 +90,7 @@ def describe(comparison: Comparison, effects: mediation.Mediation) -> Diagram | 
     )
     if effects.note:
         caption += f" Note: {effects.note}."
-    title = f"How {comparison.label('sign')} acts on the steps to the target"
+    title = f"How {name} acts on the steps to the target"
     widths = [1.5, 1.5, *(1.5 + 3.5 * _clipped(effect.share) for effect in paths)]
     said = f"{title}. In all {_factor(total)}. " + ". ".join(
         f"Through the {effect.path}: {', '.join(_on_arrow(effect))}" for effect in paths
@@ -150,7 +152,13 @@ def _clipped(share):
 
 
 def _table(effects) -> drawing.Cells:
-    columns = ["order", "path", "factor on steps [95 %]", "share of the whole effect [95 %]", "term"]
+    columns = [
+        "order",
+        "path",
+        "factor on steps [95 %]",
+        "share of the whole effect [95 %]",
+        "term",
+    ]
     rows = []
     for effect in effects.effects:
         share = Estimate(*(100 * e for e in (effect.share, effect.share_low, effect.share_high)))

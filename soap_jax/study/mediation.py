@@ -30,30 +30,19 @@ import pandas as pd
 from soap_jax.study import statistics
 from soap_jax.study.comparison import Comparison, NotTestable, joined
 
-_CONTRASTS = (  # order, path, VanderWeele's term, weights of log steps: whole, none, rate, direction
+_CONTRASTS = (  # weights of log steps: of the whole effect, of none, of rate or direction alone
     ("total", "total", "total effect", (1, -1, 0, 0)),
     ("rate first", "rate", "pure natural indirect effect", (0, -1, 1, 0)),
     ("rate first", "direction", "total natural direct effect", (1, 0, -1, 0)),
     ("direction first", "direction", "pure natural direct effect", (0, -1, 0, 1)),
     ("direction first", "rate", "total natural indirect effect", (1, 0, 0, -1)),
-    (
-        "average",
-        "rate",
-        "mean of pure and total natural indirect effects",
-        (0.5, -0.5, 0.5, -0.5),
-    ),
-    (
-        "average",
-        "direction",
-        "mean of pure and total natural direct effects",
-        (0.5, -0.5, -0.5, 0.5),
-    ),
+    ("average", "rate", "mean natural indirect effect", (0.5, -0.5, 0.5, -0.5)),
+    ("average", "direction", "mean natural direct effect", (0.5, -0.5, -0.5, 0.5)),
 )
 _FIXED = "rate first, fixed at the start"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Effect:
+class Effect(NamedTuple):
     """A factor on the steps to the target loss, and its share of the total on the log scale.
 
     Attributes:
@@ -138,82 +127,73 @@ def mediate(
         fixed: the control whose factor is fixed at the start; it may be missing.
     """
     try:
-        return _mediate(comparison, (method, reference, rate, direction), fixed)
+        return _mediate(comparison, [method, reference, rate, direction], fixed)
     except NotTestable as reason:
         return Mediation(testable=False, note=str(reason))
 
 
 def tabulate(mediation: Mediation) -> pd.DataFrame:
     """One row per effect; no rows where it is not testable."""
-    columns = [field.name for field in dataclasses.fields(Effect)]
-    return pd.DataFrame([dataclasses.asdict(e) for e in mediation.effects], columns=columns)
+    return pd.DataFrame(mediation.effects, columns=Effect._fields)
 
 
 def _mediate(comparison, core, fixed):
-    if comparison.protocol["optimizer"] != "sgd":
-        raise NotTestable(f"the optimizer is {comparison.protocol['optimizer']}: this is about SGD")
+    if (optimizer := comparison.protocol["optimizer"]) != "sgd":
+        raise NotTestable(f"the optimizer is {optimizer}: the diagram is about SGD")
     if len(comparison.seeds) < 2:
         raise NotTestable("one seed has no spread: at least 2 are needed")
-    methods = [*core, fixed] if fixed in comparison.methods else list(core)
-    if len({comparison.methods.get(m, {}).get("init") or None for m in methods}) > 1:
-        raise NotTestable("the methods start from different weights")
-    runs = {m: comparison.grid(m) for m in methods}
+    methods = core + [fixed] * (fixed in comparison.methods)
+    grids = [comparison.grid(method) for method in methods]
+    if why := comparison.different_starts(*methods):
+        raise NotTestable(why)
     rate = comparison.rate(core[1], "shared")
     i = comparison.rates.index(rate)
-    many = {m for m in methods if statistics.too_many(runs[m].censored[i])}
-    notes = [comparison.missing(m, rate) for m in methods]
-    if many & set(core):
+    logs, flags = (np.stack([getattr(g, f)[i] for g in grids]) for f in ("values", "censored"))
+    many = [method for method, of in zip(methods, flags, strict=True) if statistics.too_many(of)]
+    notes = [comparison.missing(method, rate) for method in methods]
+    if set(many) - {fixed}:
         raise NotTestable(f"more than a tenth of a method's runs are censored: {joined(*notes)}")
+    effects = [_effect(*contrast, logs[:4], flags[:4]) for contrast in _CONTRASTS]
     if many:
         notes.append(f"so nothing is said of {fixed}")
-    logs = np.stack([runs[m].values[i] for m in core])
-    censored = np.array([runs[m].censored[i].any() for m in core])
-    effects = [_effect(*contrast, logs, censored) for contrast in _CONTRASTS]
-    if fixed in methods and not many:
-        logs[2], censored[2] = runs[fixed].values[i], runs[fixed].censored[i].any()
+    elif fixed in methods:
+        check = [0, 1, 4, 3]
         effects += [
-            _effect(_FIXED, path, f"{term}, factor fixed", weights, logs, censored)
-            for order, path, term, weights in _CONTRASTS
+            _effect(_FIXED, *contrast, logs[check], flags[check])
+            for order, *contrast in _CONTRASTS
             if order == "rate first"
         ]
-    if any(runs[m].censored[i].any() for m in methods):
+    if flags.any():
         notes.append("effects with censored runs are bounds, without shares")
-    elif np.isnan(effects[0].share_low):
+    elif math.isnan(effects[0].share_low):
         notes.append("the total effect is not clearly other than none: shares have no interval")
     column = f"effective_learning_rate/{comparison.hidden[0]}"
-    rates = [
-        EffectiveRate(
-            m,
-            *(float(comparison.measured(column, m, rate, end=e).mean()) for e in (False, True)),
-        )
-        for m in methods
+    effective = [
+        [comparison.measured(column, method, rate, end=end).mean() for end in (False, True)]
+        for method in methods
     ]
     return Mediation(
         testable=True,
         note=joined(*notes),
         learning_rate=rate,
         effects=tuple(effects),
-        effective_rates=tuple(rates),
+        effective_rates=tuple(
+            EffectiveRate(method, float(start), float(end))
+            for method, (start, end) in zip(methods, effective, strict=True)
+        ),
     )
 
 
-def _effect(order, path, term, weights, logs, censored):
+def _effect(order, path, term, weights, logs, flags):
     """One effect; a censored run leaves the side open on which its steps might be more."""
-    weights = np.asarray(weights)
-    above, below = (bool(np.any(censored & (sign * weights > 0))) for sign in (1, -1))
-    mean = statistics.student(weights @ logs)
-    mean = dataclasses.replace(mean, has_low=not below, has_high=not above)
-    estimate, low, high = mean.judge_ratio()[:3]
-    share = statistics.fieller(weights @ logs, logs[0] - logs[1])
-    known = not (above or below or censored[0] or censored[1])
-    shares = (share.estimate, *share.interval) if known else [math.nan] * 3
-    names = ("share", "share_low", "share_high")
-    return Effect(
-        order=order,
-        path=path,
-        term=term,
-        ratio=math.nan if above and below else estimate,
-        low=low,
-        high=high,
-        **dict(zip(names, shares, strict=True)),
-    )
+    lost = flags.any(axis=1)
+    above, below = (bool(np.any(lost & (np.multiply(s, weights) > 0))) for s in (1, -1))
+    part = weights @ logs
+    mean = dataclasses.replace(statistics.student(part), has_low=not below, has_high=not above)
+    ratio, *ends = mean.judge_ratio()[:3]
+    share = statistics.fieller(part, logs[0] - logs[1])
+    shares = [share.estimate, *share.interval]
+    if above or below or lost[:2].any():
+        shares = [math.nan] * 3
+    ratio = math.nan if above and below else ratio
+    return Effect(order, path, term, ratio, *ends, *shares)

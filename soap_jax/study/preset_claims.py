@@ -1,6 +1,7 @@
 """The claims that `soap-jax study` tests on an MLP, with bounds written down before any run."""
 
-from soap_jax.study.claims import INF, Claim, ErrorAngleTrend, FinalAngle, Ratio, Trend
+from soap_jax.study.claims import Claim
+from soap_jax.study.contrasts import INF, ErrorAngleTrend, FinalAngle, Ratio, Trend
 
 WITHIN_10_PERCENT = (1 / 1.1, 1.1)
 

@@ -16,7 +16,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,9 @@ import soap_jax
 from soap_jax import grids, sweeps, trees
 from soap_jax.study import circumstances, comparison, files, statistics, store, trial
 from soap_jax.study import methods as registry
+from soap_jax.study.claims import Claim, Test, as_claims
 from soap_jax.study.methods import Method
 from soap_jax.tasks import Task
-
-if TYPE_CHECKING:
-    from soap_jax.study.claims import Claim, Test
 
 MAX_RUNS = 10**6
 """The most runs of a comparison; each of them is known by name from the start."""
@@ -191,7 +189,7 @@ def compare(
         "kernels": ["/".join(path) for path in layers.kernels],
         "examples": task.examples,
         "window": statistics.WINDOW,
-        "claims": [claim.to_dict() for claim in claims],
+        "claims": [claim.to_dict() for claim in as_claims(claims)],
         "config": None,
         "command": None,
         "loops": {name: "python" if p.stepwise else "scan" for name, (p, _) in programs.items()},

@@ -86,7 +86,7 @@ def _page(comparison, findings, figures, causes):
         glossary=_glossary(comparison),
         findings=findings,
         verdicts=VERDICTS,
-        p_value=screen.p_value,
+        in_words=claims.in_words,
         tests=_tests,
         figures=figures,
         specs=data,
@@ -135,14 +135,12 @@ def _glossary(comparison):
 
 def _tests(finding: claims.Finding) -> drawing.Cells:
     """The tests of a claim as a table."""
-    columns = ["test", "estimate [95 % interval]", "bound", "p inside", "p outside", "censored"]
+    columns = ["test", "estimate [95 %]", "bound", "place", "p inside", "p outside", "censored"]
     rows = []
     for part in finding.parts:
-        said = ["not testable", claims.bound(part), "–", "–", "–"]
-        if part.testable:
-            said = [claims.measured(part), claims.bound(part)]
-            said += [number(part.p_holds), number(part.p_fails), f"{part.censored} of {part.runs}"]
-        rows.append([part.label, *said, part.note])
+        words = claims.in_words(part)
+        said = [number(part.p_holds), number(part.p_fails), f"{part.censored} of {part.runs}"]
+        rows.append([part.label, words.estimate, words.bound, words.place, *said, part.note])
     return [*columns, "note"], rows
 
 
@@ -177,7 +175,9 @@ def _details(comparison: Comparison) -> dict[str, dict[str, str]]:
         },
     }
     return {
-        title: {term.replace("_", " "): _said(value) for term, value in terms.items() if value != ""}
+        title: {
+            term.replace("_", " "): _said(value) for term, value in terms.items() if value != ""
+        }
         for title, terms in lists.items()
         if terms
     }

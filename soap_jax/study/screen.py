@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from soap_jax.study import claims
+from soap_jax.study import claims, statistics
 from soap_jax.study.comparison import Comparison
 from soap_jax.study.statistics import Estimate, number
 
@@ -95,29 +95,27 @@ def summary_notes(comparison: Comparison, *, full: bool) -> str:
 
 def claims_table(findings: Sequence[claims.Finding]) -> Table:
     """The verdicts, claim by claim, with what each of its tests found and the bound for it."""
-    notes = "p is the verdict's, after Holm's correction for the number of claims."
+    family = max((finding.family for finding in findings), default=0)
+    notes = [f"p is the verdict's, after Holm's correction for {family} claims."] * (family > 0)
+    notes += [f"{f.key}: {f.why}" for f in findings if f.verdict == claims.UNDECIDED]
     if any(finding.exploratory for finding in findings):
-        notes += " Exploratory: the claim, its bounds or the target were chosen after the runs."
-    table = _table("Claims, with 95 % intervals and the bounds they were given", notes)
-    for column in ("", "claim", "verdict", "found"):
+        notes.append(
+            "Exploratory: the claim, its bounds or the target were chosen after the start."
+        )
+    table = _table("Claims, with 95 % intervals and the bounds they have to meet", "\n".join(notes))
+    for column in ("", "claim", "verdict"):
         table.add_column(column)
+    for column in ("found", "bound"):
+        table.add_column(column, no_wrap=True)
     for finding in findings:
         verdict = finding.verdict + "\nexploratory" * finding.exploratory
         if not math.isnan(finding.p):
-            verdict += f"\n{p_value(finding.p)}"
-        cells = finding.key, finding.statement, verdict, finding.why
+            verdict += f"\n{statistics.p_value(finding.p)}"
+        said = [claims.in_words(part) for part in finding.parts]
+        found = "\n".join(words.estimate.removeprefix("rank ") for words in said)
+        cells = finding.key, finding.statement, verdict, found, "\n".join(w.bound for w in said)
         table.add_row(*map(Text, cells), end_section=True)
     return table
-
-
-def p_value(value: float) -> str:
-    """A p-value for people.
-
-    Example:
-        >>> p_value(0.00002), p_value(0.0314)
-        ('p < 0.001', 'p = 0.031')
-    """
-    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
 
 
 def _is_share(metric):
