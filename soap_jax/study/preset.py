@@ -348,6 +348,14 @@ def network(config: Network, dataset: data.Dataset) -> models.MLP | models.ConvN
     return models.ConvNet(config.channels, classes, activation=activation, feedback=False)
 
 
+def in_words(config: Network, dataset: data.Dataset) -> str:
+    """What is trained, such as "64-256-10, tanh, sgd"."""
+    sizes = (dataset.train.images[0].size, *config.hidden, dataset.num_classes)
+    widths = "-".join(map(str, sizes if config.model == "mlp" else config.channels))
+    decay = f" with weight decay {config.weight_decay:g}" if config.weight_decay else ""
+    return f"{config.model} {widths}, {config.activation}, {config.optimizer}{decay}"
+
+
 def optimizer(config: StudyConfig) -> Callable[[Any], optax.GradientTransformation]:
     """The optimiser as a function of the learning rate, with decoupled weight decay.
 

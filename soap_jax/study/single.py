@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pandas as pd
+import vl_convert
 from jax import lax
 
 from soap_jax import data, grids, tasks, training
@@ -40,10 +41,10 @@ from soap_jax.study import (
     charts,
     circumstances,
     drawing,
+    figures,
     files,
     preset,
     protocol,
-    statistics,
     store,
     trial,
 )
@@ -439,43 +440,42 @@ def _write_facts(path, facts):
 
 def _draw(path, config, curves):
     """Draws the curves as SVG, PNG and PDF; lines break where numbers are not finite."""
+    curves = curves.replace([np.inf, -np.inf], np.nan).rename(columns={"epoch": "x"})
+    curves["validation_accuracy"] *= 100
     angles = {
-        f"{kind}, {name.removesuffix('/kernel')}": curves[column]
-        for column in curves
-        for kind, _, name in [column.partition("_angle/")]
-        if kind in ("gradient", "weight")
+        name: name.replace("_angle/", ", ").removesuffix("/kernel")
+        for name in curves
+        if name.startswith(("gradient_angle/", "weight_angle/"))
     }
-    accuracy = {"accuracy": 100 * curves["validation_accuracy"]}
-    losses = {"training": curves["train_loss"], "validation": curves["validation_loss"]}
-    panels = []
-    for y, lines in (("loss", losses), ("validation accuracy (%)", accuracy), ("angle", angles)):
-        marks = zip(charts.PALETTE[1:], charts.SHAPES, charts.DASHES * 2, strict=False)
-        points = {
-            name: [
-                drawing.Point(i, statistics.Estimate(v, v, v), "")
-                for i, v in enumerate(np.where(np.isfinite(values), values, np.nan))
-            ]
-            for name, values in lines.items()
-        }
+    specs = []
+    for title, columns in (
+        ("loss", {"train_loss": "training, mean of epoch", "validation_loss": "validation"}),
+        ("accuracy (%)", {"validation_accuracy": "accuracy, validation"}),
+        ("angle to the true one", angles),
+    ):
+        rows = curves[["x", *columns]].rename(columns=columns).melt("x", None, "method", "y")
+        looks = zip(charts.PALETTE[1:], charts.SHAPES, charts.DASHES * 2, strict=False)
         figure = drawing.curves(
-            points,
-            dict(zip(lines, itertools.cycle(marks), strict=False)),
+            rows.assign(low=rows["y"], high=rows["y"], note=""),
+            dict(zip(columns.values(), itertools.cycle(looks), strict=False)),
             x="epoch",
-            ticks=sorted({*np.linspace(0, config.epochs, 6).astype(int).tolist()}),
-            y=y,
-            y_log=y == "loss",
-            degrees=y == "angle",
-            empty="",
-            name=y.split()[-2 if "%" in y else 0],
-            title=y.capitalize(),
+            y=title,
+            y_log=title == "loss",
+            degrees=title.startswith("angle"),
+            ticks=np.unique(np.linspace(0, config.epochs, 6, dtype=int)).tolist(),
+            name=title.split()[0],
+            title=title.capitalize(),
             caption="",
+            empty="",
         )
-        panels += [figure.spec] if figure.spec else []
+        if figure.spec:
+            kept_keys = figure.spec.keys() - {"$schema", "config"}
+            specs.append({key: figure.spec[key] for key in kept_keys})
     title = (
         f"{config.data or config.dataset}, {METHODS[config.method].label}, rate "
         f"{config.learning_rate:g}, seed {config.seed}"
     )
-    parts = [{k: v for k, v in spec.items() if k not in ("$schema", "config")} for spec in panels]
-    spec = {"hconcat": parts, "title": title, "config": drawing.CONFIG}
-    spec["resolve"] = {"scale": dict.fromkeys(("color", "shape", "strokeDash"), "independent")}
-    drawing.save(spec, path / "curves")
+    scales = {"scale": dict.fromkeys(("color", "shape", "strokeDash"), "independent")}
+    spec = {"hconcat": specs, "title": title, "resolve": scales, "background": "white"}
+    svg = vl_convert.vegalite_to_svg(spec | {"config": figures.CONFIG})
+    figures.save_svg(svg, path / "curves")
