@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 
-from soap_jax.study.config import StudyConfig
+from soap_jax.study.preset import StudyConfig
 
 CONFIG = StudyConfig(
     methods=("bp",),
@@ -29,23 +29,19 @@ TABLES = ("runs.parquet", "runs.csv", "evaluations.parquet", "evaluations.csv", 
 STUDY = "from soap_jax.cli import main; main()"
 """The real command."""
 
-WITHOUT_REPORT = "from soap_jax import cli; cli._report = lambda *_: None; cli.main()"
+WITHOUT_REPORT = "from soap_jax import cli; cli._show = lambda *_: None; cli.main()"
 """The same without conclusions, which have tests of their own and take seconds."""
 
 TELLING = """
 import json, sys
-from soap_jax import data
-from soap_jax.study import config, directory, files, results, runner
+from soap_jax import data, study
+from soap_jax.study import preset
 
-out, settings = sys.argv[1], config.StudyConfig(**json.loads(sys.argv[2]))
-dataset = data.load("digits")
-with files.locked(out):
-    into = directory.ResultsDir(out, settings)
-    into.begin(results.provenance(settings, dataset))
-    runner.train(settings, dataset, into, on_progress=lambda *told: print(*told, flush=True))
-    into.finish()
+out, config = sys.argv[1], preset.StudyConfig(**json.loads(sys.argv[2]))
+arguments = preset.comparison_arguments(config, data.load("digits"))
+study.compare(**arguments, out=out, on_progress=lambda *told: print(*told, flush=True))
 """
-"""What the command does between start and report, saying after each call how far it is."""
+"""A script that compares the same, saying after each call how far it is."""
 
 
 def arguments(out, config=CONFIG):

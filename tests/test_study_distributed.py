@@ -97,7 +97,7 @@ def test_two_processes_report_once_and_find_their_results_again(cwds):
         with together(processes.STUDY, *processes.arguments("out", config), cwds=cwds) as group:
             codes, said, errors = end(group, within=120)
         assert codes == [0, 0], errors
-        assert ("already holds the results" in said[0]) == again
+        assert ("96 runs are there already" in said[0]) == again
         assert (cwds[0] / "out" / "report.html").exists()
         assert_first_wrote_everything(cwds, said, config)
 
@@ -132,9 +132,9 @@ def test_all_processes_end_at_once_when_one_of_them_cannot_go_on(problem, cwds):
             script = trouble + script
             ends_in_words = None
         case "full":
-            trouble = "from soap_jax.study import directory\nimport errno\n"
+            trouble = "from soap_jax.study import store\nimport errno\n"
             trouble += "def add(*_): raise OSError(errno.ENOSPC, 'cannot write: no space')\n"
-            trouble += "directory.ResultsDir.add = add\n"
+            trouble += "store.Store.add = add\n"
             script = trouble + script
             ends_in_words = 0
     with together(script, *args, cwds=cwds) as group:
