@@ -32,6 +32,13 @@ def test_tables_fit_a_terminal(study):
         assert "…" not in said and max(map(len, said.splitlines())) <= 80
 
 
+def test_a_long_name_takes_nothing_from_the_numbers():
+    made = comparison(("bp", "fa"), seeds=2, metric="perplexity")
+    made.methods["fa"]["label"] = "a method of my own with a rather long name"
+    said = shown(screen.summary_table(made))
+    assert "…" not in said and "perplexity" in said and max(map(len, said.splitlines())) <= 80
+
+
 def test_the_table_of_methods_has_each_methods_numbers(study):
     columns, rows = screen.summary_cells(study, full=False)
     row = study.base(study.summary()).set_index("method").loc["fa"]
@@ -85,7 +92,7 @@ def test_the_table_of_claims_says_what_p_is_and_which_test_leaves_a_claim_open()
     said = flat(screen.claims_table(make_findings()))
     assert "p is the verdict's, after Holm's correction for 6 claims." in said
     assert "4: Censored." in said and "1: 1.84 lies in." not in said
-    assert "1.84 [1.80, 1.88] 1.5 to 3" in said
+    assert "1.84 [1.80, 1.88] within 1.5 to 3" in said
     assert "xploratory" not in said
 
 
