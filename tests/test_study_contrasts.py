@@ -227,6 +227,10 @@ def test_where_an_interval_lies(within, numbers, said):
 
 
 def test_what_has_no_interval_in_words():
+    open_ = claims.in_words(contrasts.Part("", "ratio", (0.9, 1.1), 1.0, 0.0, INF, 1, 1))
+    assert open_ == ("1.00", "within 0.9 to 1.1", "the runs give no interval")
+    untested = claims.in_words(contrasts.Part("", "trend", (0, INF), testable=False))
+    assert untested == ("–", "rises", "not testable")
     trend = claims.in_words(
         contrasts.Part("", "trend", (0, INF), 0.9, math.nan, math.nan, 0.001, 1)
     )

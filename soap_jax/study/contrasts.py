@@ -336,7 +336,7 @@ def _at(at, *rates):
 
 
 def _listed(numbers):
-    return ", ".join(f"{number:.3g}" for number in numbers)
+    return ", ".join(f"{round(float(number), 4):.3g}" for number in numbers)
 
 
 def _check_inside(comparison, at, methods, periods=(None, None, None)):
