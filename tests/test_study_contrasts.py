@@ -56,6 +56,8 @@ def test_a_metric_that_a_run_lacks_is_not_tested():
     study.runs.loc[at(study, "fa", 0.1, seeds=[0]), "test_accuracy"] = np.nan
     part = Difference("fa", within=(-1, 0), metric="test_accuracy").part(again(study))
     assert not part.testable and "test_accuracy of fa or bp is not known for every" in part.note
+    share = Share("fa", over="bp", metric="test_accuracy", within=(0, 1)).part(again(study))
+    assert not share.testable and share.note == "test_accuracy is not known for every run"
 
 
 # Shares of a gain
