@@ -204,8 +204,8 @@ def make_mediation():
             for (order, path), found in numbers.items()
         ),
         effective_rates=(
-            mediation.EffectiveRate("bp", 0.05, 0.05),
             mediation.EffectiveRate("sign", 0.46, 0.39),
+            mediation.EffectiveRate("bp", 0.05, 0.05),
             mediation.EffectiveRate("bp_scaled_live", 0.575, 0.49),
         ),
     )
