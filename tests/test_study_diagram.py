@@ -49,7 +49,7 @@ def test_a_bound_is_open_on_its_side_and_has_no_share(study):
     effects = make_mediation()
     cut = {"share": np.nan, "share_low": np.nan, "share_high": np.nan, "high": np.inf}
     effects = dataclasses.replace(
-        effects, effects=tuple(e._replace(**cut) for e in effects.effects)
+        effects, effects=tuple(dataclasses.replace(e, **cut) for e in effects.effects)
     )
     said = words(diagram.describe(study, effects))
     assert "[0.215, ∞)" in said and not any("%" in line for line in said)
@@ -96,7 +96,7 @@ def test_no_label_is_clipped_or_struck_through(study, share):
     effects = make_mediation()
     numbers = {"ratio": 0.0123456, "low": 0.0112345, "high": 0.0134567, "share": share}
     effects = dataclasses.replace(
-        effects, effects=tuple(e._replace(**numbers) for e in effects.effects)
+        effects, effects=tuple(dataclasses.replace(e, **numbers) for e in effects.effects)
     )
     root = parse(diagram.describe(study, effects))
     _, _, width, height = map(float, root.get("viewBox").split())
