@@ -8,7 +8,7 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import chex
 import flax.linen as nn
@@ -18,7 +18,7 @@ import numpy as np
 
 from soap_jax import _archives, data, training
 
-Data = chex.ArrayTree
+Data: TypeAlias = chex.ArrayTree
 """A tree of arrays with one leading axis, that of the examples."""
 
 

@@ -186,9 +186,8 @@ def intervals(
         _words(labels).encode(y=y),
         *([across] if math.isfinite(line) else []),
     ]
-    return dataclasses.replace(
-        figure, chart=alt.layer(*layers).properties(width=400, height=height)
-    )
+    chart = alt.LayerChart(layer=layers, width=400, height=height)
+    return dataclasses.replace(figure, chart=chart)
 
 
 def _with_value(rows: pd.DataFrame, mean: str) -> pd.DataFrame:

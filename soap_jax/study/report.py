@@ -64,7 +64,7 @@ def render(comparison: Comparison, findings: Sequence[claims.Finding]) -> str:
         findings: the verdicts on its claims.
     """
     shown = charts.describe(comparison, findings)
-    return _page(comparison, findings, figures, mediation.mediate(comparison))
+    return _page(comparison, findings, shown, mediation.mediate(comparison))
 
 
 def _page(comparison, findings, shown, effects):
@@ -140,7 +140,7 @@ def _cells(table: pd.DataFrame) -> figures.Cells:
     """A table in words."""
     rows = table.to_numpy(object).tolist()
     said = [[number(v) if isinstance(v, float) else str(v) for v in row] for row in rows]
-    return [column.replace("_", " ") for column in table], said
+    return [str(column).replace("_", " ") for column in table], said
 
 
 def _setting(comparison: Comparison) -> str:

@@ -132,7 +132,7 @@ def _table(title, caption):
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=0,
     )
 
 

@@ -271,7 +271,7 @@ def _begin(path, config, dataset) -> dict[str, Any]:
             "scaling": tasks.scaling(dataset, config.inputs),
         },
         "data_source": dataset.source,
-        **protocol.provenance(),
+        **circumstances.provenance(),
         "resumed": [],
         "result": None,
     }

@@ -15,6 +15,7 @@ may be added later; what else a run depends on may not change.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -89,15 +90,15 @@ class Store:
             ValueError: if runs are there that were done otherwise, or whose claims had other
                 bounds, or if these and those would not be every method with every seed.
         """
-        record = json.loads(json.dumps(record))
+        now: dict[str, Any] = json.loads(json.dumps(record))
         before, there = self.record, self.done()
         if there:
             differ = [
                 f"{part}.{said}"
                 for part in SAME
-                for said in circumstances.differences(before.get(part, {}), record[part])
+                for said in circumstances.differences(before.get(part, {}), now[part])
             ]
-            for name, method in record["methods"].items():
+            for name, method in now["methods"].items():
                 was = before["methods"].get(name, method)
                 differ += [
                     f"the method {name}, {said}"
@@ -105,32 +106,33 @@ class Store:
                         {"trains by": was["description"]}, {"trains by": method["description"]}
                     )
                 ]
-            if before["claims"] and before["claims"] != record["claims"]:
+            if now["claims"] and before["claims"] not in ([], now["claims"]):
                 differ.append("the claims, whose bounds were written down before the first run")
             if differ:
                 raise ValueError(
                     f"{self.path} holds runs that were done otherwise ({'; '.join(differ)}). "
                     "Go on as before, name another directory as out, or delete this one."
                 )
-            record["methods"] = before["methods"] | record["methods"]
-            record["seeds"] = sorted({*before["seeds"], *record["seeds"]})
-            missing = _expected(record) - there.union(runs)
+            now["methods"] = before["methods"] | now["methods"]
+            now["seeds"] = sorted({*before["seeds"], *now["seeds"]})
+            now["claims"] = before["claims"]  # what is claimed after the first run is exploratory
+            missing = _expected(now) - there.union(runs)
             if missing:
                 raise ValueError(
                     f"{self.path} would lack {min(missing)} and {len(missing) - 1} other runs; "
                     "expected every method with every seed. Ask for all methods when you add "
                     "seeds, and for all seeds when you add methods."
                 )
-            record["seconds_before"] = before.get("seconds", 0) + before.get("seconds_before", 0)
-        self.record = record
-        self._write_json("progress.json", record)
+            now["seconds_before"] = before.get("seconds", 0) + before.get("seconds_before", 0)
+        self.record = now
+        self._write_json("progress.json", now)
 
     def add(self, runs: Sequence[Run], results: Mapping[str, Any]) -> None:
-        """Keeps some runs: what `trial.scanned` gave, with a leading axis of the runs."""
+        """Keeps some runs: what `loops.scanned` gave, with a leading axis of the runs."""
         flat = flattened({name: part for name, part in results.items() if name != "params"})
         for i, run in enumerate(runs if "params" in results else ()):
             own = {name: leaf[i] for name, leaf in flattened(results["params"]).items()}
-            files.write_atomically(self.params(run), lambda file, own=own: np.savez(file, **own))
+            files.write_atomically(self.params(run), functools.partial(np.savez, **own))
         names = json.dumps([list(run) for run in runs])
         name = hashlib.sha256(names.encode()).hexdigest()[:16]
         path = self.path / "parts" / f"{runs[0].method}-{name}.npz"
@@ -294,7 +296,7 @@ def tidy(runs: Sequence[Run], results: Mapping[str, Any], record: Mapping[str, A
 
     Args:
         runs: which.
-        results: as `trial.scanned` gives them, with a leading axis of the runs.
+        results: as `loops.scanned` gives them, with a leading axis of the runs.
         record: of the comparison.
     """
     losses = np.asarray(results["train_loss"], np.float32)
