@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import io
+import math
 import os
 import pathlib
 import re
+import runpy
 import shlex
 import sys
 import time
@@ -111,10 +112,10 @@ class TaskStudy(_Running, preset.Protocol):
 
         options = self.smaller() if self.quick else self
         arguments = options.arguments() | {
-            "task": self.module.task,
-            "methods": getattr(self.module, "methods", preset.DEFAULT_METHODS),
-            "claims": getattr(self.module, "claims", ()),
-            "optimizer": getattr(self.module, "optimizer", optax.sgd),
+            "task": self.module["task"],
+            "methods": self.module.get("methods", preset.DEFAULT_METHODS),
+            "claims": self.module.get("claims", ()),
+            "optimizer": self.module.get("optimizer", optax.sgd),
             "select": self.select,
             "maximise": self.maximise,
         }
@@ -189,8 +190,7 @@ class Train(preset.TrainConfig):
 
         console = _console()
         with files.locked(out):
-            facts = single.read(out, config)
-            result = (facts or {}).get("result")
+            result = (single.read(out, config) or {}).get("result")
             if result is not None and result["epochs"] == config.epochs:
                 console.print(
                     f"{out} already holds this model. Ask for more --epochs to train it further, "
@@ -198,24 +198,21 @@ class Train(preset.TrainConfig):
                 )
             else:
                 result = self._train(config, out, console)["result"]
-            loss, accuracy = (
-                float("nan") if value is None else value
-                for value in (result["test_loss"], result["test_accuracy"])
-            )
+        ends = (result[f"test_{name}"] for name in ("loss", "accuracy"))
+        loss, accuracy = (math.nan if value is None else value for value in ends)
+        console.print(
+            f"\nTest accuracy {100 * accuracy:.1f} %, loss {loss:.4f}, after {config.epochs} "
+            "epochs."
+        )
+        if result["diverged"]:
             console.print(
-                f"\nTest accuracy {100 * accuracy:.1f} %, loss {loss:.4f}, after "
-                f"{result['epochs']} epochs."
+                "It diverged: a loss is not finite, or ends far above where it began. Try a "
+                "smaller --learning-rate, with another --out."
             )
-            if result["diverged"]:
-                console.print(
-                    "It diverged: a loss is not finite, or ends far above where it began. Try a "
-                    "smaller --learning-rate, with another --out."
-                )
-            console.print(
-                f"In {out}: train.json, curves (PNG, PDF, Parquet, CSV) and checkpoints of the "
-                f"epochs {', '.join(map(str, single.kept(out)))}. "
-                f"{time.perf_counter() - start:.0f} s in all."
-            )
+        console.print(
+            f"In {out}: train.json, curves (figures and tables) and checkpoints of the epochs "
+            f"{', '.join(map(str, single.kept(out)))}. {time.perf_counter() - start:.0f} s in all."
+        )
 
     def _train(self, config, out, console):
         from rich import progress
@@ -223,34 +220,26 @@ class Train(preset.TrainConfig):
         from soap_jax.study import single
         from soap_jax.study.methods import METHODS
 
-        dataset = _load(config, self.data_dir)
-        decay = f", weight decay {config.weight_decay:g}" if config.weight_decay else ""
-        sizes = (dataset.train.images[0].size, *config.hidden, dataset.num_classes)
-        network = "-".join(map(str, sizes if config.model == "mlp" else config.channels))
+        dataset, before = _load(config, self.data_dir), single.kept(out)
         console.print(
-            f"{dataset.name} ({dataset.source}). {METHODS[config.method].label}: a {network} "
-            f"{config.activation} network ({config.model}), {config.optimizer} at rate "
-            f"{config.learning_rate:g}{decay}, seed {config.seed}."
+            f"{dataset.name} ({dataset.source}). {METHODS[config.method].label}, "
+            f"{preset.in_words(config, dataset)}, rate {config.learning_rate:g}, seed "
+            f"{config.seed}."
         )
-        if before := single.kept(out):
+        if before:
             console.print(f"Going on from the checkpoint of epoch {before[-1]}.")
-        bar, angle = progress.Progress(console=console, transient=True), ""
+        console.print("\n  epoch   training loss   validation loss   accuracy %   gradient angle")
+        bar = progress.Progress(console=console, transient=True)
         task = bar.add_task("  training", total=config.epochs)
 
         def show(row):
-            nonlocal angle
-            epoch, first = int(row["epoch"]), not angle
-            if first:
-                angle = next((name for name in row if name.startswith("gradient_angle/")), "none")
-                console.print(
-                    "\n  epoch   training loss   validation loss   accuracy %   gradient angle"
-                )
+            epoch = int(row["epoch"])
             bar.update(task, completed=epoch)
-            if first or epoch % -(-config.epochs // 10) == 0 or epoch == config.epochs:
-                loss = f"{row['train_loss']:.4f}" if epoch else "-"
+            if epoch % math.ceil(config.epochs / 10) == 0 or epoch == config.epochs:
+                angle = next(v for name, v in row.items() if name.startswith("gradient_angle/"))
                 console.print(
-                    f"  {epoch:>5}   {loss:>13}   {row['validation_loss']:>15.4f}   "
-                    f"{100 * row['validation_accuracy']:>10.1f}   {row.get(angle, 0):>13.1f}°"
+                    f"  {epoch:>5}   {row['train_loss']:>13.4f}   {row['validation_loss']:>15.4f}"
+                    f"   {100 * row['validation_accuracy']:>10.1f}   {angle:>13.1f}°"
                 )
 
         try:
@@ -258,13 +247,8 @@ class Train(preset.TrainConfig):
                 return single.train(out, config, dataset, on_epoch=show)
         except BaseException:
             found = single.kept(out)
-            console.print(
-                f"Stopped with the checkpoint of epoch {found[-1]} kept in {out}. The same command "
-                "goes on from there."
-                if found
-                else "Stopped before the first checkpoint (--checkpoint-every is "
-                f"{config.checkpoint_every})."
-            )
+            what = f"the checkpoint of epoch {found[-1]} kept in" if found else "no checkpoint in"
+            console.print(f"Stopped with {what} {out}. The same command goes on from there.")
             raise
 
 
@@ -284,20 +268,17 @@ def main():
 
 def _parse(args: list[str]) -> Any:
     """The options of a command, as an object that runs it."""
-    study = Annotated[Study, tyro.conf.subcommand("study")]
     task = next((arg for arg in args if arg.endswith(".py")), None)
+    study: Any = Annotated[Study, tyro.conf.subcommand("study")]
     if args[:1] == ["study"] and task is not None:
-        study = Annotated[TaskStudy, tyro.conf.subcommand("study", default=_import(task, args))]
-    commands = (
-        study
-        | Annotated[Report, tyro.conf.subcommand("report")]
-        | Annotated[Train, tyro.conf.subcommand("train")]
-    )
+        study = Annotated[TaskStudy, tyro.conf.subcommand("study", default=_imported(task, args))]
+    report = Annotated[Report, tyro.conf.subcommand("report")]
+    train = Annotated[Train, tyro.conf.subcommand("train")]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(
-                commands,
+                study | report | train,
                 args=args or ["--help"],
                 prog="soap-jax",
                 description="Feedback alignment for JAX and Flax. --version says which this is.",
@@ -341,30 +322,30 @@ def _options() -> tyro.constructors.ConstructorRegistry:
     return registry
 
 
-def _import(path: str, args: list[str]) -> TaskStudy:
+def _imported(path: str, args: list[str]) -> TaskStudy:
     """What a task file says, as defaults of options."""
-    _start_jax(cache="--no-cache" not in args, distributed="--distributed" in args)
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}.")
-    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module
-    sys.path.insert(0, str(pathlib.Path(path).parent))
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == path]
-        where = f", line {lines[-1]}" if lines else ""
-        raise ValueError(f"{path}{where}: {type(error).__name__}: {_first_line(error)}.") from error
+    _start_jax(cache="--no-cache" not in args, distributed="--distributed" in args)
     from soap_jax.tasks import Task
 
-    if not isinstance(getattr(module, "task", None), Task):
+    sys.path.insert(0, str(pathlib.Path(path).parent))
+    try:
+        module = runpy.run_path(path)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        where = [f", line {frame.lineno}" for frame in frames if frame.filename == path][-1:]
+        said = f"{path}{''.join(where)}: {type(error).__name__}: {_first_line(error)}."
+        raise ValueError(said) from error
+    if not isinstance(module.get("task"), Task):
         raise ValueError(f"{path} defines no `task`; expected task = soap_jax.study.Task(...).")
     fields = {field.name for field in dataclasses.fields(TaskStudy)} - {"task", "module"}
-    given = {name: getattr(module, name) for name in fields if hasattr(module, name)}
-    lists = {name: tuple(given[name]) for name in ("learning_rates", "periods") if name in given}
-    return TaskStudy(task=pathlib.Path(path), module=module, **given | lists)
+    given: dict[str, Any] = {name: module[name] for name in fields & module.keys()}
+    if any(arg.partition("=")[0] == "--epochs" for arg in args):
+        given.pop("steps", None)
+    for name in {"learning_rates", "periods"} & given.keys():
+        given[name] = tuple(given[name])
+    return TaskStudy(task=pathlib.Path(path), module=module, **given)
 
 
 def _as(kind, options):
@@ -396,7 +377,8 @@ def _start_jax(*, cache: bool, distributed: bool = False):
 
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         # Two at least, even on one core: for one XLA compiles otherwise, and the last bits differ.
-        jax.config.update("jax_num_cpu_devices", max(2, _num_cores()))
+        mine = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # Linux's
+        jax.config.update("jax_num_cpu_devices", max(2, len(mine(0))))
     if not cache:
         jax.config.update("jax_enable_compilation_cache", False)
     elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -409,13 +391,6 @@ def _start_jax(*, cache: bool, distributed: bool = False):
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if distributed:
         jax.distributed.initialize()
-
-
-def _num_cores() -> int:
-    """The number of cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on every system
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _console(quiet: bool = False):
@@ -441,7 +416,9 @@ def _compare(
     runs = {k: points * len(m.periods(arguments["periods"])) for k, m in chosen.items()}
     steps, task = arguments["steps"], arguments["task"]
     if steps is None:
-        steps = (arguments["epochs"] or 0) * (task.examples["train"] // arguments["batch_size"])
+        steps = (arguments["epochs"] or 0) * (
+            task.examples.get("train", 0) // arguments["batch_size"]
+        )
     source = f" ({record['data_source']})" if "data_source" in record else ""
     console.print(
         f"{record['title']}: {task.examples.get('train', 'made')} training examples{source}. "
@@ -479,15 +456,17 @@ def _estimate(arguments, runs, steps) -> float:
     def note(method, done, *_):
         events[method].append((time.perf_counter(), done))
 
-    segments = min(arguments["evaluations"], steps)
-    few = {"learning_rates": arguments["learning_rates"][:2], "steps": steps // segments}
-    study.compare(**arguments | few | {"epochs": None, "evaluations": 1}, on_progress=note)
+    evaluations = min(arguments["evaluations"], steps)
+    some = min(4, evaluations)
+    few = {"epochs": None, "steps": steps // evaluations * some, "evaluations": some}
+    few |= {"learning_rates": arguments["learning_rates"][:2]}
+    study.compare(**arguments | few, on_progress=note)
     seconds = 0.0
     for name, ((begin, _), (compiled, _), *parts) in events.items():
         end, done = parts[-1]
-        seconds += compiled - begin
         since, before = parts[0] if len(parts) > 1 else (compiled, 0)
-        seconds += segments * runs[name] * (end - since) / (done - before)
+        each = (end - since) / (done - before) * evaluations / some
+        seconds += compiled - begin + each * runs[name]
     return seconds
 
 

@@ -8,7 +8,7 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import chex
 import flax.linen as nn
@@ -18,7 +18,7 @@ import numpy as np
 
 from soap_jax import _archives, data, training
 
-Data = chex.ArrayTree
+Data: TypeAlias = chex.ArrayTree
 """A tree of arrays with one leading axis, that of the examples."""
 
 
@@ -128,7 +128,7 @@ def classification(
     model: nn.Module,
     dataset: data.Dataset,
     *,
-    scale: Callable[[jax.Array], jax.Array] | None = None,
+    scale: Scaling | None = None,
 ) -> Task:
     """The task of telling classes apart, by cross-entropy.
 
@@ -150,13 +150,13 @@ def classification(
         {'train': 1151, 'validation': 287, 'test': 359}
     """
     train, validation, test = split(dataset)
-    scale = scale or scaling(dataset)
+    scaled = scale or scaling(dataset)
 
     def outputs(params, x):
-        return model.apply({"params": params}, scale(x))
+        return model.apply({"params": params}, scaled(x))
 
     def init(key):
-        return model.init({"params": key}, scale(train.images[:1]))["params"]
+        return model.init({"params": key}, scaled(train.images[:1]))["params"]
 
     def loss(params, batch):
         x, labels = batch
@@ -185,9 +185,9 @@ class Scaling(NamedTuple):
     mean: float
     std: float
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array | np.ndarray) -> jax.Array:
         """Returns the inputs of a model."""
-        return (x.astype(jnp.float32) - self.mean) / self.std
+        return (jnp.asarray(x).astype(jnp.float32) - self.mean) / self.std
 
 
 def scaling(dataset: data.Dataset, inputs: str = "standard") -> Scaling:
@@ -241,12 +241,19 @@ def read(path: str | os.PathLike[str]) -> data.Dataset:
     for array in arrays:
         digest.update(repr((array.shape, array.dtype.str)).encode())
         digest.update(np.ascontiguousarray(array).data)
-    images = (x[..., None] if x.ndim == 3 else x for x in (x_train, x_test))
-    images = (x if x.dtype == np.uint8 else x.astype(np.float32) for x in images)
-    labels = (y.astype(np.int32) for y in (y_train, y_test))
+    train, test = (
+        data.Split(
+            (x[..., None] if x.ndim == 3 else x).astype(
+                np.uint8 if x.dtype == np.uint8 else np.float32
+            ),
+            y.astype(np.int32),
+        )
+        for x, y in ((x_train, y_train), (x_test, y_test))
+    )
     return data.Dataset(
         path.name.removesuffix(".npz"),
-        *map(data.Split, images, labels),
+        train,
+        test,
         num_classes=int(max(y_train.max(), y_test.max())) + 1,
         max_value=255 if x_train.dtype == np.uint8 else np.abs(x_train).max(),
         source=f"{path.name} sha256:{digest.hexdigest()[:16]}",
@@ -256,7 +263,7 @@ def read(path: str | os.PathLike[str]) -> data.Dataset:
 def _read_npz(path):
     names = ("x_train", "y_train", "x_test", "y_test")
     try:
-        with np.load(path) as file:
+        with path.open("rb") as stream, np.load(stream) as file:
             if missing := [name for name in names if name not in file]:
                 raise ValueError(f"it lacks {', '.join(missing)}")
             return [file[name] for name in names]

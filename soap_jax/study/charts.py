@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 
 from soap_jax.study import claims, drawing, statistics
 from soap_jax.study.comparison import Comparison
-from soap_jax.study.drawing import Figure, Mark, Point, Row
-from soap_jax.study.statistics import Estimate
+from soap_jax.study.drawing import Mark
+from soap_jax.study.figures import Figure
 
 PALETTE = ("#707070", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#B87A00", "#2F93C9", "#8E6FC4")
 """Colours by place, for methods that have none: Okabe and Ito's, some of them darkened."""
@@ -26,8 +26,8 @@ VERDICTS: dict[str, Mark] = {
     claims.UNDECIDED: ("#8A8A8A", "diamond", [1, 0]),
     claims.NOT_TESTABLE: ("#707070", "cross", [1, 0]),  # though one of its tests was possible
 }
-PANELS = ("loss_curves", "steps_to_loss", "angles")
-"""What is side by side in the overview."""
+ROW = ["label", "mark", "x", "low", "high", "least", "most", "note"]
+"""The columns of estimates with intervals."""
 
 
 def describe(comparison: Comparison, findings: Sequence[claims.Finding]) -> list[Figure]:
@@ -46,17 +46,6 @@ def describe(comparison: Comparison, findings: Sequence[claims.Finding]) -> list
         claim_ratios(findings),
         final_metric(comparison),
     ]
-
-
-def save(figures: Sequence[Figure], directory: pathlib.Path) -> None:
-    """Writes each figure as SVG, PNG and PDF, and the first ones side by side as an overview."""
-    specs = {figure.name: figure.spec for figure in figures}
-    shown = [specs[name] for name in PANELS if specs.get(name)]
-    panels = [{k: v for k, v in spec.items() if k not in ("$schema", "config")} for spec in shown]
-    config = drawing.CONFIG | {"legend": drawing.CONFIG["legend"] | {"columns": 4}}
-    specs["overview"] = {"hconcat": panels, "config": config} if panels else {}
-    for name, spec in specs.items():
-        drawing.save(spec, directory / name)
 
 
 def loss_curves(comparison: Comparison) -> Figure:
@@ -80,24 +69,19 @@ def loss_curves(comparison: Comparison) -> Figure:
 
 def steps_to_loss(comparison: Comparison) -> Figure:
     """Steps to the target loss against the learning rate: geometric mean and t interval."""
-    target, lines = f"{comparison.target_loss:.3g}", {}
-    for method in comparison.methods:
-        grid, points = comparison.grid(method), []
-        for i, rate in enumerate(comparison.rates):
-            runs, late, diverged = (
-                grid.censored.shape[1],
-                *(int(flags[i].sum()) for flags in (grid.censored, grid.diverged)),
-            )
-            note = f"{runs - late} of {runs} runs reach loss {target}"
-            note += f", {diverged} diverged" * (diverged > 0)
-            steps = Estimate(math.nan, math.nan, math.nan)
-            if not late:
-                steps = Estimate(*statistics.student(grid.values[i]).judge_ratio()[:3])
-            points.append(Point(rate, steps, note))
-        lines[names(comparison)[method]] = points
+    target, points = f"{comparison.target_loss:.3g}", []
+    for method, name in names(comparison).items():
+        grid = comparison.grid(method)
+        for rate, *of in zip(comparison.rates, *grid[:3], strict=True):
+            values, late, diverged = of
+            mean = list(statistics.student(values).judge_ratio()[:3])
+            note = f"{(~late).sum()} of {late.size} runs reach loss {target}"
+            note += f", {diverged.sum()} diverged" * bool(diverged.any())
+            mean = [math.nan] * 3 if late.any() else mean
+            points.append((name, rate, *mean, note))
     budget = float(comparison.runs["steps"].max())
     return drawing.curves(
-        lines,
+        _frame(points),
         marks(comparison),
         name="steps_to_loss",
         title=f"Steps to loss {target} at every learning rate",
@@ -137,15 +121,14 @@ def angles(comparison: Comparison) -> Figure:
 
 def error_angles(comparison: Comparison) -> Figure:
     """Angle of the error that arrives at each hidden layer to the true one, after training."""
-    lines: dict[str, list[Point]] = {}
+    points = []
     for method, rate in _inexact(comparison).items():
         for i, kernel in enumerate(comparison.hidden):
             values = comparison.measured(f"error_angle/{kernel}", method, rate, end=True)
             if len(values) and np.isfinite(values).all():
-                name = names(comparison)[method]
-                lines.setdefault(name, []).append(Point(i + 1, _range(values), kernel))
+                points.append((names(comparison)[method], i + 1, *_range(values), kernel))
     return drawing.curves(
-        lines,
+        _frame(points),
         marks(comparison),
         name="error_angles",
         title="Error at the end of training, by layer",
@@ -188,19 +171,22 @@ def effective_learning_rate(comparison: Comparison) -> Figure:
 def claim_ratios(findings: Sequence[claims.Finding]) -> Figure:
     """The ratios behind the claims, with intervals and the bounds written beforehand."""
     rows = [
-        Row(
-            f"{finding.key}. {part.label}",
-            f"claim {finding.verdict}",
-            Estimate(part.estimate, part.low, part.high),
-            part.note,
-            within=part.within,
-        )
+        {
+            "label": f"{finding.key}. {part.label}",
+            "mark": f"claim {finding.verdict}",
+            "x": part.estimate,
+            "low": part.low,
+            "high": part.high,
+            "least": part.within[0],
+            "most": part.within[1],
+            "note": part.note,
+        }
         for finding in findings
         for part in finding.parts
         if part.measure == "ratio" and part.testable and math.isfinite(part.estimate)
     ]
     return drawing.intervals(
-        rows,
+        pd.DataFrame(rows, columns=ROW),
         {f"claim {verdict}": mark for verdict, mark in VERDICTS.items()},
         name="claims",
         title="The claims' ratios against their bounds",
@@ -220,18 +206,16 @@ def final_metric(comparison: Comparison) -> Figure:
     """The metric that counts, at each method's best rate: every seed, mean and t interval."""
     column = comparison.metrics[0]
     words, unit = column.replace("_", " "), 100 if "accuracy" in column else 1
-    rows = []
-    for method in comparison.methods:
+    rows, dots = [], {}
+    for method, name in names(comparison).items():
         rate = comparison.best_rate(method)
         values = unit * comparison.rows("runs", method, rate)[column].to_numpy(float)
         if len(values) and np.isfinite(values).all():
-            mean = statistics.student(values)
-            found = Estimate(mean.estimate, *mean.interval)
-            note = f"learning rate {rate:g}, {len(values)} seeds"
-            name = names(comparison)[method]
-            rows.append(Row(name, name, found, note, values.tolist()))
+            mean, note = statistics.student(values), f"learning rate {rate:g}, {len(values)} seeds"
+            rows.append((name, name, mean.estimate, *mean.interval, math.nan, math.nan, note))
+            dots[name] = values.tolist()
     return drawing.intervals(
-        rows,
+        pd.DataFrame(rows, columns=ROW),
         marks(comparison),
         name="final_metric",
         title=f"{words.capitalize()} at each method's best learning rate",
@@ -240,6 +224,7 @@ def final_metric(comparison: Comparison) -> Figure:
         f"rate by {comparison.record['protocol']['select'].replace('_', ' ')}. Small dots are "
         "seeds, large markers their means with 95 % t intervals.",
         empty="No method has a learning rate at which no run diverged.",
+        dots=dots,
     )
 
 
@@ -263,25 +248,24 @@ def marks(comparison: Comparison) -> dict[str, Mark]:
     }
 
 
-def _over_training(
-    comparison: Comparison, column: str, rates: Mapping[str, float]
-) -> dict[str, list[Point]]:
+def _over_training(comparison: Comparison, column: str, rates: Mapping[str, float]) -> pd.DataFrame:
     """A column of evaluations against steps: mean and range over seeds; ends where one broke."""
-    lines = {}
+    points = []
     for method, rate in rates.items():
         rows = comparison.rows("evaluations", method, rate)
         if column in rows:
             by_step = rows.pivot(index="step", columns="seed", values=column).dropna()
-            note = f"{by_step.shape[1]} seeds at rate {rate:g}"
-            values = zip(by_step.index, by_step.to_numpy(float), strict=True)
-            lines[names(comparison)[method]] = [
-                Point(float(step), _range(of), note) for step, of in values
-            ]
-    return lines
+            name, note = names(comparison)[method], f"{by_step.shape[1]} seeds at rate {rate:g}"
+            points += [(name, step, *_range(of), note) for step, *of in by_step.itertuples()]
+    return _frame(points)
 
 
-def _range(values: np.ndarray) -> Estimate:
-    return Estimate(*(float(of(values)) for of in (np.mean, np.min, np.max)))
+def _frame(points: list[tuple]) -> pd.DataFrame:
+    return pd.DataFrame(points, columns=["method", "x", "y", "low", "high", "note"])
+
+
+def _range(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
+    return float(np.mean(values)), min(values), max(values)
 
 
 def _inexact(comparison: Comparison) -> dict[str, float]:

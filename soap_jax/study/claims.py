@@ -93,6 +93,7 @@ class Finding:
         p: of the verdict, after Holm's correction; of an undecided claim, of the likelier one. NaN
             where not testable.
         p_words: the same in words; "" where not testable.
+        family: how many claims the correction is for.
         parts: the tests.
         exploratory: whether the claim, its bounds or the target loss were chosen after the study
             had started.
@@ -104,6 +105,7 @@ class Finding:
     why: str
     p: float
     p_words: str = ""
+    family: int = 0
     parts: tuple[Part, ...]
     exploratory: bool = False
 
@@ -144,6 +146,7 @@ def judge(comparison: Comparison, claims: Sequence[Claim | Test] | None = None) 
             statement=claim.statement or parts[i][0].label,
             exploratory=comparison.exploratory or tests[i] not in known,
             parts=parts[i],
+            family=len(unions),
             **_verdict(parts[i], p_values.get(i), unions.get(i), len(unions)),
         )
         for i, claim in enumerate(asked)

@@ -25,6 +25,7 @@ from soap_jax.study.store import KEYS, TABLES
 if TYPE_CHECKING:
     from soap_jax.study.claims import Claim, Finding, Test
 
+ORDER = ["learning_rate", "seed", "step"]
 Periods = tuple[int | None, int | None]
 """Of two methods that are compared; None is a method's smallest."""
 
@@ -93,7 +94,8 @@ class Comparison:
         self.rates: tuple[float, ...] = tuple(sorted([*self.protocol["learning_rates"], *extended]))
         self.seeds: tuple[int, ...] = tuple(self.record["seeds"])
         self.runs, self.evaluations, self.losses = (
-            tables[name].sort_values(["learning_rate", "seed"], kind="stable") for name in TABLES
+            tables[name].sort_values([c for c in ORDER if c in tables[name]], kind="stable")
+            for name in TABLES
         )
         self._check()
         named = collections.Counter(method["reference"] for method in self.methods.values())
@@ -461,8 +463,8 @@ def _censoring(mean, censored, missing):
 
 
 def _array(losses):
-    """`(runs, steps)`; NaN after the end of runs that stopped early."""
-    return pd.DataFrame(losses["train_loss"].tolist()).to_numpy(float)
+    """`(runs, steps)`."""
+    return np.array(losses["train_loss"].tolist(), float)
 
 
 def _named(name, *numbers):

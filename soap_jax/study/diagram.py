@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from soap_jax.study import drawing, mediation
+from soap_jax.study import figures, mediation
 from soap_jax.study.comparison import Comparison
 from soap_jax.study.statistics import Estimate, number
 
@@ -35,13 +35,11 @@ class Diagram(NamedTuple):
         title: a few words.
         svg: the drawing, in the colour of the text around it.
         caption: what is seen, and how the numbers are made.
-        table: all effects.
     """
 
     title: str
     svg: str
     caption: str
-    table: drawing.Cells
 
 
 def describe(comparison: Comparison, effects: mediation.Mediation) -> Diagram | None:
@@ -96,7 +94,7 @@ def describe(comparison: Comparison, effects: mediation.Mediation) -> Diagram | 
         f"Through the {effect.path}: {', '.join(_on_arrow(effect))}" for effect in paths
     )
     svg = _draw(title, said.replace("*", ""), boxes, words, widths)
-    return Diagram(title, svg, caption, _table(effects))
+    return Diagram(title, svg, caption)
 
 
 def _draw(title, said, boxes, words, widths) -> str:
@@ -112,7 +110,7 @@ def _draw(title, said, boxes, words, widths) -> str:
         parts += _words(x + 14 * side, middle, "end" if side < 0 else "start", lines)
     for (x, y, width, height), lines in zip(BOXES, boxes, strict=True):
         parts.append(
-            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{drawing.GREY}" '
+            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{figures.GREY}" '
             'fill-opacity="0.12" stroke="currentColor"/>'
         )
         parts += _words(x + width / 2, y + height / 2, "middle", lines)
@@ -149,19 +147,3 @@ def _on_arrow(effect) -> tuple[str, ...]:
 def _clipped(share):
     """A share as a width: none where it is not known."""
     return 0.0 if math.isnan(share) else float(np.clip(share, 0, 1))
-
-
-def _table(effects) -> drawing.Cells:
-    columns = [
-        "order",
-        "path",
-        "factor on steps [95 %]",
-        "share of the whole effect [95 %]",
-        "term",
-    ]
-    rows = []
-    for effect in effects.effects:
-        share = Estimate(*(100 * e for e in (effect.share, effect.share_low, effect.share_high)))
-        factor = str(Estimate(effect.ratio, effect.low, effect.high))
-        rows.append([effect.order, effect.path, factor, share.words(" %"), effect.term])
-    return columns, rows

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,9 @@ import pandas as pd
 from soap_jax.study import statistics
 from soap_jax.study.comparison import Comparison, NotTestable, joined
 
-_CONTRASTS = (  # weights of log steps: of the whole effect, of none, of rate or direction alone
+_CONTRASTS: tuple[
+    tuple[Any, ...], ...
+] = (  # weights of log steps: of the whole effect, of none, of rate or direction alone
     ("total", "total", "total effect", (1, -1, 0, 0)),
     ("rate first", "rate", "pure natural indirect effect", (0, -1, 1, 0)),
     ("rate first", "direction", "total natural direct effect", (1, 0, -1, 0)),
@@ -153,16 +155,14 @@ def _mediate(comparison, core, fixed):
     notes = [comparison.missing(method, rate) for method in methods]
     if set(many) - {fixed}:
         raise NotTestable(f"more than a tenth of a method's runs are censored: {joined(*notes)}")
-    effects = [_effect(*contrast, logs[:4], flags[:4]) for contrast in _CONTRASTS]
+    effects = [_effect(contrast, logs[:4], flags[:4]) for contrast in _CONTRASTS]
     if many:
+        flags = flags[:4]
         notes.append(f"so nothing is said of {fixed}")
     elif fixed in methods:
         check = [0, 1, 4, 3]
-        effects += [
-            _effect(_FIXED, *contrast, logs[check], flags[check])
-            for order, *contrast in _CONTRASTS
-            if order == "rate first"
-        ]
+        fixed_first = [(_FIXED, *c[1:]) for c in _CONTRASTS if c[0] == "rate first"]
+        effects += [_effect(contrast, logs[check], flags[check]) for contrast in fixed_first]
     if flags.any():
         notes.append("effects with censored runs are bounds, without shares")
     elif math.isnan(effects[0].share_low):
@@ -184,8 +184,9 @@ def _mediate(comparison, core, fixed):
     )
 
 
-def _effect(order, path, term, weights, logs, flags):
+def _effect(contrast, logs, flags):
     """One effect; a censored run leaves the side open on which its steps might be more."""
+    *names, weights = contrast
     lost = flags.any(axis=1)
     above, below = (bool(np.any(lost & (np.multiply(s, weights) > 0))) for s in (1, -1))
     part = weights @ logs
@@ -196,4 +197,4 @@ def _effect(order, path, term, weights, logs, flags):
     if above or below or lost[:2].any():
         shares = [math.nan] * 3
     ratio = math.nan if above and below else ratio
-    return Effect(order, path, term, ratio, *ends, *shares)
+    return Effect(*names, ratio, *ends, *shares)

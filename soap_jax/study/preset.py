@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 DATASETS = {"digits": 64, "mnist": 784, "fashion_mnist": 784, "kmnist": 784, "cifar10": 3072}
 """The data sets, and the values in an example of each."""
-DEFAULT_METHODS = ("bp", "fa", "sign", "sign_preserve", "sign_norm")
-DEFAULT_METHODS += ("bp_scaled", "bp_scaled_live", "frozen")
+_SIGNS, _SCALED = ("sign", "sign_preserve", "sign_norm"), ("bp_scaled", "bp_scaled_live")
+DEFAULT_METHODS = ("bp", "fa", *_SIGNS, *_SCALED, "frozen")
 WEIGHT_DECAY = 1e-3
 """That of a study with Kolen-Pollack learning, which is nothing without."""
 CHOICES = {
@@ -348,6 +348,14 @@ def network(config: Network, dataset: data.Dataset) -> models.MLP | models.ConvN
     return models.ConvNet(config.channels, classes, activation=activation, feedback=False)
 
 
+def in_words(config: Network, dataset: data.Dataset) -> str:
+    """What is trained, such as "64-256-10, tanh, sgd"."""
+    sizes = (dataset.train.images[0].size, *config.hidden, dataset.num_classes)
+    widths = "-".join(map(str, sizes if config.model == "mlp" else config.channels))
+    decay = f" with weight decay {config.weight_decay:g}" if config.weight_decay else ""
+    return f"{config.model} {widths}, {config.activation}, {config.optimizer}{decay}"
+
+
 def optimizer(config: StudyConfig) -> Callable[[Any], optax.GradientTransformation]:
     """The optimiser as a function of the learning rate, with decoupled weight decay.
 
@@ -374,7 +382,7 @@ def optimizer(config: StudyConfig) -> Callable[[Any], optax.GradientTransformati
     return of_rate
 
 
-def _method(config: StudyConfig, name: str, model, scale) -> methods.Method:
+def _method(config: StudyConfig, name: str, model: Any, scale: tasks.Scaling) -> methods.Method:
     """A method of the registry, with what the network must bring and the study's starts."""
     import jax
     import jax.numpy as jnp
@@ -382,11 +390,10 @@ def _method(config: StudyConfig, name: str, model, scale) -> methods.Method:
     from soap_jax import activity, feedback, models, training
     from soap_jax.study.methods import METHODS
 
-    method, changes = METHODS[name], {}
-    errors = {"dfa": "exact", "sdfa": "sign", "drtp": "target"}
-    if method.rule is not None:
-        changes["initializer"] = feedback.glorot_normal
-    elif config.init == "soap" and name not in errors:
+    method = METHODS[name]
+    changes: dict[str, Any] = {"initializer": feedback.glorot_normal}
+    errors: dict[str, Any] = {"dfa": "exact", "sdfa": "sign", "drtp": "target"}
+    if config.init == "soap" and method.rule is None and name not in errors:
         changes["init"] = init_as_torch
     if isinstance(model, models.MLP) and name in errors:
         direct = models.DirectMLP(model.features, activation=model.activation, error=errors[name])
@@ -395,7 +402,8 @@ def _method(config: StudyConfig, name: str, model, scale) -> methods.Method:
             x, labels = batch
             variables = {"params": params, "projection": projections}
             target = jax.nn.one_hot(labels, model.features[-1], dtype=jnp.float32)
-            return training.cross_entropy(direct.apply(variables, scale(x), target), labels)
+            logits: Any = direct.apply(variables, scale(x), target)
+            return training.cross_entropy(logits, labels)
 
         def init_feedback(key, params, batch):
             keys = {"params": key, "feedback": key}
@@ -406,7 +414,7 @@ def _method(config: StudyConfig, name: str, model, scale) -> methods.Method:
     if isinstance(model, models.MLP) and name == "activity_propagation":
 
         def tapped(tap, params, batch):
-            logits = model.apply({"params": params}, scale(batch[0]), tap)
+            logits: Any = model.apply({"params": params}, scale(batch[0]), tap)
             return training.cross_entropy(logits, batch[1])
 
         def gradient(params, feedback, batch, key, step, learning_rate):

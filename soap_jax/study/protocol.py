@@ -6,16 +6,13 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import inspect
 import math
 import os
 import pathlib
-import platform
-import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,11 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jax.extend import core
 
-import soap_jax
-from soap_jax import grids, sweeps, trees
-from soap_jax.study import circumstances, comparison, files, statistics, store, trial
+from soap_jax import grids, sweeps
+from soap_jax.study import checks, circumstances, comparison, files, loops, statistics, store, trial
 from soap_jax.study import methods as registry
 from soap_jax.study.claims import Claim, Test, as_claims
 from soap_jax.study.methods import Method
@@ -35,7 +30,6 @@ from soap_jax.tasks import Task
 
 MAX_RUNS = 10**6
 """The most runs of a comparison; each of them is known by name from the start."""
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 OnProgress = Callable[[str, int | None, int, int, int], None]
 """Called as `(method, done, in all of this method, done of all methods, in all)`; before
@@ -161,7 +155,7 @@ def compare(
             f"methods, learning_rates, seeds and periods make {num} runs; expected at most "
             f"{MAX_RUNS}."
         )
-    layers = _check_task(task, batch_size)
+    layers = checks.check(task, batch_size)
     settings = {
         "optimizer": optimizer,
         "batch_size": batch_size,
@@ -181,7 +175,7 @@ def compare(
             "target_loss": target_loss,
             "select": select,
             "maximise": maximise,
-            "task": _fingerprint(task, batch_size),
+            "task": checks.fingerprint(task, batch_size),
         },
         "seeds": list(seeds),
         "methods": _described(chosen, periods_of),
@@ -193,7 +187,7 @@ def compare(
         "config": None,
         "command": None,
         "loops": {name: "python" if p.stepwise else "scan" for name, (p, _) in programs.items()},
-        **provenance(),
+        **circumstances.provenance(),
         **(record or {}),
     }
     _check_alike(facts)
@@ -216,7 +210,7 @@ def compare(
             more = []
             if into:
                 into.finish(functools.partial(_completed, into.record, start))
-                found = comparison.load(path)
+                found = comparison.load(into.path)
                 more = _beyond(found, extend)
             if not _everywhere([float(len(more))])[0]:
                 break
@@ -295,7 +289,7 @@ def _programs(task, chosen, layers, settings, keep_params) -> dict[str, tuple[Pr
 
 def _program(task, name, members, layers, settings, keep_params) -> Program:
     of_method = trial.make(task, members, layers, keep_params=keep_params, **settings)
-    run = trial.scanned(of_method)
+    run = loops.scanned(of_method)
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     args = scalar, jax.ShapeDtypeStruct((), jnp.float32), scalar, scalar, trial.data_of(task)
     try:
@@ -304,22 +298,8 @@ def _program(task, name, members, layers, settings, keep_params) -> Program:
         raise ValueError(
             f"the method {name!r} does not fit the task: {type(error).__name__}: {error}"
         ) from error
-    stepwise = jax.devices()[0].platform == "cpu" and _convolves(jaxpr.jaxpr)
+    stepwise = jax.devices()[0].platform == "cpu" and loops.convolves(jaxpr.jaxpr)
     return Program(of_method, run, stepwise)
-
-
-def _convolves(jaxpr) -> bool:
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "conv_general_dilated":
-            return True
-        for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(part) and _convolves(getattr(part, "jaxpr", part)):
-                return True
-    return False
-
-
-def _is_jaxpr(value) -> bool:
-    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
 
 
 def _train(task, programs, points, chunk_size, memory_limit, on_progress, into):
@@ -347,7 +327,7 @@ def _train(task, programs, points, chunk_size, memory_limit, on_progress, into):
             "on_progress": progress,
         }
         if program.stepwise:
-            parts = stepwise(program.trial, mine, **keywords)
+            parts = loops.stepwise(program.trial, mine, **keywords)
         else:
             parts = sweeps.iterate(program.run, mine, memory_limit=memory_limit, **keywords)
         for part in parts:
@@ -358,79 +338,6 @@ def _train(task, programs, points, chunk_size, memory_limit, on_progress, into):
 
 def _run(name, point) -> store.Run:
     return store.Run(name, point.learning_rate, point.seed, point.period)
-
-
-def stepwise(
-    of_method: trial.Trial,
-    points: Sequence[sweeps.Point],
-    *,
-    args: tuple,
-    done: Sequence[int] = (),
-    chunk_size: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Iterator[sweeps.Part]:
-    """As `soap_jax.sweeps.iterate` of `trial.scanned`, step by step from Python, runs as a batch.
-
-    Args:
-        of_method: the training.
-        points: the runs.
-        args: the method's index and the data.
-        done: runs not to do again.
-        chunk_size: at most so many runs at once; by default 10.
-        on_progress: as there.
-
-    Yields:
-        As there.
-    """
-    index, data = args
-    init = jax.jit(jax.vmap(of_method.init, (0, 0, None, None, None)))
-    step = jax.jit(jax.vmap(of_method.step, (0, 0, 0, None, None, None)), donate_argnums=0)
-    measure = jax.jit(jax.vmap(of_method.measure, (0, 0, 0, None, None)))
-    test = jax.jit(jax.vmap(of_method.test, (0, None)))
-    every = of_method.steps // of_method.marks
-    finished, done = len(done), set(done)
-    if on_progress:
-        on_progress(finished, len(points))
-    for indices in sweeps.calls_of(points, 1, chunk_size or 10)[0]:
-        mine = [i for i in indices if i not in done]
-        if not mine:
-            continue
-        seeds = jnp.array([points[i].seed for i in indices], jnp.int32)
-        rates = jnp.array([points[i].learning_rate for i in indices], jnp.float32)
-        state, plan = init(seeds, rates, jnp.int32(points[indices[0]].period), index, data)
-        rows, losses = [measure(state, plan, rates, index, data)], []
-        for i in range(of_method.steps):
-            state, loss = step(state, plan, rates, index, data, jnp.int32(i))
-            losses.append(loss)
-            if (i + 1) % every == 0:
-                rows.append(measure(state, plan, rates, index, data))
-        results = {
-            "train_loss": np.stack(losses, axis=1).astype(np.float32),
-            "evaluations": jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *rows),
-            "test": jax.device_get(test(state, data)),
-        }
-        if of_method.keep_params:
-            results["params"] = jax.device_get(state.train.params)
-        results = results | _until_broken(results, every)
-        keep = np.array([k for k, i in enumerate(indices) if i not in done])
-        finished += len(mine)
-        if on_progress:
-            on_progress(finished, len(points))
-        yield sweeps.Part(mine, jax.tree.map(lambda leaf, keep=keep: leaf[keep], results))
-
-
-def _until_broken(results, every):
-    """NaN in place of all that follows the segment in which a loss was not finite."""
-    losses = results["train_loss"]
-    runs, steps = losses.shape
-    whole = np.isfinite(losses).reshape(runs, steps // every, every).all(axis=2)
-    alive = np.concatenate([np.ones((runs, 1), bool), np.logical_and.accumulate(whole, 1)], 1)
-    started = np.repeat(alive[:, :-1], every, axis=1)
-    return {
-        "train_loss": np.where(started, losses, np.nan).astype(np.float32),
-        "evaluations": {k: np.where(alive, v, np.nan) for k, v in results["evaluations"].items()},
-        "test": {k: np.where(alive[:, -1], v, np.nan) for k, v in results["test"].items()},
-    }
 
 
 def _steps(task, steps, epochs, batch_size) -> tuple[int, int]:
@@ -460,112 +367,6 @@ def _check_select(task, select):
         raise ValueError(f"select is {select!r}; expected one of {', '.join(columns)}.")
 
 
-def _check_task(task, batch_size) -> trial.Layers:
-    """Tries the task's functions with one seed, and finds its kernels."""
-    key = jax.random.key(0)
-    params = task.init(key)
-    state = task.init_state and task.init_state(key)
-    if task.generated:
-        batch = task.train(key)
-    else:
-        batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[:batch_size]), task.train)
-    _check_device(task)
-    fun = trial.loss_of(task)
-    args = params, state, batch, key
-    loss, _ = jax.eval_shape(fun, *args)
-    if getattr(loss, "shape", None) != () or not jnp.issubdtype(loss.dtype, jnp.floating):
-        raise ValueError(
-            f"the loss is {loss}; expected a floating-point scalar, the mean over the batch."
-        )
-    jaxpr = jax.make_jaxpr(fun)(*args).jaxpr
-    first, second = fun(*args)[0], fun(*args)[0]
-    if not np.isfinite(first):
-        raise ValueError(
-            f"the loss is {first} before the first update; expected a finite number. Look at init "
-            "and at the scale of the data."
-        )
-    used = {var for eqn in jaxpr.eqns for var in eqn.invars if not isinstance(var, core.Literal)}
-    leaves = len(jax.tree.leaves((params, state)))
-    of_batch = jaxpr.invars[leaves : leaves + len(jax.tree.leaves(batch))]
-    if first != second or _text(fun, args) != _text(fun, args):
-        raise ValueError(
-            "the loss depends on more than its arguments: two calls with the same ones differ. "
-            "Expected a pure function; draw from the key of a task with init_state."
-        )
-    if not used.intersection(of_batch):
-        raise ValueError(
-            "the loss does not use its batch; expected loss(params, batch). What it closes over is "
-            "constant to it: pass the examples as train."
-        )
-    given = args[:1] + args[2:3] if task.init_state is None else args[:3]
-    for name, metric in task.metrics.items():
-        try:
-            value = jax.eval_shape(metric, *given)
-        except Exception as error:
-            raise ValueError(
-                f"the metric {name!r} raises {type(error).__name__}: {error}"
-            ) from error
-        if getattr(value, "shape", None) != ():
-            raise ValueError(f"the metric {name!r} is {value}; expected a scalar.")
-    return trial.layers_of(task, params, state, batch)
-
-
-def _check_device(task):
-    """Raises ValueError if the task's arrays have no room on a device."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    limit = stats.get("bytes_limit")
-    size = sum(
-        leaf.nbytes for part in task.examples for leaf in jax.tree.leaves(getattr(task, part))
-    )
-    if limit is not None and size > limit:
-        raise ValueError(
-            f"the task's arrays have {size} bytes, and the device has room for {limit}; expected "
-            "data that stay on the device. Store them in a narrower dtype, or fewer of them."
-        )
-
-
-def _fingerprint(task, batch_size) -> dict[str, Any]:
-    """What tells a task from another one."""
-    key = jax.random.key(0)
-    params = jax.eval_shape(task.init, key)
-    state = task.init_state and jax.eval_shape(task.init_state, key)
-    batch = jax.eval_shape(task.train, key) if task.generated else _types(task.train, batch_size)
-    text = _text(trial.loss_of(task), (params, state, batch, key))
-    return {
-        "loss": hashlib.sha256(text.encode()).hexdigest(),
-        "params": {
-            "/".join(trees.path_of(k)): f"{leaf.dtype}{list(leaf.shape)}"
-            for k, leaf in jax.tree_util.tree_leaves_with_path(params)
-        },
-        "metrics": list(task.metrics),
-        "data": {part: _digest(getattr(task, part)) for part in task.examples},
-    }
-
-
-def _types(part, batch_size):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), part)
-
-
-def _text(fun, args) -> str:
-    """A function as its jaxpr, with the values that it closes over, without addresses."""
-    closed = jax.make_jaxpr(lambda *args: fun(*args))(*args)  # not from a cache
-    consts = " ".join(_digest(const) for const in closed.consts)
-    return re.sub(r"0x[0-9a-f]+", "", f"{closed.jaxpr} {consts}")
-
-
-def _digest(tree) -> str:
-    found = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
-        found.update(f"{array.dtype}{array.shape}".encode())
-        found.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return found.hexdigest()
-
-
-def _is_key(leaf) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _described(chosen, periods_of) -> dict[str, dict[str, Any]]:
     return {
         name: {
@@ -576,6 +377,7 @@ def _described(chosen, periods_of) -> dict[str, dict[str, Any]]:
             "paper": method.paper,
             "description": method.describe(),
             "exact": method.exact,
+            "init": method.init and _name(method.init),
             "periods": list(periods_of[name]),
         }
         for name, method in chosen.items()
@@ -592,32 +394,6 @@ def _name(optimizer) -> str:
         with contextlib.suppress(OSError, TypeError):
             return inspect.getsource(optimizer).strip()
     return name
-
-
-def provenance() -> dict[str, Any]:
-    """The versions, device and settings that results come from."""
-    devices = jax.devices()
-    return {
-        "versions": {"soap_jax": soap_jax.__version__, "python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
-        "device": {
-            "kind": devices[0].device_kind,
-            "platform": devices[0].platform,
-            "count": len(devices),
-            "processes": jax.process_count(),
-            "machine": platform.machine(),
-            "processor": _processor(),
-        },
-        "settings": circumstances.settings(),
-    }
-
-
-def _processor() -> str:
-    """The model of the CPU, as far as the system tells."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def _check_alike(facts):

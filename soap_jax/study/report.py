@@ -10,13 +10,15 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
+import pandas as pd
 import vl_convert
 
-from soap_jax.study import charts, claims, diagram, drawing, files, mediation, screen
+from soap_jax.study import charts, claims, diagram, figures, files, mediation, screen
 from soap_jax.study.comparison import Comparison
 from soap_jax.study.statistics import number
 
@@ -42,16 +44,16 @@ def write(
     """
     path = pathlib.Path(directory)
     effects = mediation.mediate(comparison)
-    figures = charts.describe(comparison, findings)
-    charts.save(figures, path / "figures")
+    shown = charts.describe(comparison, findings)
+    figures.save(shown, path / "figures")
     causes = diagram.describe(comparison, effects)
-    drawing.save_svg(causes.svg if causes else "", path / "figures" / "mediation")
+    figures.save_svg(causes.svg if causes else "", path / "figures" / "mediation")
     tables = {"summary": comparison.summary(), "claims": claims.tabulate(findings)}
     if effects.testable:
         tables["mediation"] = mediation.tabulate(effects)
     for name, table in tables.items():
         files.write_text(path / f"{name}.csv", table.to_csv(index=False))
-    files.write_text(path / "report.html", _page(comparison, findings, figures, causes))
+    files.write_text(path / "report.html", _page(comparison, findings, shown, effects))
 
 
 def render(comparison: Comparison, findings: Sequence[claims.Finding]) -> str:
@@ -61,11 +63,11 @@ def render(comparison: Comparison, findings: Sequence[claims.Finding]) -> str:
         comparison: what was trained.
         findings: the verdicts on its claims.
     """
-    causes = diagram.describe(comparison, mediation.mediate(comparison))
-    return _page(comparison, findings, charts.describe(comparison, findings), causes)
+    shown = charts.describe(comparison, findings)
+    return _page(comparison, findings, shown, mediation.mediate(comparison))
 
 
-def _page(comparison, findings, figures, causes):
+def _page(comparison, findings, shown, effects):
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("soap_jax.study"),
         autoescape=True,
@@ -73,7 +75,7 @@ def _page(comparison, findings, figures, causes):
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    specs = {figure.name: figure.spec for figure in figures if figure.chart}
+    specs = {figure.name: figure.spec for figure in shown if figure.chart}
     for name, spec in specs.items():  # the page has titles as headings
         specs[name] = {key: value for key, value in spec.items() if key != "title"}
     longest = max(map(len, [*charts.names(comparison).values(), *charts.VERDICTS]))
@@ -87,11 +89,12 @@ def _page(comparison, findings, figures, causes):
         findings=findings,
         verdicts=VERDICTS,
         in_words=claims.in_words,
-        tests=_tests,
-        figures=figures,
+        tests=lambda finding: _cells(claims.tabulate([finding]).loc[:, "label":"note"]),
+        figures=shown,
         specs=data,
         vega=vega() if specs else "",
-        diagram=causes,
+        diagram=diagram.describe(comparison, effects),
+        effects=_cells(mediation.tabulate(effects)),
         methods=screen.summary_cells(comparison, full=True),
         methods_note=screen.summary_notes(comparison, full=True),
         command=comparison.record.get("command"),
@@ -133,15 +136,11 @@ def _glossary(comparison):
     }
 
 
-def _tests(finding: claims.Finding) -> drawing.Cells:
-    """The tests of a claim as a table."""
-    columns = ["test", "estimate [95 %]", "bound", "place", "p inside", "p outside", "censored"]
-    rows = []
-    for part in finding.parts:
-        words = claims.in_words(part)
-        said = [number(part.p_holds), number(part.p_fails), f"{part.censored} of {part.runs}"]
-        rows.append([part.label, words.estimate, words.bound, words.place, *said, part.note])
-    return [*columns, "note"], rows
+def _cells(table: pd.DataFrame) -> figures.Cells:
+    """A table in words."""
+    rows = table.to_numpy(object).tolist()
+    said = [[number(v) if isinstance(v, float) else str(v) for v in row] for row in rows]
+    return [str(column).replace("_", " ") for column in table], said
 
 
 def _setting(comparison: Comparison) -> str:
@@ -184,10 +183,5 @@ def _details(comparison: Comparison) -> dict[str, dict[str, str]]:
 
 
 def _said(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_said(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_said, value))
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "default" if value is None else str(value)
+    """A value as a list of words, without the marks of Python."""
+    return "default" if value is None else re.sub(r"[{}\[\]()'\"]", "", str(value))

@@ -23,7 +23,7 @@ def summary_table(comparison: Comparison) -> Table:
     columns, rows = summary_cells(comparison, full=False)
     table = _table(title, summary_notes(comparison, full=False))
     for i, column in enumerate(columns):
-        head = "\n".join(textwrap.wrap(column, 9))
+        head = "\n".join(textwrap.wrap(column, 8))
         table.add_column(head, justify="right" if i else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))
@@ -99,9 +99,7 @@ def claims_table(findings: Sequence[claims.Finding]) -> Table:
     notes = [f"p is the verdict's, after Holm's correction for {family} claims."] * (family > 0)
     notes += [f"{f.key}: {f.why}" for f in findings if f.verdict == claims.UNDECIDED]
     if any(finding.exploratory for finding in findings):
-        notes.append(
-            "Exploratory: the claim, its bounds or the target were chosen after the start."
-        )
+        notes.append("Exploratory: the claim, its bounds or the target were chosen afterwards.")
     table = _table("Claims, with 95 % intervals and the bounds they have to meet", "\n".join(notes))
     for column in ("", "claim", "verdict"):
         table.add_column(column)
@@ -134,7 +132,7 @@ def _table(title, caption):
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=0,
     )
 
 
@@ -160,6 +158,7 @@ class Progress:
         self.labels = labels
         self.task: progress.TaskID | None = None
         self.method: str | None = None
+        self.first: int | None = None
 
     def __enter__(self):
         self.bar.start()
@@ -174,18 +173,17 @@ class Progress:
         """As `on_progress` of `compare`: `done` is None while a method is compiled."""
         if method != self.method:
             self._close()
-            self.method, self.begin, self.first, self.done = method, time.perf_counter(), done, done
+            self.method, self.begin, self.first = method, time.perf_counter(), None
         label = self.labels.get(method, method)
         said = f"{label}: compiling" if done is None else label
         if self.task is None:
             self.task = self.bar.add_task(said, total=total_all, completed=done_all)
         self.bar.update(self.task, description=said, completed=done_all)
-        if done is not None:
-            self.first, self.done = (done if self.first is None else self.first), done
+        if self.first is None:
+            self.first = done
+        self.new = 0 if done is None or self.first is None else done - self.first
 
     def _close(self):
-        if self.method is not None and self.done is not None and self.done > self.first:
+        if self.method is not None and self.new:
             seconds, label = time.perf_counter() - self.begin, self.labels[self.method]
-            self.bar.console.print(
-                f"  {label:<23} {self.done - self.first:>4} runs in {seconds:.1f} s"
-            )
+            self.bar.console.print(f"  {label:<23} {self.new:>4} runs in {seconds:.1f} s")

@@ -1,7 +1,7 @@
 """Trains one model by one method, for those who want a model rather than a study.
 
     train.json          configuration, versions, device, data source; once trained, the result
-    curves              one row per epoch            (.parquet, .csv, .png and .pdf)
+    curves              one row per epoch            (.parquet, .csv, .svg, .png, .pdf)
     checkpoints/EPOCH   Orbax: the state of training, the curves up to it, and their checksum
 
 Start, feedback, order of examples and measurements are those of one run of a study. A training that
@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import math
@@ -27,17 +27,26 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import altair as alt
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pandas as pd
+import vl_convert
 from jax import lax
 
 from soap_jax import data, grids, tasks, training
-from soap_jax.study import circumstances, files, preset, protocol, store, trial
+from soap_jax.study import (
+    charts,
+    circumstances,
+    drawing,
+    figures,
+    files,
+    preset,
+    store,
+    trial,
+)
 from soap_jax.study.methods import METHODS
 from soap_jax.study.preset import TrainConfig
 
@@ -92,37 +101,45 @@ def train(
             examples; or if the last checkpoint cannot be read, or one cannot be written.
     """
     path, facts = pathlib.Path(path), _begin(path, config, dataset)
-    programs = _programs(config, dataset)
-    arrays = jax.device_put(trial.data_of(programs.task))
-    state, plan = programs.init(arrays)
+    task, of_method = _trial(config, dataset)
+    arrays = jax.device_put(trial.data_of(task))
     rate = np.float32(config.learning_rate)
+    state, plan = jax.jit(of_method.init)(*_start(config), arrays)
+    measure = jax.jit(of_method.measure)
 
     def row_of(epoch, train_loss):
-        found = programs.measure(trial.State(state, None), plan, rate, 0, arrays)
-        row = {"epoch": epoch, "step": int(state.step), "train_loss": train_loss}
+        found = measure(state, plan, rate, 0, arrays)
+        row = {"epoch": epoch, "step": int(state.train.step), "train_loss": train_loss}
         first = {name: found[name] for name in ("validation_loss", "validation_accuracy")}
         return row | {name: float(value) for name, value in (first | found).items()}
 
+    train_epoch = _epoch(config, of_method)
     with _manager(path, config) as manager:
         if kept(path):
             state, rows = _restore(path, manager, kept(path)[-1], state, facts["feedback"])
         else:
             rows = [row_of(0, math.nan)]
         on_epoch(rows[-1])
-        keys = jax.random.split(_order_key(config), config.epochs)
+        order_key = jax.random.split(jax.random.key(config.seed), 3)[2]
+        keys = jax.random.split(order_key, config.epochs)
         for epoch in range(len(rows), config.epochs + 1):
-            state, losses = programs.epoch(state, plan, rate, keys[epoch - 1], arrays)
+            order = training.epoch_order(keys[epoch - 1], task.examples["train"], config.batch_size)
+            state, losses = train_epoch(state, plan._replace(order=order), rate, arrays)
             rows.append(row_of(epoch, float(np.asarray(losses, float).mean())))
             on_epoch(rows[-1])
             if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
                 with _writing(path):
                     _write_curves(path, rows)
                     _save(manager, epoch, state, rows, facts["feedback"])
-    result = {f"test_{k}": float(v) for k, v in programs.test(state, arrays).items()}
-    losses = [row[name] for row in rows for name in ("train_loss", "validation_loss")][1:]
+    found = jax.jit(of_method.test)(state, arrays)
+    ends = [row[name] for row in rows for name in ("train_loss", "validation_loss")][1:]
     limit = store.DIVERGED * rows[0]["validation_loss"]
-    diverged = not (all(map(math.isfinite, losses)) and rows[-1]["train_loss"] <= limit)
-    result |= {"epochs": config.epochs, "steps": int(state.step), "diverged": diverged}
+    result = {
+        "epochs": config.epochs,
+        "steps": rows[-1]["step"],
+        "diverged": not (all(map(math.isfinite, ends)) and rows[-1]["train_loss"] <= limit),
+        **{f"test_{name}": float(value) for name, value in found.items()},
+    }
     facts["result"] = {k: v if math.isfinite(v) else None for k, v in result.items()}
     _write_facts(path, facts)
     _draw(path, config, pd.DataFrame(rows))
@@ -154,15 +171,13 @@ def load(path: str | os.PathLike[str], *, epoch: int | None = None) -> Trained:
         there = f"only of the epochs {', '.join(map(str, found))}" if found else "none at all"
         of = "" if epoch is None else f" of epoch {epoch}"
         raise ValueError(f"{path} has no checkpoint{of}; it has {there}.")
-    config = TrainConfig(**facts["config"])
-    shape, scale = facts["network"]["image_shape"], tasks.Scaling(*facts["network"]["scaling"])
-    like = data.Split(
-        np.broadcast_to(np.uint8(0), (2 * config.batch_size + 5, *shape)),
-        np.zeros(2 * config.batch_size + 5, np.int32),
-    )
-    dataset = data.Dataset("", like, like, facts["network"]["num_classes"], 255, "")
-    programs = _programs(config, dataset, scale)
-    state, _ = jax.eval_shape(programs.init, trial.data_of(programs.task))
+    config, network = TrainConfig(**facts["config"]), facts["network"]
+    num = 2 * config.batch_size  # only shapes count
+    like = data.Split(np.zeros((num, *network["image_shape"]), np.uint8), np.zeros(num, np.int32))
+    dataset = data.Dataset("", like, like, network["num_classes"], 255, "")
+    scale = tasks.Scaling(*network["scaling"])
+    task, of_method = _trial(config, dataset, scale)
+    state, _ = jax.eval_shape(of_method.init, *_start(config), trial.data_of(task))
     with _manager(path, config, read_only=True) as manager:
         step = found[-1] if epoch is None else epoch
         state, rows = _restore(path, manager, step, state, facts["feedback"])
@@ -172,10 +187,10 @@ def load(path: str | os.PathLike[str], *, epoch: int | None = None) -> Trained:
         del feedback
         return model.apply({"params": params}, scale(images))
 
-    weights = None
-    if not METHODS[config.method].exact:
-        weights = training.feedback_weights(state.feedback)
-    return Trained(config, len(rows) - 1, apply_fn, state.params, weights, state)
+    train = state.train
+    exact = METHODS[config.method].exact
+    weights = None if exact else training.feedback_weights(train.feedback)
+    return Trained(config, len(rows) - 1, apply_fn, train.params, weights, train)
 
 
 def read(path: pathlib.Path, config: TrainConfig | None = None) -> dict[str, Any] | None:
@@ -255,7 +270,7 @@ def _begin(path, config, dataset) -> dict[str, Any]:
             "scaling": tasks.scaling(dataset, config.inputs),
         },
         "data_source": dataset.source,
-        **protocol.provenance(),
+        **circumstances.provenance(),
         "resumed": [],
         "result": None,
     }
@@ -284,73 +299,50 @@ def _begin(path, config, dataset) -> dict[str, Any]:
     return facts
 
 
-class _Programs(NamedTuple):
-    """The compiled parts of training; a state is a `TrainState`."""
-
-    task: tasks.Task
-    init: Callable[..., tuple[training.TrainState, trial.Plan]]
-    epoch: Callable[..., tuple[training.TrainState, jax.Array]]
-    measure: Callable[..., dict[str, jax.Array]]
-    test: Callable[..., dict[str, jax.Array]]
-
-
-def _programs(config, dataset, scale=None) -> _Programs:
-    study = config.as_study()
-    arguments = preset.comparison_arguments(study, dataset, scale=scale)
-    task, method = arguments["task"], arguments["methods"][config.method]
-    num = task.examples["train"]
+def _trial(config, dataset, scale=None) -> tuple[tasks.Task, trial.Trial]:
+    """The task, and the functions of one epoch's training."""
+    arguments = preset.comparison_arguments(config.as_study(), dataset, scale=scale)
+    task = arguments["task"]
     batch = jax.tree.map(lambda leaf: leaf[: config.batch_size], task.train)
     layers = trial.layers_of(task, task.init(jax.random.key(0)), None, batch)
     of_method = trial.make(
         task,
-        (method,),
+        (arguments["methods"][config.method],),
         layers,
         optimizer=arguments["optimizer"],
         batch_size=config.batch_size,
-        steps=num // config.batch_size,  # of one epoch
+        steps=task.examples["train"] // config.batch_size,
         evaluations=1,
     )
+    return task, of_method
 
-    def init(arrays):
-        period = max(method.periods(study.periods))
-        seed, rate = np.int32(config.seed), np.float32(config.learning_rate)
-        state, plan = of_method.init(seed, rate, np.int32(period), 0, arrays)
-        return state.train, plan
 
-    def step(state, plan, rate, arrays, i):
-        state, loss = of_method.step(trial.State(state, None), plan, rate, 0, arrays, i)
-        return state.train, loss
+def _start(config):
+    """Seed, learning rate, period and index, as a study hands them to its runs."""
+    (period,) = METHODS[config.method].periods((config.period,))
+    return np.int32(config.seed), np.float32(config.learning_rate), np.int32(period), 0
 
-    def planned(plan, key):
-        return plan._replace(order=training.epoch_order(key, num, config.batch_size))
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def scanned(state, plan, rate, key, arrays):
-        plan = planned(plan, key)
-        steps = jnp.arange(num // config.batch_size)
-        return lax.scan(lambda state, i: step(state, plan, rate, arrays, i), state, steps)
+def _epoch(config, of_method) -> Callable[..., tuple[trial.State, jax.Array]]:
+    """`(state, plan, learning_rate, arrays) -> (state, losses)`; the state is donated."""
+    one = jax.jit(of_method.step, donate_argnums=0)
 
-    compiled = jax.jit(step, donate_argnums=0)
-
-    def stepwise(state, plan, rate, key, arrays):
-        plan, losses = planned(plan, key), []
-        for i in range(num // config.batch_size):
-            state, loss = compiled(state, plan, rate, arrays, i)
+    def stepwise(state, plan, rate, arrays):
+        losses = []
+        for i in range(of_method.steps):
+            state, loss = one(state, plan, rate, 0, arrays, i)
             losses.append(loss)
-        return state, jnp.stack(losses)
+        return state, losses
 
-    by_steps = config.model == "conv" and jax.default_backend() == "cpu"  # as in a study
-    return _Programs(
-        task,
-        jax.jit(init),
-        stepwise if by_steps else scanned,
-        jax.jit(of_method.measure),
-        jax.jit(lambda state, arrays: of_method.test(trial.State(state, None), arrays)),
-    )
+    def scanned(state, plan, rate, arrays):
+        def step(state, i):
+            return of_method.step(state, plan, rate, 0, arrays, i)
 
+        return lax.scan(step, state, jnp.arange(of_method.steps))
 
-def _order_key(config):
-    return jax.random.split(jax.random.key(config.seed), 3)[2]
+    if config.model == "conv" and jax.default_backend() == "cpu":  # see `compare`
+        return stepwise
+    return jax.jit(scanned, donate_argnums=0)
 
 
 @contextlib.contextmanager
@@ -396,7 +388,7 @@ def _save(manager, epoch, state, rows, feedback):
     manager.save(epoch, args=ocp.args.Composite(**arguments))
 
 
-def _restore(path, manager, epoch, like, feedback) -> tuple[training.TrainState, list[Row]]:
+def _restore(path, manager, epoch, like, feedback) -> tuple[trial.State, list[Row]]:
     """The state, onto the first device, and the curves until then."""
     step = path / "checkpoints" / str(epoch)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -446,40 +438,43 @@ def _write_facts(path, facts):
 
 
 def _draw(path, config, curves):
-    """Draws curves.png and curves.pdf; lines break where numbers are not finite."""
-    panels: dict[str, dict[str, str]] = {
-        "Loss": {"training, mean of epoch": "train_loss", "validation": "validation_loss"},
-        "Accuracy (%)": {"validation": "validation_accuracy"},
-        "Angle to the true one (degrees)": {
-            f"{kind.removesuffix('_angle')}, {layer.removesuffix('/kernel')}": name
-            for name in curves
-            for kind, _, layer in [name.partition("/")]
-            if kind in ("gradient_angle", "weight_angle")
-        },
+    """Draws the curves as SVG, PNG and PDF; lines break where numbers are not finite."""
+    curves = curves.replace([np.inf, -np.inf], np.nan).rename(columns={"epoch": "x"})
+    curves["validation_accuracy"] *= 100
+    angles = {
+        name: name.replace("_angle/", ", ").removesuffix("/kernel")
+        for name in curves
+        if name.startswith(("gradient_angle/", "weight_angle/"))
     }
-    charts = []
-    for title, lines in panels.items():
-        columns = curves.rename(columns={of: label for label, of in lines.items()})
-        table = columns.melt("epoch", list(lines), "of", "y").replace([np.inf, -np.inf], np.nan)
-        if table.empty:
-            continue
-        table["y"] *= 100 if title.startswith("Accuracy") else 1
-        kind = "log" if title == "Loss" and (table["y"].dropna() > 0).all() else "linear"
-        legend = {"title": None, "sort": list(lines), "legend": alt.Legend(orient="bottom")}
-        chart = alt.Chart(table, title=title, width=260, height=220).encode(
-            x=alt.X("epoch:Q", axis=alt.Axis(tickMinStep=1)),
-            y=alt.Y("y:Q", title=None, scale=alt.Scale(type=kind, zero=False, nice=False)),
-            color=alt.Color("of", **legend),
-            strokeDash=alt.StrokeDash("of", **legend),
+    specs = []
+    for title, columns in (
+        ("loss", {"train_loss": "training, mean of epoch", "validation_loss": "validation"}),
+        ("accuracy (%)", {"validation_accuracy": "accuracy, validation"}),
+        ("angle to the true one", angles),
+    ):
+        rows = curves[["x", *columns]].rename(columns=columns).melt("x", None, "method", "y")
+        looks = zip(charts.PALETTE[1:], charts.SHAPES, charts.DASHES * 2, strict=False)
+        figure = drawing.curves(
+            rows.assign(low=rows["y"], high=rows["y"], note=""),
+            dict(zip(columns.values(), itertools.cycle(looks), strict=False)),
+            x="epoch",
+            y=title,
+            y_log=title == "loss",
+            degrees=title.startswith("angle"),
+            ticks=np.unique(np.linspace(0, config.epochs, 6, dtype=int)).tolist(),
+            name=title.split()[0],
+            title=title.capitalize(),
+            caption="",
+            empty="",
         )
-        charts.append(chart.mark_line())
+        if figure.spec:
+            kept_keys = figure.spec.keys() - {"$schema", "config"}
+            specs.append({key: figure.spec[key] for key in kept_keys})
     title = (
         f"{config.data or config.dataset}, {METHODS[config.method].label}, rate "
         f"{config.learning_rate:g}, seed {config.seed}"
     )
-    whole = alt.hconcat(*charts, title=alt.Title(title, anchor="middle")).resolve_scale(
-        color="independent", strokeDash="independent"
-    )
-    for kind in ("png", "pdf"):
-        write = functools.partial(whole.save, format=kind, scale_factor=2)
-        files.write_atomically(path / f"curves.{kind}", write)
+    scales = {"scale": dict.fromkeys(("color", "shape", "strokeDash"), "independent")}
+    spec = {"hconcat": specs, "title": title, "resolve": scales, "background": "white"}
+    svg = vl_convert.vegalite_to_svg(spec | {"config": figures.CONFIG})
+    figures.save_svg(svg, path / "curves")

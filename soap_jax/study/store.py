@@ -15,6 +15,7 @@ may be added later; what else a run depends on may not change.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -89,7 +90,7 @@ class Store:
             ValueError: if runs are there that were done otherwise, or whose claims had other
                 bounds, or if these and those would not be every method with every seed.
         """
-        record = json.loads(json.dumps(record))
+        now: dict[str, Any] = json.loads(json.dumps(record))
         before, there = self.record, self.done()
         if there and not before:
             raise ValueError(
@@ -97,9 +98,9 @@ class Store:
                 "Name another directory as out, or delete this one."
             )
         if there:
-            were, are = ({part: of[part] for part in SAME} for of in (before, record))
+            were, are = ({part: of[part] for part in SAME} for of in (before, now))
             differ = circumstances.differences(_comparable(were), _comparable(are))
-            for name, method in record["methods"].items():
+            for name, method in now["methods"].items():
                 was = before["methods"].get(name, method)
                 differ += [
                     f"the method {name}, {said}"
@@ -107,16 +108,17 @@ class Store:
                         {"trains by": was["description"]}, {"trains by": method["description"]}
                     )
                 ]
-            if before["claims"] and before["claims"] != record["claims"]:
+            if now["claims"] and before["claims"] not in ([], now["claims"]):
                 differ.append("the claims, whose bounds were written down before the first run")
             if differ:
                 raise ValueError(
                     f"{self.path} holds runs that were done otherwise ({'; '.join(differ)}). "
                     "Go on as before, name another directory as out, or delete this one."
                 )
-            record["methods"] = before["methods"] | record["methods"]
-            record["seeds"] = sorted({*before["seeds"], *record["seeds"]})
-            expected = _expected(record)
+            now["methods"] = before["methods"] | now["methods"]
+            now["seeds"] = sorted({*before["seeds"], *now["seeds"]})
+            now["claims"] = before["claims"]  # what is claimed after the first run is exploratory
+            expected = _expected(now)
             if foreign := there - expected:
                 raise ValueError(
                     f"{self.path} holds {min(foreign)}, which is no run of this comparison. Delete "
@@ -128,20 +130,20 @@ class Store:
                     "expected every method with every seed. Ask for all methods when you add "
                     "seeds, and for all seeds when you add methods."
                 )
-            record["seconds_before"] = before.get("seconds", 0) + before.get("seconds_before", 0)
-        self.record = record
-        self._write_json("progress.json", record)
+            now["seconds_before"] = before.get("seconds", 0) + before.get("seconds_before", 0)
+        self.record = now
+        self._write_json("progress.json", now)
 
     def add(self, runs: Sequence[Run], results: Mapping[str, Any]) -> None:
-        """Keeps some runs: what `trial.scanned` gave, with a leading axis of the runs."""
+        """Keeps some runs: what `loops.scanned` gave, with a leading axis of the runs."""
         flat = flattened({name: part for name, part in results.items() if name != "params"})
         for i, run in enumerate(runs if "params" in results else ()):
             own = {name: leaf[i] for name, leaf in flattened(results["params"]).items()}
-            files.write_atomically(self.params(run), lambda file, own=own: np.savez(file, **own))
-        names = json.dumps([list(run) for run in runs])
-        name = hashlib.sha256(names.encode()).hexdigest()[:16]
+            files.write_atomically(self.params(run), functools.partial(np.savez, **own))
+        facts = json.dumps([[list(run) for run in runs], sorted(flat)])
+        name = hashlib.sha256(facts.encode()).hexdigest()[:16]
         path = self.path / "parts" / f"{runs[0].method}-{name}.npz"
-        files.write_atomically(path, lambda file: np.savez(file, runs=np.array(names), **flat))
+        files.write_atomically(path, lambda file: np.savez(file, facts=np.array(facts), **flat))
 
     def params(self, run: Run) -> pathlib.Path:
         """The file with a run's final params, by their paths."""
@@ -236,9 +238,12 @@ class Store:
     def _parts(self) -> Iterator[tuple[list[Run], dict[str, Any]]]:
         for file in sorted((self.path / "parts").glob("*.npz")):
             try:
-                with np.load(file) as arrays:
+                with file.open("rb") as opened, np.load(opened) as arrays:
                     flat = dict(arrays)
-                runs = [Run(*run) for run in json.loads(str(flat.pop("runs")))]
+                names, columns = json.loads(str(flat.pop("facts")))
+                if sorted(flat) != columns:
+                    raise ValueError(f"it has not {', '.join(columns)}")
+                runs = [Run(*run) for run in names]
                 results: dict[str, Any] = {"evaluations": {}, "test": {}}
                 for name, leaf in flat.items():
                     part, _, column = name.partition("/")
@@ -321,7 +326,7 @@ def tidy(runs: Sequence[Run], results: Mapping[str, Any], record: Mapping[str, A
 
     Args:
         runs: which.
-        results: as `trial.scanned` gives them, with a leading axis of the runs.
+        results: as `loops.scanned` gives them, with a leading axis of the runs.
         record: of the comparison.
     """
     losses = np.asarray(results["train_loss"], np.float32)

@@ -1,0 +1,99 @@
+"""What a figure is, how it looks, and its files.
+
+Words and axes have the colour of the text around them, so that a page may be light or dark.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import vl_convert
+from altair import LayerChart
+
+from soap_jax.study import files
+
+GREY = "#8a8a8a"  # seen on white and on black
+INK = {"labelColor": "currentColor", "titleColor": "currentColor", "titleFontWeight": "normal"}
+AXIS = {"domainColor": GREY, "tickColor": GREY, "gridColor": GREY, "gridOpacity": 0.25}
+LEGEND = {"orient": "bottom", "columns": 2, "labelLimit": 300, "symbolSize": 60, "symbolOpacity": 1}
+CONFIG: dict[str, Any] = {
+    "font": "sans-serif",
+    "background": None,
+    "view": {"stroke": None},
+    "axis": INK | AXIS,
+    "legend": INK | LEGEND,
+    "title": {"color": "currentColor", "anchor": "start"},
+    "text": {"color": "currentColor"},
+    "rule": {"color": GREY},
+    "point": {"opacity": 1},
+}
+
+PANELS = ("loss_curves", "steps_to_loss", "angles")
+"""What is side by side in the overview."""
+CONVERT: dict[str, Callable[[str], bytes]] = {
+    ".svg": str.encode,
+    ".png": functools.partial(vl_convert.svg_to_png, scale=2),
+    ".pdf": vl_convert.svg_to_pdf,
+}
+"""The files of a figure, from its SVG."""
+Cells = tuple[list[str], list[list[str]]]
+"""The head of a table, and its rows."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A figure.
+
+    Attributes:
+        name: of its files.
+        title: a few words.
+        caption: what is seen, and how bands and intervals are made.
+        alt: the figure in words, for those who cannot see it.
+        chart: the figure, or None where there is nothing to see.
+        table: its numbers.
+        empty: what to say where there is nothing to see.
+    """
+
+    name: str
+    title: str
+    caption: str
+    alt: str
+    chart: LayerChart | None
+    table: Cells
+    empty: str
+
+    @functools.cached_property
+    def spec(self) -> dict[str, Any]:
+        """The figure in Vega-Lite; empty where there is nothing to see."""
+        if self.chart is None:
+            return {}
+        chart = self.chart.properties(title=self.title, description=self.alt)
+        return chart.to_dict(validate=False) | {"config": CONFIG}
+
+
+def save(figures: Sequence[Figure], directory: pathlib.Path) -> None:
+    """Writes each figure as SVG, PNG and PDF, and the first ones side by side as an overview."""
+    specs = {figure.name: figure.spec for figure in figures}
+    shown = [specs[name] for name in PANELS if specs.get(name)]
+    panels = [{k: v for k, v in spec.items() if k not in ("$schema", "config")} for spec in shown]
+    config = CONFIG | {"legend": CONFIG["legend"] | {"columns": 4}}
+    specs["overview"] = {"hconcat": panels, "config": config} if panels else {}
+    for name, spec in specs.items():
+        svg = vl_convert.vegalite_to_svg(spec | {"background": "white"}) if spec else ""
+        save_svg(svg, directory / name)
+
+
+def save_svg(svg: str, stem: pathlib.Path) -> None:
+    """Writes a drawing as SVG, PNG and PDF; none of them is left where it is empty."""
+    for suffix, convert in CONVERT.items():
+        path = stem.with_suffix(suffix)
+        if svg:
+            content = convert(svg)
+            files.write_atomically(path, operator.methodcaller("write", content))
+        else:
+            path.unlink(missing_ok=True)
