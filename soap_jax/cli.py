@@ -113,10 +113,10 @@ class TaskStudy(_Running, preset.Protocol):
 
         options = self.smaller() if self.quick else self
         arguments = options.arguments() | {
-            "task": self.module["task"],
-            "methods": self.module.get("methods", preset.DEFAULT_METHODS),
-            "claims": self.module.get("claims", ()),
-            "optimizer": self.module.get("optimizer", optax.sgd),
+            "task": self.module.task,
+            "methods": getattr(self.module, "methods", preset.DEFAULT_METHODS),
+            "claims": getattr(self.module, "claims", ()),
+            "optimizer": getattr(self.module, "optimizer", optax.sgd),
             "select": self.select,
             "maximise": self.maximise,
         }
@@ -346,7 +346,8 @@ def _imported(path: str, args: list[str]) -> TaskStudy:
         given.pop("steps", None)
     for name in {"learning_rates", "periods"} & given.keys():
         given[name] = tuple(given[name])
-    return TaskStudy(task=pathlib.Path(path), module=module, **given)
+    known = types.SimpleNamespace(**module)  # tyro would look for options in a dict
+    return TaskStudy(task=pathlib.Path(path), module=known, **given)
 
 
 def _as(kind, options):
