@@ -1,6 +1,8 @@
-"""The command line: `soap-jax study`, `soap-jax report`. The only place that prints.
+"""The command line: `soap-jax study`, `soap-jax report`, `soap-jax train`.
 
-Heavy imports wait until a command runs, so that `--help` answers at once.
+The only place that prints. Heavy imports wait until a command runs, so that `--help` answers at
+once. A field below, or of the configuration that it extends, is an option, and its line under
+Attributes is the option's help.
 """
 
 from __future__ import annotations
@@ -11,325 +13,498 @@ import io
 import math
 import os
 import pathlib
-import reprlib
+import re
+import runpy
+import shlex
 import sys
 import time
 import traceback
-from typing import Annotated
+import types
+import typing
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 try:
-    import typer
+    import tyro
 except ModuleNotFoundError as error:
     raise SystemExit("The command line needs: pip install 'soap_jax[study]'") from error
 
-from soap_jax.study.config import (
-    ACTIVATIONS,
-    DATASETS,
-    METHODS,
-    OPTIMIZERS,
-    WEIGHT_DECAY,
-    StudyConfig,
-)
-from soap_jax.study.single_config import TrainConfig
+from soap_jax.study import preset
 
-app = typer.Typer(
-    help="Feedback alignment for JAX and Flax.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+CACHE_SIZE = 2**30
+"""The most bytes of compiled programs that are kept; JAX removes those longest unused."""
 
 
-_DECAY_BY_DEFAULT = f"0; {WEIGHT_DECAY:g} with kp"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Running:
+    """How a study runs.
+
+    Attributes:
+        quick: the same at a size that takes about a minute: at most three seeds, three rates, one
+            period and 300 steps.
+        dry_run: say how many runs and steps there would be, and about how long they would take.
+        cache: keep compiled programs for the next time, in the user's cache directory.
+        distributed: start jax.distributed: the same command in every process (SLURM, TPU pods).
+        out: where results go; by default results/NAME.
+    """
+
+    quick: Flag = False
+    dry_run: Flag = False
+    cache: bool = True
+    distributed: Flag = False
+    out: pathlib.Path | None = None
 
 
-def _comma_separated(values) -> str:
-    return ",".join(str(value) for value in values)
-
-
-def _show_version(value: bool):
-    if value:
-        import soap_jax
-
-        typer.echo(f"soap_jax {soap_jax.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
-        ),
-    ] = False,
-):
-    pass
-
-
-@app.command()
-def study(
-    dataset: Annotated[
-        str, typer.Option(help=f"Data set: {', '.join(DATASETS)}. Only digits needs no download.")
-    ] = StudyConfig.dataset,
-    methods: Annotated[
-        str, typer.Option(help=f"Methods to compare, of {', '.join(METHODS)}.")
-    ] = _comma_separated(StudyConfig.methods),
-    learning_rates: Annotated[
-        str, typer.Option(help="Grid of learning rates, the same for every method.")
-    ] = _comma_separated(StudyConfig.learning_rates),
-    seeds: Annotated[
-        int, typer.Option(help="Number of seeds; every method starts alike from each.")
-    ] = StudyConfig.seeds,
-    epochs: Annotated[
-        int, typer.Option(help="Passes over the training data.")
-    ] = StudyConfig.epochs,
-    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = StudyConfig.batch_size,
-    hidden: Annotated[str, typer.Option(help="Widths of the hidden layers.")] = _comma_separated(
-        StudyConfig.hidden
-    ),
-    activation: Annotated[
-        str, typer.Option(help=f"Activation: {', '.join(ACTIVATIONS)}.")
-    ] = StudyConfig.activation,
-    optimizer: Annotated[
-        str, typer.Option(help=f"Optimiser: {', '.join(OPTIMIZERS)}. Claims are about sgd.")
-    ] = StudyConfig.optimizer,
-    weight_decay: Annotated[
-        float | None,
-        typer.Option(
-            help="Decoupled weight decay, of every method alike.", show_default=_DECAY_BY_DEFAULT
-        ),
-    ] = StudyConfig.weight_decay,
-    init: Annotated[
-        str,
-        typer.Option(
-            help="Initial weights: matched (alike for all methods) or soap (the original package's,"
-            " where methods without feedback start as PyTorch does)."
-        ),
-    ] = StudyConfig.init,
-    inputs: Annotated[
-        str,
-        typer.Option(
-            help="Pixels: standard (mean 0 and variance 1 over the training examples) or unit (0 to"
-            " 1)."
-        ),
-    ] = StudyConfig.inputs,
-    period: Annotated[
-        str,
-        typer.Option(
-            help="Parameter updates from one synchronisation to the next; methods that sync run "
-            "with each."
-        ),
-    ] = _comma_separated(StudyConfig.periods),
-    target_loss: Annotated[
-        float, typer.Option(help="Training loss to which steps are counted.")
-    ] = StudyConfig.target_loss,
-    evaluations: Annotated[
-        int, typer.Option(help="How often a run is evaluated, in equal distances.")
-    ] = StudyConfig.evaluations,
-    data_dir: Annotated[
-        pathlib.Path | None,
-        typer.Option(help="Directory with the published files; else TensorFlow Datasets is asked."),
-    ] = None,
-    chunk_size: Annotated[
-        int | None,
-        typer.Option(
-            help="At most so many runs per device at once; bounds memory on accelerators.",
-            show_default="4 on CPU, else 64",
-        ),
-    ] = StudyConfig.chunk_size,
-    memory_limit: Annotated[
-        float | None,
-        typer.Option(
-            help="At most so many GiB per device for the program (a process takes about 0.7 "
-            "besides); makes chunks smaller where needed."
-        ),
-    ] = StudyConfig.memory_limit,
-    distributed: Annotated[
-        bool,
-        typer.Option(
-            "--distributed",
-            help="Start jax.distributed: the same command in every process (SLURM, TPU pods, ...).",
-        ),
-    ] = False,
-    out: Annotated[
-        pathlib.Path | None,
-        typer.Option(help="Where results go.", show_default="results/DATASET"),
-    ] = None,
-):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study(_Running, preset.StudyConfig):
     """Compare backprop, feedback alignment and its relatives over rates and seeds.
 
     Prints verdicts and writes a report, figures, tidy results and the full configuration. A study
     that was stopped goes on where it was when the same command is given again.
+
+    Own models: `soap-jax study my_task.py`, a file that defines `task`, a soap_jax.study.Task, and,
+    if it likes, `methods`, `claims`, `optimizer` and other values for options (`steps`, ...).
+
+    Attributes:
+        data_dir: directory with the published files of the data set; else TensorFlow Datasets is
+            asked.
     """
-    with _errors():
-        config = StudyConfig(
-            dataset=dataset,
-            methods=_split("methods", methods, str),
-            learning_rates=_split("learning-rates", learning_rates, float),
-            seeds=seeds,
-            epochs=epochs,
-            batch_size=batch_size,
-            hidden=_split("hidden", hidden, int),
-            activation=activation,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            init=init,
-            inputs=inputs,
-            periods=_split("period", period, int),
-            target_loss=target_loss,
-            evaluations=evaluations,
-            chunk_size=chunk_size,
-            memory_limit=memory_limit,
-        )
-        _run_study(config, data_dir, out or pathlib.Path("results") / dataset, distributed)
+
+    data_dir: pathlib.Path | None = None
+
+    def __post_init__(self):
+        """Its values are checked when the configuration is made of them."""
+
+    def run(self):
+        """Compares."""
+        config = _as(preset.StudyConfig, self)
+        config = config.smaller() if self.quick else config
+        name = pathlib.Path(config.data or config.dataset).stem
+        out = _checked(self.out or pathlib.Path("results") / name)
+        _start_jax(cache=self.cache, distributed=self.distributed)
+        dataset = _load(config, self.data_dir)
+        arguments = preset.comparison_arguments(config, dataset)
+        facts = {"config": dataclasses.asdict(config), "data_source": dataset.source}
+        _compare(arguments, out, {"title": name, **facts}, dry_run=self.dry_run)
 
 
-@app.command()
-def report(
-    directory: Annotated[pathlib.Path, typer.Argument(help="Directory of a finished study.")],
-    target_loss: Annotated[
-        float | None,
-        typer.Option(
-            help="Count steps to another training loss; the report goes to a directory of its own.",
-            show_default="that of the study",
-        ),
-    ] = None,
-    out: Annotated[
-        pathlib.Path | None,
-        typer.Option(
-            help="Where the report goes.",
-            show_default="the study's directory; results/report-NAME if that may only be read",
-        ),
-    ] = None,
-):
-    """Draw all conclusions again from a study's results, without training anything."""
-    with _errors():
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskStudy(_Running, preset.Protocol):
+    """Compare methods on a task of one's own.
+
+    Attributes:
+        task: a file that defines `task`, a soap_jax.study.Task, and, if it likes, `methods`,
+            `claims`, `optimizer` and other defaults of the options below, such as `steps`.
+        select: the column by which rates are chosen; by default validation_loss, without validation
+            data train_loss.
+        maximise: whether its largest value is best.
+    """
+
+    task: tyro.conf.Positional[pathlib.Path]
+    select: str | None = None
+    maximise: bool = False
+    module: tyro.conf.Suppress[Any] = None
+
+    def run(self):
+        """Compares."""
+        import optax
+
+        options = self.smaller() if self.quick else self
+        arguments = options.arguments() | {
+            "task": self.module["task"],
+            "methods": self.module.get("methods", preset.DEFAULT_METHODS),
+            "claims": self.module.get("claims", ()),
+            "optimizer": self.module.get("optimizer", optax.sgd),
+            "select": self.select,
+            "maximise": self.maximise,
+        }
+        out = _checked(self.out or pathlib.Path("results") / self.task.stem)
+        _compare(arguments, out, {"title": self.task.stem}, dry_run=self.dry_run)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """Draw all conclusions again from a study's results, without training anything.
+
+    Attributes:
+        directory: of a finished study.
+        target_loss: count steps to another training loss; the report goes to a directory of its
+            own.
+        out: where the report goes; by default the study's directory, or results/report-NAME if
+            that may only be read.
+    """
+
+    directory: tyro.conf.Positional[pathlib.Path]
+    target_loss: float | None = None
+    out: pathlib.Path | None = None
+
+    def run(self):
+        """Reports."""
         start = time.perf_counter()
-        from soap_jax.study import directory as directories
-        from soap_jax.study import files, results
+        from soap_jax.study import comparison, files
 
-        study = directories.ResultsDir(directory)
-        writable = files.is_writable(directory)
-        if out is None and not writable:
-            out = pathlib.Path("results") / f"report-{directory.resolve().name}"
-            _console().print(f"{directory} may only be read: the report goes to {out}.")
-        out = out or directory
-        with contextlib.ExitStack() as held:
-            paths = (directory, out) if writable else (out,)
-            for path in {path.resolve(): path for path in paths}.values():
-                held.enter_context(files.locked(path))
-            config, tables = study.config, study.read()
-            if target_loss is not None:
-                config = dataclasses.replace(config, target_loss=target_loss)
-                tables = results.at_target(tables, target_loss)
-                out = out / f"target-{target_loss:g}"
-                _console().print(
-                    f"Loss {target_loss:g} was chosen after the runs: what follows is exploratory."
-                )
-            _report(config, study.facts, tables, out, start)
+        found, out = comparison.load(self.directory), self.out
+        if out is None and not files.is_writable(self.directory):
+            out = pathlib.Path("results") / f"report-{self.directory.resolve().name}"
+            _console().print(f"{self.directory} may only be read: the report goes to {out}.")
+        out = out or self.directory
+        if self.target_loss is not None:
+            found = found.at_target(self.target_loss)
+            out = out / f"target-{self.target_loss:g}"
+            _console().print(
+                f"Loss {self.target_loss:g} was chosen after the runs: what follows is exploratory."
+            )
+        _show(found, out, start)
 
 
-@app.command()
-def train(
-    dataset: Annotated[
-        str, typer.Option(help=f"Data set: {', '.join(DATASETS)}. Only digits needs no download.")
-    ] = TrainConfig.dataset,
-    method: Annotated[
-        str, typer.Option(help=f"Method: {', '.join(METHODS)}.")
-    ] = TrainConfig.method,
-    learning_rate: Annotated[
-        float, typer.Option(help="Learning rate.")
-    ] = TrainConfig.learning_rate,
-    seed: Annotated[
-        int, typer.Option(help="Of weights, feedback and the order of examples, as in a study.")
-    ] = TrainConfig.seed,
-    epochs: Annotated[
-        int, typer.Option(help="Passes over the training data; more later go on from these.")
-    ] = TrainConfig.epochs,
-    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = TrainConfig.batch_size,
-    hidden: Annotated[str, typer.Option(help="Widths of the hidden layers.")] = _comma_separated(
-        TrainConfig.hidden
-    ),
-    activation: Annotated[
-        str, typer.Option(help=f"Activation: {', '.join(ACTIVATIONS)}.")
-    ] = TrainConfig.activation,
-    optimizer: Annotated[
-        str, typer.Option(help=f"Optimiser: {', '.join(OPTIMIZERS)}.")
-    ] = TrainConfig.optimizer,
-    weight_decay: Annotated[
-        float | None,
-        typer.Option(help="Decoupled weight decay.", show_default=_DECAY_BY_DEFAULT),
-    ] = TrainConfig.weight_decay,
-    init: Annotated[
-        str, typer.Option(help="Initial weights: matched or soap, as in a study.")
-    ] = TrainConfig.init,
-    inputs: Annotated[
-        str, typer.Option(help="Pixels: standard or unit, as in a study.")
-    ] = TrainConfig.inputs,
-    period: Annotated[
-        int,
-        typer.Option(
-            help="Parameter updates from one synchronisation to the next, for methods that sync."
-        ),
-    ] = TrainConfig.period,
-    checkpoint_every: Annotated[
-        int, typer.Option(help="Epochs from one checkpoint to the next.")
-    ] = TrainConfig.checkpoint_every,
-    keep: Annotated[int, typer.Option(help="Checkpoints to keep.")] = TrainConfig.keep,
-    data_dir: Annotated[
-        pathlib.Path | None,
-        typer.Option(help="Directory with the published files; else TensorFlow Datasets is asked."),
-    ] = None,
-    out: Annotated[
-        pathlib.Path | None,
-        typer.Option(help="Where results go.", show_default="results/train/DATASET-METHOD"),
-    ] = None,
-):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train(preset.TrainConfig):
     """Train one model by one method, with curves and checkpoints.
 
     A training that was stopped goes on from its last checkpoint when the same command is given
     again; with more epochs, a finished one goes on too.
+
+    Attributes:
+        data_dir: directory with the published files of the data set; else TensorFlow Datasets is
+            asked.
+        cache: keep compiled programs for the next time, in the user's cache directory.
+        out: where results go; by default results/train/DATASET-METHOD.
     """
-    with _errors():
-        config = TrainConfig(
-            dataset=dataset,
-            method=method,
-            learning_rate=learning_rate,
-            seed=seed,
-            epochs=epochs,
-            batch_size=batch_size,
-            hidden=_split("hidden", hidden, int),
-            activation=activation,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            init=init,
-            inputs=inputs,
-            period=period,
-            checkpoint_every=checkpoint_every,
-            keep=keep,
+
+    data_dir: pathlib.Path | None = None
+    cache: bool = True
+    out: pathlib.Path | None = None
+
+    def __post_init__(self):
+        """Its values are checked when the configuration is made of them."""
+
+    def run(self):
+        """Trains."""
+        start = time.perf_counter()
+        config = _as(preset.TrainConfig, self)
+        name = f"{pathlib.Path(config.data or config.dataset).stem}-{config.method}"
+        out = _checked(self.out or pathlib.Path("results") / "train" / name)
+        _start_jax(cache=self.cache)
+        from soap_jax.study import files, single
+
+        console = _console()
+        with files.locked(out):
+            result = (single.read(out, config) or {}).get("result")
+            if result is not None and result["epochs"] == config.epochs:
+                console.print(
+                    f"{out} already holds this model. Ask for more --epochs to train it further, "
+                    "or delete it to train again."
+                )
+            else:
+                result = self._train(config, out, console)["result"]
+        ends = (result[f"test_{name}"] for name in ("loss", "accuracy"))
+        loss, accuracy = (math.nan if value is None else value for value in ends)
+        console.print(
+            f"\nTest accuracy {100 * accuracy:.1f} %, loss {loss:.4f}, after {config.epochs} "
+            "epochs."
         )
-        default = pathlib.Path("results") / "train" / f"{dataset}-{method}"
-        _run_train(config, data_dir, out or default)
+        if result["diverged"]:
+            console.print(
+                "It diverged: a loss is not finite, or ends far above where it began. Try a "
+                "smaller --learning-rate, with another --out."
+            )
+        console.print(
+            f"In {out}: train.json, curves (figures and tables) and checkpoints of the epochs "
+            f"{', '.join(map(str, single.kept(out)))}. {time.perf_counter() - start:.0f} s in all."
+        )
+
+    def _train(self, config, out, console):
+        from rich import progress
+
+        from soap_jax.study import single
+        from soap_jax.study.methods import METHODS
+
+        dataset, before = _load(config, self.data_dir), single.kept(out)
+        console.print(
+            f"{dataset.name} ({dataset.source}). {METHODS[config.method].label}, "
+            f"{preset.in_words(config, dataset)}, rate {config.learning_rate:g}, seed "
+            f"{config.seed}."
+        )
+        if before:
+            console.print(f"Going on from the checkpoint of epoch {before[-1]}.")
+        console.print("\n  epoch   training loss   validation loss   accuracy %   gradient angle")
+        bar = progress.Progress(console=console, transient=True)
+        task = bar.add_task("  training", total=config.epochs)
+
+        def show(row):
+            epoch = int(row["epoch"])
+            bar.update(task, completed=epoch)
+            if epoch % math.ceil(config.epochs / 10) == 0 or epoch == config.epochs:
+                angle = next(v for name, v in row.items() if name.startswith("gradient_angle/"))
+                console.print(
+                    f"  {epoch:>5}   {row['train_loss']:>13.4f}   {row['validation_loss']:>15.4f}"
+                    f"   {100 * row['validation_accuracy']:>10.1f}   {angle:>13.1f}°"
+                )
+
+        try:
+            with bar:
+                return single.train(out, config, dataset, on_epoch=show)
+        except BaseException:
+            found = single.kept(out)
+            what = f"the checkpoint of epoch {found[-1]} kept in" if found else "no checkpoint in"
+            console.print(f"Stopped with {what} {out}. The same command goes on from there.")
+            raise
+
+
+def main():
+    """Entry point of the `soap-jax` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # ° and ± are not in every terminal's encoding
+            stream.reconfigure(errors="replace")
+    if sys.argv[1:] == ["--version"]:
+        import soap_jax
+
+        print(f"soap_jax {soap_jax.__version__}")
+        return
+    with _errors():
+        _parse(sys.argv[1:]).run()
+
+
+def _parse(args: list[str]) -> Any:
+    """The options of a command, as an object that runs it."""
+    task = next((arg for arg in args if arg.endswith(".py")), None)
+    study: Any = Annotated[Study, tyro.conf.subcommand("study")]
+    if args[:1] == ["study"] and task is not None:
+        study = Annotated[TaskStudy, tyro.conf.subcommand("study", default=_imported(task, args))]
+    report = Annotated[Report, tyro.conf.subcommand("report")]
+    train = Annotated[Train, tyro.conf.subcommand("train")]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                study | report | train,
+                args=args or ["--help"],
+                prog="soap-jax",
+                description="Feedback alignment for JAX and Flax. --version says which this is.",
+                registry=_options(),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        _, *lines = (line.strip("│ ") for line in said.getvalue().splitlines())
+        about, _, more = "\n".join(lines).partition("─")
+        near = re.findall(r"^--[\w-]+", more, re.MULTILINE) if "Perhaps" in more else ()
+        hint = f". Did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(" ".join(about.split()) + hint) from None
+
+
+def _options() -> tyro.constructors.ConstructorRegistry:
+    """How values are written: lists with commas, and nothing for what may be None."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(info):
+        kind, *others = typing.get_args(info.type) or (None,)
+        many = info.type_origin is tuple
+        if not many and (info.type_origin is not types.UnionType or others != [type(None)]):
+            return None
+        metavar = kind.__name__.upper()
+
+        def read(texts):
+            parts = texts[0].split(",") if many else texts
+            found = tuple(kind(part.strip()) for part in parts if part.strip())
+            return found if many else found[0]
+
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=f"{metavar},{metavar},..." if many else metavar,
+            instance_from_str=read,
+            is_instance=lambda value: True,
+            str_from_instance=lambda value: [",".join(map(str, value)) if many else str(value)],
+        )
+
+    return registry
+
+
+def _imported(path: str, args: list[str]) -> TaskStudy:
+    """What a task file says, as defaults of options."""
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    _start_jax(cache="--no-cache" not in args, distributed="--distributed" in args)
+    from soap_jax.tasks import Task
+
+    sys.path.insert(0, str(pathlib.Path(path).parent))
+    try:
+        module = runpy.run_path(path)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        where = [f", line {frame.lineno}" for frame in frames if frame.filename == path][-1:]
+        said = f"{path}{''.join(where)}: {type(error).__name__}: {_first_line(error)}."
+        raise ValueError(said) from error
+    if not isinstance(module.get("task"), Task):
+        raise ValueError(f"{path} defines no `task`; expected task = soap_jax.study.Task(...).")
+    fields = {field.name for field in dataclasses.fields(TaskStudy)} - {"task", "module"}
+    given: dict[str, Any] = {name: module[name] for name in fields & module.keys()}
+    if any(arg.partition("=")[0] == "--epochs" for arg in args):
+        given.pop("steps", None)
+    for name in {"learning_rates", "periods"} & given.keys():
+        given[name] = tuple(given[name])
+    return TaskStudy(task=pathlib.Path(path), module=module, **given)
+
+
+def _as(kind, options):
+    """The part of a command's options that is a configuration, checked."""
+    return kind(**{field.name: getattr(options, field.name) for field in dataclasses.fields(kind)})
+
+
+def _checked(out: pathlib.Path) -> pathlib.Path:
+    """The directory, if there can be one; before JAX starts, which takes seconds."""
+    from soap_jax.study import files
+
+    files.check_path(out)
+    return out
+
+
+def _load(config, data_dir):
+    from soap_jax import data, tasks
+
+    return tasks.read(config.data) if config.data else data.load(config.dataset, data_dir=data_dir)
+
+
+def _start_jax(*, cache: bool, distributed: bool = False):
+    """JAX with a CPU device for each core, where a sweep puts a run on each; and with its cache.
+
+    JAX finds a program in the cache by its text, all versions and flags, and the device, of a CPU
+    by the instructions that it has: so machines may share a home.
+    """
+    import jax
+
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        # Two at least, even on one core: for one XLA compiles otherwise, and the last bits differ.
+        mine = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # Linux's
+        jax.config.update("jax_num_cpu_devices", max(2, len(mine(0))))
+    if not cache:
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        path = pathlib.Path(home) / "soap_jax" / f"jax-{jax.__version__}"
+        with contextlib.suppress(OSError):  # without a home that can be written, without a cache
+            path.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(path))
+            jax.config.update("jax_compilation_cache_max_size", CACHE_SIZE)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if distributed:
+        jax.distributed.initialize()
+
+
+def _console(quiet: bool = False):
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, quiet=quiet)
+
+
+def _compare(
+    arguments: dict[str, Any], out: pathlib.Path, record: dict[str, Any], *, dry_run: bool
+):
+    """Trains what is missing, showing progress; then draws conclusions."""
+    start = time.perf_counter()
+    import jax
+
+    from soap_jax import study
+    from soap_jax.study import methods, screen, store
+
+    first = jax.process_index() == 0
+    console = _console(quiet=not first)
+    chosen = methods.resolve(arguments["methods"])
+    points = len(arguments["learning_rates"]) * arguments["seeds"]
+    runs = {k: points * len(m.periods(arguments["periods"])) for k, m in chosen.items()}
+    steps, task = arguments["steps"], arguments["task"]
+    if steps is None:
+        steps = (arguments["epochs"] or 0) * (
+            task.examples.get("train", 0) // arguments["batch_size"]
+        )
+    source = f" ({record['data_source']})" if "data_source" in record else ""
+    console.print(
+        f"{record['title']}: {task.examples.get('train', 'made')} training examples{source}. "
+        f"{sum(runs.values())} runs of {steps} steps, {len(runs)} methods, on "
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}."
+    )
+    if dry_run:
+        seconds = _estimate(arguments, runs, steps)
+        console.print(f"About {seconds / 60:.1f} minutes, compilation included.")
+        return
+    if first and (before := len(store.Store(out).done())):
+        console.print(f"{before} runs are there already, in {out}.")
+    record |= {"command": shlex.join(["soap-jax", *sys.argv[1:]])}
+    labels = {name: method.label or name for name, method in chosen.items()}
+    try:
+        with screen.Progress(console, labels) as progress:
+            found = study.compare(**arguments, out=out, record=record, on_progress=progress.show)
+    except BaseException as error:
+        if first and not isinstance(error, ValueError):
+            console.print(
+                f"Stopped with {len(store.Store(out).done())} of {sum(runs.values())} runs kept in "
+                f"{out}. The same command goes on from there."
+            )
+        raise
+    if found is not None:
+        _show(found, out, start)
+
+
+def _estimate(arguments, runs, steps) -> float:
+    """The seconds that a comparison will take: a few of its runs are timed up to an evaluation."""
+    from soap_jax import study
+
+    events: dict[str, list[tuple[float, int]]] = {name: [] for name in runs}
+
+    def note(method, done, *_):
+        events[method].append((time.perf_counter(), done))
+
+    evaluations = min(arguments["evaluations"], steps)
+    some = min(4, evaluations)
+    few = {"epochs": None, "steps": steps // evaluations * some, "evaluations": some}
+    few |= {"learning_rates": arguments["learning_rates"][:2]}
+    study.compare(**arguments | few, on_progress=note)
+    seconds = 0.0
+    for name, ((begin, _), (compiled, _), *parts) in events.items():
+        end, done = parts[-1]
+        since, before = parts[0] if len(parts) > 1 else (compiled, 0)
+        each = (end - since) / (done - before) * evaluations / some
+        seconds += compiled - begin + each * runs[name]
+    return seconds
+
+
+def _show(found, out: pathlib.Path, start: float):
+    """Draws conclusions from a comparison, writes and prints them."""
+    from soap_jax.study import files, report, screen
+
+    findings = found.judge()
+    with files.locked(out):
+        report.write(found, findings, out)
+    console = _console()
+    console.print()
+    console.print(screen.summary_table(found))
+    if findings:
+        console.print(screen.claims_table(findings))
+    console.print(
+        f"\nReport: {out / 'report.html'}\nBeside it: tables (Parquet, CSV) and figures. "
+        f"{time.perf_counter() - start:.0f} s in all.",
+        soft_wrap=True,  # a path in one piece
+    )
 
 
 @contextlib.contextmanager
-def _errors():
+def _errors() -> Iterator[None]:
     """Turns what a user can mend into one line, and Ctrl-C into the shell's exit code for it."""
     try:
         yield
+        return
     except (ValueError, OSError, ImportError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        _say(str(error))
         code = 2
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # XLA's, typeless
-            typer.secho(
-                f"error: not enough memory ({_first_line(error)}). Ask for smaller --hidden or "
-                "--batch-size, or in a study for a smaller --chunk-size.",
-                fg="red",
-                err=True,
+            _say(
+                f"not enough memory ({_first_line(error)}). Ask for smaller --hidden or "
+                "--batch-size, or in a study for a smaller --chunk-size."
             )
             code = 2
         elif _one_of_many():
@@ -337,13 +512,16 @@ def _errors():
             code = 1
         else:
             raise
-    else:
-        return
     if code == 130 or _one_of_many():  # JAX's own exit waits for what runs, and for the others
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    raise typer.Exit(code)
+    sys.exit(code)
+
+
+def _say(error: str):
+    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
+    print(f"{red}error: {error}{plain}", file=sys.stderr)
 
 
 def _first_line(error: BaseException) -> str:
@@ -354,227 +532,3 @@ def _one_of_many() -> bool:
     """Whether other processes take part in the study."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
-
-
-def _split(option, text, kind):
-    """Parses a comma-separated option."""
-    try:
-        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ValueError(
-            f"--{option} is {reprlib.repr(text)}; expected numbers with commas between them."
-        ) from None
-
-
-def _run_study(
-    config: StudyConfig, data_dir: pathlib.Path | None, out: pathlib.Path, distributed: bool
-):
-    start = time.perf_counter()
-    from soap_jax.study import files
-
-    files.check_path(out)  # before JAX starts, which takes seconds
-    jax = _start_jax(distributed)
-    from soap_jax import data
-    from soap_jax.study import directory, results, runner
-
-    first = jax.process_index() == 0
-    console = _console(quiet=not first)
-    if not first:
-        if runner.first_process_says():
-            runner.train(config, data.load(config.dataset, data_dir=data_dir), None)
-        return
-    with files.locked(out):
-        into = directory.ResultsDir(out, config)
-        runner.first_process_says(not into.finished)
-        if into.finished:
-            made_by = into.facts["versions"]
-            console.print(
-                f"{out} already holds the results of this configuration (soap_jax "
-                f"{made_by['soap_jax']}, jax {made_by['jax']}); showing them. Delete it to run "
-                "again."
-            )
-            tables = into.read()
-        else:
-            dataset = data.load(config.dataset, data_dir=data_dir)
-            into.begin(results.provenance(config, dataset))
-            tables = _train(into, dataset, console, start)
-        _report(config, into.facts, tables, out, start)
-
-
-def _start_jax(distributed: bool):
-    """JAX with a CPU device for each core: a sweep puts a run on each."""
-    import jax
-
-    if "JAX_NUM_CPU_DEVICES" not in os.environ:
-        # Two at least, even on one core: for one XLA compiles otherwise, and the last bits differ.
-        jax.config.update("jax_num_cpu_devices", max(2, _num_cores()))
-    if distributed:
-        jax.distributed.initialize()
-    return jax
-
-
-def _num_cores() -> int:
-    """The number of cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on every system
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _console(quiet: bool = False):
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False, quiet=quiet)
-
-
-def _decay(config: StudyConfig | TrainConfig) -> str:
-    return f", weight decay {config.weight_decay:g}" if config.weight_decay else ""
-
-
-def _train(into, dataset, console, start):
-    """Trains what is missing, showing progress; returns the tables."""
-    import jax
-
-    from soap_jax.study import experiment, runner, screen
-
-    config = into.config
-    total = sum(len(experiment.points_of(config, method)) for method in config.methods)
-    before = sum(len(into.done(method)) for method in config.methods)
-    num_train = into.facts["examples"]["train"]
-    steps = experiment.evaluation_steps(config, num_train)[-1]
-    console.print(
-        f"{config.dataset}: {num_train} training examples ({dataset.source}). {total} runs of "
-        f"{steps} steps, {len(config.methods)} methods{_decay(config)}, on {jax.device_count()} x "
-        f"{jax.devices()[0].device_kind}."
-    )
-    if before:
-        console.print(f"{before} runs are there already; going on with the others.")
-    try:
-        with screen.StudyProgress(console) as progress:
-            runner.train(config, dataset, into, on_progress=progress.show)
-    except BaseException:
-        done = sum(len(into.done(method)) for method in config.methods)
-        console.print(
-            f"Stopped with {done} of {total} runs kept in {into.path}. The same command goes on "
-            "from there."
-        )
-        raise
-    return into.finish(seconds=round(time.perf_counter() - start, 1), runs_before=before)
-
-
-def _report(config, facts, tables, out, start):
-    """Draws conclusions from the tables, writes and prints them."""
-    from soap_jax.study import claims, figures, files, mediation, report, screen, summary
-
-    methods = summary.summarise(tables["runs"])
-    findings = claims.evaluate(config, tables)
-    effects = mediation.mediate(config, tables)
-    conclusions = {
-        "summary": methods,
-        "claims": claims.tabulate(findings),
-        "mediation": mediation.tabulate(effects),
-    }
-    for name, table in conclusions.items():
-        files.write_text(out / f"{name}.csv", table.to_csv(index=False))
-    figures.draw_all(config, tables, findings, effects, out / "figures")
-    page = report.render(config, facts, tables, findings, effects)
-    files.write_text(out / "report.html", page)
-
-    console = _console()
-    shown = summary.base(config, methods)
-    console.print()
-    console.print(screen.summary_table(config, shown))
-    console.print(screen.summary_notes(config, shown))
-    console.print()
-    console.print(screen.claims_table(findings))
-    console.print(screen.claims_notes(findings))
-    console.print(
-        f"\nReport: {out / 'report.html'}\nBeside it: tables (Parquet, CSV) and figures (PNG, "
-        f"PDF). {time.perf_counter() - start:.0f} s in all.",
-        soft_wrap=True,  # a path in one piece
-    )
-
-
-def _run_train(config: TrainConfig, data_dir: pathlib.Path | None, out: pathlib.Path):
-    start = time.perf_counter()
-    console = _console()
-    from soap_jax.study import files
-
-    files.check_path(out)
-    from soap_jax import data
-    from soap_jax.study import single
-
-    with files.locked(out):
-        into = single.TrainDir(out, config)
-        if into.finished:
-            console.print(
-                f"{out} already holds this model. Ask for more --epochs to train it further, or "
-                "delete it to train again."
-            )
-        else:
-            dataset = data.load(config.dataset, data_dir=data_dir)
-            into.begin(dataset)
-            _train_one(into, dataset, console)
-        _show_trained(into, console, start)
-
-
-def _show_trained(into, console, start):
-    """Draws the curves of a finished training and prints its result."""
-    from soap_jax.study import single_figure
-
-    result = into.facts["result"]
-    loss, accuracy = (
-        math.nan if result[name] is None else result[name]
-        for name in ("test_loss", "test_accuracy")
-    )
-    single_figure.draw(into.config, into.read_curves(), into.path)
-    console.print(
-        f"\nTest accuracy {100 * accuracy:.1f} %, loss {loss:.4f}, after {result['epochs']} epochs."
-    )
-    if result["diverged"]:
-        console.print(
-            "It diverged: a loss is not finite, or ends far above where it began. Try a smaller "
-            "--learning-rate, with another --out."
-        )
-    console.print(
-        f"In {into.path}: train.json, curves (PNG, PDF, Parquet, CSV) and checkpoints of the "
-        f"epochs {', '.join(map(str, into.kept()))}. {time.perf_counter() - start:.0f} s in all."
-    )
-
-
-def _train_one(into, dataset, console):
-    """Trains one model until it is done, showing progress."""
-    import jax
-
-    from soap_jax.study import screen, single
-
-    config = into.config
-    sizes = (dataset.train.images[0].size, *config.hidden, dataset.num_classes)
-    console.print(
-        f"{config.dataset} ({dataset.source}). {METHODS[config.method]}: a "
-        f"{'-'.join(map(str, sizes))} {config.activation} network, {config.optimizer} at rate "
-        f"{config.learning_rate:g}{_decay(config)}, seed {config.seed}, on "
-        f"{jax.devices()[0].device_kind}."
-    )
-    if into.kept():
-        console.print(f"Going on from the checkpoint of epoch {into.kept()[-1]}.")
-    try:
-        with screen.EpochProgress(console, config.epochs) as progress:
-            single.train(into, dataset, on_epoch=progress.show)
-    except BaseException:
-        kept = into.kept()
-        console.print(
-            f"Stopped with the checkpoint of epoch {kept[-1]} kept in {into.path}. The same "
-            "command goes on from there."
-            if kept
-            else f"Stopped before the first checkpoint (--checkpoint-every is "
-            f"{config.checkpoint_every})."
-        )
-        raise
-
-
-def main():
-    """Entry point of the `soap-jax` command."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # ° and ± are not in every terminal's encoding
-            stream.reconfigure(errors="replace")
-    app()

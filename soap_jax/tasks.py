@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
+import pathlib
+import zipfile
 from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeAlias
 
 import chex
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-Data = chex.ArrayTree
+from soap_jax import _archives, data, training
+
+Data: TypeAlias = chex.ArrayTree
 """A tree of arrays with one leading axis, that of the examples."""
 
 
@@ -112,3 +122,166 @@ def _check_data(name, part):
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         said = ", ".join(f"{length} at {keys}" for keys, length in lengths.items()) or "none"
         raise ValueError(f"{name} has examples: {said}; expected the same number, at least 1.")
+
+
+def classification(
+    model: nn.Module,
+    dataset: data.Dataset,
+    *,
+    scale: Scaling | None = None,
+) -> Task:
+    """The task of telling classes apart, by cross-entropy.
+
+    A fifth of the training examples, at most 5,000, are for validation. Inputs stay as they are
+    stored and are scaled in the loss. The accuracy is NaN if any output is not finite.
+
+    Args:
+        model: Linen's, `(batch, ...) -> (batch, classes)`, without feedback of its own.
+        dataset: from `soap_jax.data.load` or `read`.
+        scale: of inputs; by default `scaling(dataset)`.
+
+    Returns:
+        The task; batches are `(images, labels)`.
+
+    Example:
+        >>> from soap_jax import models
+        >>> task = classification(models.MLP((256, 10), feedback=False), data.load("digits"))
+        >>> task.examples
+        {'train': 1151, 'validation': 287, 'test': 359}
+    """
+    train, validation, test = split(dataset)
+    scaled = scale or scaling(dataset)
+
+    def outputs(params, x):
+        return model.apply({"params": params}, scaled(x))
+
+    def init(key):
+        return model.init({"params": key}, scaled(train.images[:1]))["params"]
+
+    def loss(params, batch):
+        x, labels = batch
+        return training.cross_entropy(outputs(params, x), labels)
+
+    def accuracy(params, batch):
+        x, labels = batch
+        logits = outputs(params, x)
+        hits = jnp.argmax(logits, -1) == labels
+        return jnp.where(jnp.isfinite(logits).all(), hits.mean(), jnp.nan)
+
+    return Task(init, loss, train, validation, test, metrics={"accuracy": accuracy})
+
+
+def split(dataset: data.Dataset) -> tuple[data.Split, data.Split, data.Split]:
+    """Training, validation and test examples; a fifth of the first, at most 5,000, validate."""
+    train, validation = data.split_validation(
+        dataset.train, min(len(dataset.train.labels) // 5, 5000)
+    )
+    return train, validation, dataset.test
+
+
+class Scaling(NamedTuple):
+    """How inputs as they are stored become float32: `(x - mean) / std`."""
+
+    mean: float
+    std: float
+
+    def __call__(self, x: jax.Array | np.ndarray) -> jax.Array:
+        """Returns the inputs of a model."""
+        return (jnp.asarray(x).astype(jnp.float32) - self.mean) / self.std
+
+
+def scaling(dataset: data.Dataset, inputs: str = "standard") -> Scaling:
+    """The scaling of a data set's inputs, one for all values.
+
+    Args:
+        dataset: the data.
+        inputs: "standard", for mean 0 and variance 1 over the training examples without those for
+            validation; or "unit", where `dataset.max_value` becomes 1.
+    """
+    if inputs == "unit":
+        return Scaling(0.0, float(dataset.max_value))
+    images = split(dataset)[0].images
+    return Scaling(float(images.mean()), float(images.std()))
+
+
+def read(path: str | os.PathLike[str]) -> data.Dataset:
+    """Reads a data set of one's own.
+
+    Args:
+        path: FILE.npz, which holds x_train, y_train, x_test and y_test; or a directory of four IDX
+            files with MNIST's names, `train-images-idx3-ubyte` and so on, unpacked or `.gz`. Inputs
+            have any shape and number of examples; labels are integers from 0.
+
+    Returns:
+        The data set; its source has a checksum of its content.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if something lacks, does not fit, or is no number.
+    """
+    path = pathlib.Path(path).expanduser()
+    read_arrays = _read_idx if path.is_dir() else _read_npz
+    x_train, y_train, x_test, y_test = arrays = read_arrays(path)
+    for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+        said = f"{path}: x_{part} has the shape {x.shape} and y_{part} {y.shape}"
+        if x.ndim < 2 or y.shape != x.shape[:1] or not x.size:
+            raise ValueError(f"{said}; expected (examples, ...) and (examples,), as many of each.")
+        if x.shape[1:] != x_train.shape[1:]:
+            raise ValueError(f"{said}; expected examples of the shape {x_train.shape[1:]}.")
+        if x.dtype.kind not in "biuf" or not np.isfinite(x).all():
+            raise ValueError(
+                f"{path}: x_{part} is of {x.dtype}, or has values that are not finite; expected "
+                "numbers, and no NaN among them."
+            )
+        if y.dtype.kind not in "iu" or y.min() < 0:
+            raise ValueError(f"{path}: y_{part} is of {y.dtype}; expected integers from 0.")
+    if len(y_train) < 5 or np.ptp(x_train) == 0:
+        raise ValueError(f"{path}: x_train has {len(y_train)} examples; expected 5, not all alike.")
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(repr((array.shape, array.dtype.str)).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    train, test = (
+        data.Split(
+            (x[..., None] if x.ndim == 3 else x).astype(
+                np.uint8 if x.dtype == np.uint8 else np.float32
+            ),
+            y.astype(np.int32),
+        )
+        for x, y in ((x_train, y_train), (x_test, y_test))
+    )
+    return data.Dataset(
+        path.name.removesuffix(".npz"),
+        train,
+        test,
+        num_classes=int(max(y_train.max(), y_test.max())) + 1,
+        max_value=255 if x_train.dtype == np.uint8 else np.abs(x_train).max(),
+        source=f"{path.name} sha256:{digest.hexdigest()[:16]}",
+    )
+
+
+def _read_npz(path):
+    names = ("x_train", "y_train", "x_test", "y_test")
+    try:
+        with path.open("rb") as stream, np.load(stream) as file:
+            if missing := [name for name in names if name not in file]:
+                raise ValueError(f"it lacks {', '.join(missing)}")
+            return [file[name] for name in names]
+    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); expected a file by np.savez with the arrays "
+            f"{', '.join(names)}."
+        ) from error
+
+
+def _read_idx(path):
+    arrays = []
+    for name, ndim in zip(_archives.IDX_NAMES, (3, 1, 3, 1), strict=True):
+        found = [file for file in (path / name, path / name[:-3]) if file.is_file()]
+        if not found:
+            raise FileNotFoundError(
+                f"{path} lacks {name}; expected {', '.join(_archives.IDX_NAMES)}, or these "
+                "unpacked, without .gz."
+            )
+        arrays.append(_archives.read_idx(found[0], ndim=ndim))
+    return arrays

@@ -3,8 +3,9 @@
 import numpy as np
 import pandas as pd
 
-from soap_jax.study import claims, mediation
-from soap_jax.study.comparison import TABLES, Comparison
+from soap_jax.study import claims, mediation, preset_claims
+from soap_jax.study.comparison import Comparison
+from soap_jax.study.store import TABLES
 
 METHODS = {
     "bp": ("backprop", "#707070", "the reference"),
@@ -42,9 +43,12 @@ def make_record(
     target_loss=0.5,
     optimizer="sgd",
     metric="accuracy",
+    init=None,
     **changes,
 ):
-    """What was run, with `hidden` + 1 kernels; `metric` None: there are losses alone."""
+    """What was run, with `hidden` + 1 kernels; `metric` None: there are losses alone.
+
+    `init` is that of the methods without feedback."""
     select = f"validation_{metric}" if metric else "validation_loss"
     protocol = {"learning_rates": list(rates), "periods": list(periods), "steps": 340}
     protocol |= {"batch_size": 64, "evaluations": 20, "optimizer": optimizer, "select": select}
@@ -54,6 +58,7 @@ def make_record(
         label, color, isolates = METHODS.get(name, (name, None, ""))
         described[name] = {"label": label, "color": color, "reference": "bp", "paper": ""}
         described[name] |= {"isolates": isolates, "description": "", "exact": name not in ANGLES}
+        described[name]["init"] = init if name not in ANGLES else None
         described[name]["periods"] = list(periods) if name.startswith("sign") else [0]
     return {
         "format": 3,
@@ -62,9 +67,10 @@ def make_record(
         "seeds": list(range(seeds)),
         "methods": described,
         "kernels": [f"Dense_{k}/kernel" for k in range(hidden + 1)],
+        "extended": [],
         "examples": {"train": 1151, "validation": 287, "test": 359},
         "window": 11,
-        "claims": [],
+        "claims": [claim.to_dict() for claim in preset_claims.CLAIMS],
         "config": None,
         "command": "soap-jax study",
         "data_source": "made up",
@@ -171,7 +177,7 @@ def make_findings():
         ("7", "Alignment emerges.", claims.HOLDS, "61 is below 75.", 0.01, (angle,)),
         ("7b", "Most near the output.", claims.NOT_TESTABLE, "One hidden layer.", nan, (none,)),
     ]
-    return [claims.Finding(**dict(zip(keys, row, strict=True))) for row in rows]
+    return [claims.Finding(p_words="", **dict(zip(keys, row, strict=True))) for row in rows]
 
 
 def make_mediation():
@@ -198,8 +204,8 @@ def make_mediation():
             for (order, path), found in numbers.items()
         ),
         effective_rates=(
-            mediation.EffectiveRate("bp", 0.05, 0.05),
             mediation.EffectiveRate("sign", 0.46, 0.39),
+            mediation.EffectiveRate("bp", 0.05, 0.05),
             mediation.EffectiveRate("bp_scaled_live", 0.575, 0.49),
         ),
     )

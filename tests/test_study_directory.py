@@ -8,11 +8,11 @@ import pathlib
 import numpy as np
 import pandas as pd
 import pytest
+from soap_jax.study.config import StudyConfig
+from soap_jax.study.directory import ResultsDir
 
 from soap_jax import data
 from soap_jax.study import experiment, files, results
-from soap_jax.study.config import StudyConfig
-from soap_jax.study.directory import ResultsDir
 
 CONFIG = StudyConfig(
     methods=("sign", "bp"),

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from soap_jax.study.config import StudyConfig
 
 import soap_jax
 from soap_jax import data, metrics, models, training
 from soap_jax.study import config, experiment, measurements, methods
-from soap_jax.study.config import StudyConfig
 
 CONFIG = StudyConfig(
     learning_rates=(0.1, 0.5),

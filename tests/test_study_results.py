@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from soap_jax.study.config import StudyConfig
+from soap_jax.study.experiment import Record
 
 from soap_jax import data, sweeps
 from soap_jax.study import results
-from soap_jax.study.config import StudyConfig
-from soap_jax.study.experiment import Record
 
 CONFIG = StudyConfig(
     learning_rates=(0.1, 1.0), seeds=2, evaluations=2, target_loss=0.5, epochs=1, methods=("fa",)

@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from jax import lax
+from soap_jax.study.config import StudyConfig
+from soap_jax.study.directory import ResultsDir
 
 from soap_jax import data, sweeps
 from soap_jax.study import experiment, results, runner
-from soap_jax.study.config import StudyConfig
-from soap_jax.study.directory import ResultsDir
 
 CONFIG = StudyConfig(
     methods=("bp", "sign"),

@@ -12,14 +12,13 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
 
 from soap_jax import data
-from soap_jax.study import experiment, files, single, single_figure
-from soap_jax.study.single_config import TrainConfig
+from soap_jax.study import compare, files, preset, single
+from soap_jax.study.preset import TrainConfig
 
 TINY = {"hidden": (7,), "epochs": 5, "checkpoint_every": 2, "keep": 2, "period": 3}
 ARGS = ["--hidden=7", "--period=3", "--keep=2", "--method=sign_redraw", "--optimizer=momentum"]
@@ -32,20 +31,22 @@ def digits():
 
 
 def train(path, digits, *, until=None, **options):
-    """Trains a tiny network; `until` stops it after that epoch."""
+    """Trains a tiny network; `until` stops it after that epoch. Returns what train.json says."""
 
     def on_epoch(row):
         if row["epoch"] == until:
             raise KeyboardInterrupt
 
-    into = single.TrainDir(path, TrainConfig(**TINY | options))
-    into.begin(digits)
+    config = TrainConfig(**TINY | options)
     if until is None:
-        single.train(into, digits)
-    else:
-        with pytest.raises(KeyboardInterrupt):
-            single.train(into, digits, on_epoch=on_epoch)
-    return into
+        return single.train(path, config, digits)
+    with pytest.raises(KeyboardInterrupt):
+        single.train(path, config, digits, on_epoch=on_epoch)
+    return single.read(path, config)
+
+
+def curves_of(path):
+    return pd.read_parquet(path / "curves.parquet")
 
 
 def leaves(path):
@@ -54,7 +55,7 @@ def leaves(path):
 
 
 def assert_same(path, other):
-    curves, others = (single.TrainDir(p).read_curves() for p in (path, other))
+    curves, others = map(curves_of, (path, other))
     pd.testing.assert_frame_equal(curves, others, check_exact=True)
     assert (path / "curves.csv").read_bytes() == (other / "curves.csv").read_bytes()
     pairs = list(zip(leaves(path), leaves(other), strict=True))
@@ -66,7 +67,9 @@ def assert_same(path, other):
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory):
     """A finished training, not to be changed: copy it."""
-    return train(tmp_path_factory.mktemp("trained"), digits, method="sign_preserve").path
+    path = tmp_path_factory.mktemp("trained")
+    train(path, digits, method="sign_preserve")
+    return path
 
 
 @pytest.fixture
@@ -74,21 +77,22 @@ def copy(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "copy")
 
 
-def test_losses_are_those_of_the_studys_run_bit_for_bit(digits, tmp_path):
-    method = "sign_preserve"
-    config = TrainConfig(**TINY | {"method": method, "seed": 3, "epochs": 3})
-    curves = train(tmp_path, digits, method=method, seed=3, epochs=3).read_curves()
-    scaling = experiment.scaling_of(config.as_study(), digits)
-    run = experiment.make_run(config.as_study(), method, digits.num_classes, scaling)
-    args = (jnp.int32(3), jnp.float32(0.1), jnp.int32(config.period), experiment.split(digits))
-    record = jax.jit(run)(*args)
-    expected = np.asarray(record.train_loss, float).reshape(3, -1).mean(1)
-    exact = jax.default_backend() == "cpu"
-    tolerance = {"rtol": 0 if exact else 1e-4}  # accelerators order sums as they like
-    np.testing.assert_allclose(curves["train_loss"][1:], expected, **tolerance)
-    for name, of_study in record.evaluations.items():
+@pytest.mark.parametrize(
+    ("method", "model"), [("sign_preserve", "mlp"), ("frozen", "mlp"), ("fa", "conv")]
+)
+def test_losses_are_those_of_the_studys_run(method, model, digits, tmp_path):
+    options = {"method": method, "model": model, "channels": (3, 4), "seed": 3, "epochs": 3}
+    train(tmp_path, digits, **options)
+    curves = curves_of(tmp_path)
+    study = TrainConfig(**TINY | options).as_study()
+    arguments = preset.comparison_arguments(study, digits)
+    found = compare(**arguments | {"seeds": [3], "evaluations": 3, "claims": ()})
+    losses = np.asarray(found.losses["train_loss"][0], float).reshape(3, -1).mean(1)
+    np.testing.assert_allclose(curves["train_loss"][1:], losses, rtol=1e-5)
+    for name in found.evaluations.columns.intersection(curves.columns[3:]):
         # measured by another program, which rounds otherwise
-        np.testing.assert_allclose(curves[name], of_study, rtol=1e-4, err_msg=name)
+        of_study = found.evaluations[name]
+        np.testing.assert_allclose(curves[name], of_study, rtol=1e-3, err_msg=name)
 
 
 def test_the_order_of_an_epoch_does_not_depend_on_how_many_there_are():
@@ -97,12 +101,14 @@ def test_the_order_of_an_epoch_does_not_depend_on_how_many_there_are():
 
 
 def test_curves_have_a_row_per_epoch_and_all_measurements(trained):
-    curves = single.TrainDir(trained).read_curves()
+    curves = curves_of(trained)
     assert list(curves["epoch"]) == [0, 1, 2, 3, 4, 5]
     assert list(curves["step"]) == [17 * epoch for epoch in range(6)]
+    first = ["epoch", "step", "train_loss", "validation_loss", "validation_accuracy"]
     measured = ("weight_angle/Dense_1", "norm_ratio/Dense_1", "error_angle/Dense_0")
-    layers = {*measured, "gradient_angle/Dense_0", "effective_learning_rate/Dense_0"}
-    assert tuple(curves)[:5] == single.COLUMNS and set(tuple(curves)[5:]) == layers
+    measured += ("gradient_angle/Dense_0", "effective_learning_rate/Dense_0")
+    assert list(curves)[:5] == first
+    assert set(list(curves)[5:]) == {f"{name}/kernel" for name in measured}
     assert curves[1:].notna().all(axis=None) and np.isnan(curves["train_loss"][0])
     pd.testing.assert_frame_equal(pd.read_csv(trained / "curves.csv"), curves)
     assert curves["validation_loss"].iloc[-1] < curves["validation_loss"][0]
@@ -111,7 +117,7 @@ def test_curves_have_a_row_per_epoch_and_all_measurements(trained):
 def test_train_json_says_how_it_was_trained_and_what_came_of_it(trained):
     facts = json.loads((trained / "train.json").read_text())
     assert facts["config"]["hidden"] == [7] and facts["data_source"].startswith("scikit-learn")
-    assert facts["rule"] == "SignSync(period=3, magnitude='preserve')"
+    assert facts["feedback"] == "SignSync(period=1, magnitude='preserve')"
     assert {"soap_jax", "jax", "orbax-checkpoint"} <= set(facts["versions"])
     assert facts["device"]["platform"] == jax.default_backend()
     assert facts["result"]["epochs"] == 5 and 0.3 < facts["result"]["test_accuracy"] < 1
@@ -131,7 +137,7 @@ def test_a_trained_model_is_loaded_for_use_in_python(trained, digits):
 
 
 def test_the_last_checkpoints_are_kept(trained):
-    assert single.TrainDir(trained).kept() == [4, 5]
+    assert single.kept(trained) == [4, 5]
 
 
 @pytest.mark.parametrize(
@@ -157,19 +163,19 @@ def test_a_stopped_training_ends_as_if_it_had_not_stopped(
 ):
     """Stopped after a checkpoint at epoch 2, and before any."""
     options = {"method": method, "optimizer": optimizer, "learning_rate": 0.01}
-    whole = train(tmp_path / "whole", digits, **options)
+    train(tmp_path / "whole", digits, **options)
     stopped = train(tmp_path / "stopped", digits, until=until, **options)
-    assert stopped.kept() == [2] * (until > 2) and not stopped.finished
-    assert train(tmp_path / "stopped", digits, **options).finished
-    assert_same(stopped.path, whole.path)
+    assert single.kept(tmp_path / "stopped") == [2] * (until > 2) and stopped["result"] is None
+    assert train(tmp_path / "stopped", digits, **options)["result"]["epochs"] == 5
+    assert_same(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_more_epochs_extend_a_finished_training(copy, digits, tmp_path):
     whole = train(tmp_path / "whole", digits, method="sign_preserve", epochs=7)
     longer = train(copy, digits, method="sign_preserve", epochs=7)
-    assert_same(longer.path, whole.path)
-    assert longer.facts["result"] == whole.facts["result"]
-    assert longer.facts["config"]["epochs"] == 7 and longer.facts["resumed"] == []
+    assert_same(copy, tmp_path / "whole")
+    assert longer["result"] == whole["result"]
+    assert longer["config"]["epochs"] == 7 and longer["resumed"] == []
 
 
 @pytest.mark.parametrize(
@@ -178,68 +184,48 @@ def test_more_epochs_extend_a_finished_training(copy, digits, tmp_path):
         ({"epochs": 4}, r"\(epochs: 5 there, 4 now\)"),
         (
             {"epochs": 9, "seed": 1, "hidden": (8,)},
-            r"seed: 0 there, 1 now; epochs: .*; hidden: \[7\]",
+            r"hidden: \[7\] there, \[8\] now; seed: 0 there, 1 now",
         ),
         ({"keep": 9}, r"keep: 2 there, 9 now"),
-        ({"method": "bp"}, r"method: sign_preserve there, bp now; period: 3 there, 0 now"),
+        ({"method": "bp"}, r"method: sign_preserve there, bp now"),
     ],
 )
 def test_other_options_are_refused(options, message, trained):
     config = TrainConfig(**TINY | {"method": "sign_preserve"} | options)
     with pytest.raises(ValueError, match=message):
-        single.TrainDir(trained, config)
-
-
-def test_a_training_that_says_nothing_of_weight_decay_had_none(copy):
-    facts = json.loads((copy / "train.json").read_text())
-    del facts["config"]["weight_decay"]
-    (copy / "train.json").write_text(json.dumps(facts))
-    config = TrainConfig(**TINY | {"method": "sign_preserve"})
-    assert single.TrainDir(copy, config).config == single.load(copy).config == config
+        single.read(trained, config)
 
 
 def test_other_data_are_refused(copy, digits):
-    config = TrainConfig(**TINY | {"method": "sign_preserve", "epochs": 6})
     with pytest.raises(ValueError, match=r"circumstances \(data_source: .* there, others now\)"):
-        single.TrainDir(copy, config).begin(digits._replace(source="others"))
+        train(copy, digits._replace(source="others"), method="sign_preserve", epochs=6)
 
 
 def test_without_partitionable_keys_training_cannot_be_extended(tmp_path, digits):
     """The keys of the epochs would be others."""
     with jax.threefry_partitionable(False):
-        single.TrainDir(tmp_path, TrainConfig(**TINY)).begin(digits)
+        train(tmp_path, digits, until=0)
         with pytest.raises(ValueError, match="jax_threefry_partitionable is off"):
-            single.TrainDir(tmp_path, TrainConfig(**TINY | {"epochs": 6})).begin(digits)
+            train(tmp_path, digits, epochs=6)
     with pytest.raises(ValueError, match=r"jax_threefry_partitionable: False there, True now"):
-        single.TrainDir(tmp_path).begin(digits)
-
-
-def test_the_settings_that_an_older_version_noted_are_compared(copy, digits):
-    facts = json.loads((copy / "train.json").read_text())
-    del facts["settings"]
-    facts["random"] = {"default_prng_impl": "rbg", "threefry_partitionable": True}
-    (copy / "train.json").write_text(json.dumps(facts))
-    config = TrainConfig(**TINY | {"method": "sign_preserve", "epochs": 6})
-    with pytest.raises(ValueError, match=r"\(settings\.jax_default_prng_impl: rbg there, threefry"):
-        single.TrainDir(copy, config).begin(digits)
+        train(tmp_path, digits)
 
 
 def test_more_steps_than_an_int32_counts_are_refused(digits, tmp_path):
-    config = TrainConfig(**TINY | {"epochs": 10**6, "batch_size": 1})
     many = digits._replace(
         train=data.Split(np.zeros((5000, 8, 8, 1), np.uint8), np.arange(5000) % 10)
     )
     with pytest.raises(ValueError, match="1000000 epochs are 4000000000 steps; expected at most"):
-        single.TrainDir(tmp_path, config).begin(many)
+        train(tmp_path, many, epochs=10**6, batch_size=1)
 
 
 def test_other_versions_are_noted_where_training_goes_on(copy, digits):
     facts = json.loads((copy / "train.json").read_text())
     facts["versions"]["jax"] = "0.0.1"
     (copy / "train.json").write_text(json.dumps(facts))
-    into = train(copy, digits, method="sign_preserve", epochs=6)
-    assert into.facts["versions"]["jax"] == "0.0.1"
-    (resumed,) = into.facts["resumed"]
+    facts = train(copy, digits, method="sign_preserve", epochs=6)
+    assert facts["versions"]["jax"] == "0.0.1"
+    (resumed,) = facts["resumed"]
     assert (resumed["after_epoch"], resumed["versions"]["jax"]) == (5, jax.__version__)
 
 
@@ -256,12 +242,16 @@ def drop_arrays(step):
 
 
 def halve_progress(step):
-    (step / "sha256.json").unlink()  # as if killed before it was written
     file = step / "progress" / "metadata"
     os.truncate(file, file.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("damage", [alter_arrays, drop_arrays, halve_progress])
+def alter_curves(step):
+    file = step / "progress" / "metadata"
+    file.write_text(file.read_text().replace("[0, 1,", "[0, 2,", 1))
+
+
+@pytest.mark.parametrize("damage", [alter_arrays, drop_arrays, halve_progress, alter_curves])
 def test_a_damaged_checkpoint_is_named(damage, copy, capfd):
     damage(copy / "checkpoints" / "5")
     with pytest.raises(ValueError, match=r"checkpoints/5 cannot be read.*goes on from that of ep"):
@@ -279,9 +269,11 @@ def test_training_goes_on_before_a_damaged_checkpoint_that_was_deleted(copy, tra
 
 def test_a_checkpoint_of_another_rule_is_refused(copy):
     facts = json.loads((copy / "train.json").read_text())
-    facts["config"]["method"] = "sign_norm"
+    facts["config"]["method"], facts["feedback"] = "sign_norm", "SignSync(magnitude='norm')"
     (copy / "train.json").write_text(json.dumps(facts))
-    with pytest.raises(ValueError, match=r"trained by SignSync\(.*'preserve'\); here sign_norm is"):
+    with pytest.raises(
+        ValueError, match=r"trained by SignSync\(.*'preserve'\); here the method is"
+    ):
         single.load(copy)
 
 
@@ -292,41 +284,43 @@ def test_a_full_disk_leaves_earlier_checkpoints_readable(digits, tmp_path, capfd
 
     def on_epoch(row):
         if row["epoch"] == 3:
-            while not into.kept():  # it is written meanwhile
+            while not single.kept(tmp_path):  # it is written meanwhile
                 time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
 
     options = {"hidden": (256,), "method": "bp", "epochs": 6}
-    into = single.TrainDir(tmp_path, TrainConfig(**TINY | options))
-    into.begin(digits)
     try:
         with pytest.raises(ValueError, match=r"cannot write to .*: File too large.*of epoch 2 is"):
-            single.train(into, digits, on_epoch=on_epoch)
+            single.train(tmp_path, TrainConfig(**TINY | options), digits, on_epoch=on_epoch)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert single.load(tmp_path).epoch == 2
     assert capfd.readouterr() == ("", "")
-    assert train(tmp_path, digits, **options).kept() == [4, 6]
+    train(tmp_path, digits, **options)
+    assert single.kept(tmp_path) == [4, 6]
 
 
 def test_a_diverged_training_goes_on_and_says_so(digits, tmp_path):
-    into = train(tmp_path, digits, method="bp", learning_rate=3e38)
-    result = into.facts["result"]
+    result = train(tmp_path, digits, method="bp", learning_rate=3e38)["result"]
     assert result["diverged"] and result["test_loss"] is None and result["epochs"] == 5
     assert "nan" in (tmp_path / "curves.csv").read_text().splitlines()[-1]
-    curves = into.read_curves()
+    curves = curves_of(tmp_path)
     assert len(curves) == 6 and np.isnan(curves["validation_loss"].iloc[-1])
-    png, pdf = single_figure.draw(into.config, curves, tmp_path)
+    png, pdf = tmp_path / "curves.png", tmp_path / "curves.pdf"
     assert png.read_bytes()[:4] == b"\x89PNG" and pdf.read_bytes()[:4] == b"%PDF"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "sgn"}, "method is 'sgn'; expected one of bp, fa.* Did you mean 'sign'"),
-        ({"learning_rate": float("nan")}, "learning_rate is nan; expected a positive, finite"),
+        ({"method": "sgn"}, "method: 'sgn' is unknown; expected bp, fa.* Did you mean 'sign'"),
+        (
+            {"learning_rate": float("nan")},
+            "learning_rates has nan at index 0; expected positive, finite",
+        ),
         ({"seed": -1}, "seed is -1; expected an integer from 0 to"),
         ({"period": 0}, "period is 0; expected at least 1"),
+        ({"learning_rate": 0.0}, "learning_rates has 0.0"),
         ({"checkpoint_every": 0}, "checkpoint_every is 0; expected at least 1"),
         ({"dataset": "minst"}, "minst"),
         ({"epochs": 0}, "epochs is 0"),
@@ -339,7 +333,7 @@ def test_a_value_out_of_range_is_refused(options, message):
 
 def test_a_batch_of_more_than_all_examples_is_refused(digits, tmp_path):
     with pytest.raises(ValueError, match="batch_size is 2000; expected 1 to 1151"):
-        single.TrainDir(tmp_path, TrainConfig(batch_size=2000)).begin(digits)
+        train(tmp_path, digits, batch_size=2000)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -352,7 +346,7 @@ def test_a_batch_of_more_than_all_examples_is_refused(digits, tmp_path):
             '{"format": 9, "versions": {"soap_jax": "7"}, "config": {}}',
             "format 9, made by soap_jax",
         ),
-        ('{"format": 1, "versions": {"soap_jax": "7"}, "config": {"x": 1}}', "does not know"),
+        ('{"format": 2, "versions": {"soap_jax": "7"}, "config": {"x": 1}}', "not the descr"),
     ],
 )
 def test_a_directory_that_holds_no_model_is_named(content, message, tmp_path):
@@ -365,7 +359,7 @@ def test_a_directory_that_holds_no_model_is_named(content, message, tmp_path):
 def test_checkpoints_without_their_description_are_refused(copy):
     (copy / "train.json").unlink()
     with pytest.raises(ValueError, match=r"holds checkpoints, but not the train\.json"):
-        single.TrainDir(copy, TrainConfig())
+        single.read(copy, TrainConfig())
 
 
 def test_an_epoch_without_a_checkpoint_is_named(trained):
@@ -397,7 +391,8 @@ def wait_for(process, path):
 @pytest.mark.slow
 def test_the_command_survives_kill_and_ctrl_c_bit_for_bit(digits, tmp_path):
     options = {"method": "sign_redraw", "optimizer": "momentum", "epochs": 40}
-    whole = train(tmp_path / "whole", digits, **options).path
+    whole = tmp_path / "whole"
+    train(whole, digits, **options)
     args = ("--epochs=40", "--checkpoint-every=2", "--out=out")
     out = tmp_path / "out"
 
@@ -408,7 +403,7 @@ def test_the_command_survives_kill_and_ctrl_c_bit_for_bit(digits, tmp_path):
         time.sleep(random.random() / 4)
         killed.kill()
         killed.communicate()
-    before = single.TrainDir(out).kept()[-1]
+    before = single.kept(out)[-1]
     assert killed.returncode == -signal.SIGKILL and 4 <= before < 40
 
     with started(tmp_path, *args) as stopped:
@@ -418,7 +413,7 @@ def test_the_command_survives_kill_and_ctrl_c_bit_for_bit(digits, tmp_path):
     assert (stopped.returncode, errors) == (130, "")
     assert f"Going on from the checkpoint of epoch {before}" in printed
     assert "gradient angle" in printed
-    after = single.TrainDir(out).kept()[-1]
+    after = single.kept(out)[-1]
     assert before < after < 40
     assert f"checkpoint of epoch {after} kept in out" in " ".join(printed.split())
 

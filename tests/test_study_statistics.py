@@ -4,13 +4,11 @@ import math
 
 import hypothesis
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import strategies as st
 from scipy import stats
-from synthetic import at, make_study
 
-from soap_jax.study import paired, statistics, summary
+from soap_jax.study import statistics
 
 INF = np.inf
 finite = st.floats(-5, 5, allow_subnormal=False)
@@ -22,8 +20,94 @@ def make_runs(log_steps, accuracy, *, censored=None, diverged=None):
     no = np.zeros(log_steps.shape, bool)
     diverged = no if diverged is None else np.asarray(diverged)
     censored = diverged if censored is None else np.asarray(censored) | diverged
-    tuned = int(np.where(diverged.any(axis=1), -INF, accuracy.mean(axis=1)).argmax())
-    return paired.Runs("fa", np.exp(log_steps), censored, diverged, accuracy, -accuracy, tuned)
+    return statistics.Runs(log_steps, censored, diverged, accuracy, -accuracy)
+
+
+# Losses
+
+
+def test_smoothing_is_a_mean_of_what_there_is_up_to_the_first_break():
+    losses = np.random.default_rng(0).random((2, 3, 40))
+    smooth = statistics.smooth(losses, 5)
+    for t in range(40):
+        mean = losses[..., max(t - 2, 0) : t + 3].mean(axis=-1)
+        assert smooth[..., t] == pytest.approx(mean)
+    losses[0, 1, 7] = np.inf
+    broken = statistics.smooth(losses, 5)
+    assert np.isnan(broken[0, 1, 7:]).all() and np.isfinite(broken[0, 1, :7]).all()
+    assert broken[0, 1, 6] == pytest.approx(losses[0, 1, 4:7].mean())
+    assert broken[1] == pytest.approx(smooth[1])
+
+
+def test_a_loss_out_of_all_proportion_leaves_no_trace_behind_it():
+    losses = np.array([1.0, 1e30, *np.full(20, 0.5)])
+    assert statistics.smooth(losses, 3)[5:].tolist() == [0.5] * 17
+
+
+def test_steps_are_batches_seen_and_nan_where_a_run_never_arrives():
+    losses = np.array([[3.0, 2.0, 1.0, 5.0], [3.0, 3.0, np.nan, 0.0], [0.5, 9.0, 9.0, 9.0]])
+    steps = statistics.steps_to_loss(losses, 2.0, window=1)
+    np.testing.assert_array_equal(steps, [2, np.nan, 1])
+    assert statistics.steps_to_loss(losses[0], 2.0, window=3) == 2  # mean of 3, 2 and 1
+
+
+# Ratios
+
+
+def test_a_paired_ratio_by_hand():
+    found = statistics.paired_ratio([20.0, 40.0, 80.0, 50.0], [10.0, 20.0, 40.0, 20.0])
+    logs = np.log([2, 2, 2, 2.5])
+    half = 3.182446 * logs.std(ddof=1) / 2  # t(0.975, 3) from a table
+    ends = np.exp(logs.mean() + np.array([0, -half, half]))
+    assert (found.value, found.low, found.high) == pytest.approx(tuple(ends), rel=1e-6)
+
+
+def test_a_swap_inverts_a_ratio():
+    a, b = [3.0, 5.0, 9.0], [2.0, 2.0, 7.0]
+    one, other = statistics.paired_ratio(a, b), statistics.paired_ratio(b, a)
+    assert (other.value, other.low, other.high) == pytest.approx(
+        (1 / one.value, 1 / one.high, 1 / one.low)
+    )
+
+
+def test_identical_samples_give_a_point_and_one_value_no_interval():
+    same = statistics.paired_ratio([20.0, 40.0], [20.0, 40.0])
+    assert (same.value, same.low, same.high) == (1.0, 1.0, 1.0)
+    one = statistics.paired_ratio([20.0], [10.0])
+    assert one.value == pytest.approx(2.0) and np.isnan([one.low, one.high]).all()
+    assert str(one) == "2.00"
+
+
+def test_a_run_that_never_arrives_makes_a_bound():
+    steps = np.array([20.0, 22.0, 19.0, 21.0, 20.0, 22.0, 19.0, 21.0, 20.0, np.nan])
+    found = statistics.paired_ratio(steps, np.full(10, 10.0), budget=40)
+    assert found.high == INF and 1.8 < found.low < found.value
+    other = statistics.paired_ratio(np.full(10, 10.0), steps, budget=40)
+    assert other.low == 0 and other.value < other.high < 0.54
+    with pytest.raises(ValueError, match=r"never got there \(NaN\); expected budget="):
+        statistics.paired_ratio(steps, np.full(10, 10.0))
+    with pytest.raises(ValueError, match="not positive"):
+        statistics.paired_ratio([0.0, 1.0], [1.0, 1.0])
+
+
+# In words
+
+
+@pytest.mark.parametrize(
+    ("estimate", "said"),
+    [
+        ((1.8, 1.7512, 1.85), "1.80 [1.75, 1.85]"),
+        ((1.8, 1.7, INF), "1.80 [1.70, ∞)"),
+        ((1.8, 0.0, 1.9), "1.80 (0, 1.90]"),
+        ((0.0, 0.0, 0.0), "0 [0, 0]"),
+        ((-0.01, -INF, 0.0), "−0.0100 (−∞, 0]"),
+        ((1.8, 0.0, INF), "1.80"),
+        ((1234.5, np.nan, np.nan), "1,234"),
+        ((np.nan, 0.0, INF), "–"),
+    ],
+)
+def test_estimates_in_words(estimate, said):
+    assert str(statistics.Estimate(*estimate)) == said
 
 
 # Student's t
@@ -38,7 +122,6 @@ def test_p_values_and_interval_are_those_of_scipy():
     assert mean.p_below(0.1) == pytest.approx(below.pvalue)
     interval = stats.ttest_1samp(sample, 0.0).confidence_interval(0.95)
     assert mean.interval == pytest.approx(tuple(interval))
-    assert mean.interval == pytest.approx(summary.mean_interval(sample)[1:])
 
 
 def test_a_region_takes_both_its_ends():
@@ -52,7 +135,8 @@ def test_a_region_takes_both_its_ends():
 def test_ratios_are_judged_on_the_log_scale():
     logs = np.log([1.9, 2.2, 2.0])
     result = statistics.student(logs).judge_ratio((1.5, 3.0))
-    assert result[:3] == pytest.approx(summary.ratio_interval([1.9, 2.2, 2.0], np.ones(3)))
+    found = statistics.paired_ratio([1.9, 2.2, 2.0], np.ones(3))
+    assert result[:3] == pytest.approx((found.value, found.low, found.high))
     assert result[3:] == statistics.student(logs).judge((math.log(1.5), math.log(3.0)))[3:]
     assert statistics.student(logs).judge_ratio((0.0, 3.0)).p_holds < result.p_holds
 
@@ -79,8 +163,8 @@ def test_ten_values_that_do_not_vary_have_the_sign_tests_p_value(within, p_value
 def test_few_values_that_do_not_vary_allow_no_conclusion():
     for count, known in ((2, False), (5, False), (6, True)):
         result = statistics.student(np.zeros(count)).judge((-1.0, 1.0))
-        assert (result.p_holds < 0.05) == known == (result.low > -INF)
-        assert result.p_fails == 1
+        assert (result.p_holds < 0.05) == known
+        assert result[1:3] == (0.0, 0.0) and result.p_fails == 1
 
 
 def test_two_values_are_enough():
@@ -129,28 +213,28 @@ def test_t_intervals_of_log_ratios_cover_as_often_as_they_say():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_resample_chooses_as_the_summary_does(seed):
+def test_a_resample_chooses_as_its_runs_alone_would(seed):
     rng = np.random.default_rng(seed)
     shape = (4, 6)
     accuracy = rng.integers(8, 10, shape) / 10  # many ties
     diverged = rng.random(shape) < [[0.0], [0.1], [0.3], [0.0]]
-    runs = make_runs(np.zeros(shape), accuracy, diverged=diverged)
-    runs = runs._replace(loss=rng.random(shape))
+    runs = make_runs(np.zeros(shape), accuracy, diverged=diverged)._replace(loss=rng.random(shape))
     draws = rng.integers(0, 6, (40, 6))
     counts = np.stack([np.bincount(draw, minlength=6) for draw in draws])
     for draw, chosen in zip(draws, statistics.choose_rates(runs, counts), strict=True):
-        table = pd.DataFrame(
-            {
-                "learning_rate": np.repeat([0, 1, 2, 3], 6),
-                "validation_accuracy": accuracy[:, draw].ravel(),
-                "validation_loss": runs.loss[:, draw].ravel(),
-                "diverged": diverged[:, draw].ravel(),
-            }
-        )
-        table["validation_accuracy"] = (
-            table.groupby("learning_rate")["validation_accuracy"].transform("mean").round(9)
-        )
-        assert chosen == summary.best_rate(table)
+        means = [
+            (-round(runs.score[rate, draw].mean(), 6), runs.loss[rate, draw].mean(), rate)
+            for rate in range(4)
+            if not diverged[rate, draw].any()
+        ]
+        assert chosen == min(means)[2]
+        assert chosen == statistics.Runs(*(array[:, draw] for array in runs)).tuned
+
+
+def test_without_a_rate_at_which_no_run_diverged_none_is_best():
+    runs = make_runs(np.zeros((2, 2)), np.ones((2, 2)), diverged=[[True, False], [False, True]])
+    assert runs.tuned is None
+    assert make_runs(np.zeros((1, 2)), [[np.nan, 1.0]]).tuned is None
 
 
 def test_values_of_diverged_runs_do_not_matter():
@@ -176,7 +260,7 @@ def test_without_a_choice_it_is_much_like_students_t():
     rng = np.random.default_rng(0)
     above, below = (make_runs(rng.normal(0, 0.1, (1, 20)), np.ones((1, 20))) for _ in range(2))
     mean = statistics.bootstrap_t(above, below)
-    student = statistics.student(np.log(above.steps[0] / below.steps[0]))
+    student = statistics.student(above.values[0] - below.values[0])
     assert mean.estimate == student.estimate
     assert mean.interval == pytest.approx(student.interval, abs=0.15 * student.error)
 
@@ -199,7 +283,7 @@ def test_so_few_seeds_that_resamples_do_not_vary_leave_no_interval(seeds):
     rng = np.random.default_rng(0)
     above, below = (make_runs(rng.normal(size=(1, seeds)), np.ones((1, seeds))) for _ in range(2))
     assert statistics.bootstrap_t(above, below).interval == (-INF, INF)
-    assert statistics.bootstrap_t(above, above).judge((-1, 1))[1:] == (-INF, INF, 2**-seeds * 2, 1)
+    assert statistics.bootstrap_t(above, above).judge((-1, 1))[1:] == (0, 0, 2**-seeds * 2, 1)
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -344,13 +428,6 @@ def test_holm_by_hand():
     assert statistics.holm([], []).size == 0
 
 
-def holm_of_many(p_values):
-    """Holm's correction of each row; statsmodels collects garbage at every call, in 30 ms."""
-    ordered = np.sort(p_values, axis=1) * np.arange(p_values.shape[1], 0, -1)
-    adjusted = np.minimum(np.maximum.accumulate(ordered, axis=1), 1.0)
-    return np.take_along_axis(adjusted, p_values.argsort(axis=1).argsort(axis=1), axis=1)
-
-
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.95])
 def test_wrong_verdicts_in_a_family_are_rare(correlation):
     """Eight claims with truths from at the bound to far from it, that share noise or do not."""
@@ -363,96 +440,60 @@ def test_wrong_verdicts_in_a_family_are_rare(correlation):
         results = [statistics.student(sample).judge((0.0, INF)) for sample in samples]
         p_values.append([result[3:] for result in results])
     holds, fails = np.moveaxis(np.array(p_values), 2, 0)
-    adjusted = holm_of_many(np.minimum(holds, fails))
-    assert adjusted[0] == pytest.approx(statistics.holm(holds[0], fails[0]))
+    adjusted = statistics.holm(holds, fails)
     wrong = np.where(shift > 0, fails < holds, holds < fails)
     rate = np.mean(np.any((adjusted < 0.05) & wrong, axis=1))
     assert rate < 0.05 + 2 * math.sqrt(0.05 * 0.95 / 300)
 
 
-# Tables
+# Fieller's interval
 
 
-def test_tables_are_read_by_rate_and_seed_whatever_their_order():
-    config, tables = make_study()
-    fa = paired.Study(config, tables).runs("fa")
-    assert fa.steps.shape == (3, 10)
-    rows = tables["runs"].loc[at(tables, "fa", 0.1)]
-    np.testing.assert_array_equal(fa.steps[1], rows["steps_to_target"])
-    np.testing.assert_array_equal(fa.accuracy[1], rows["validation_accuracy"])
-    assert fa.tuned == 1
-    mixed = {name: table.sample(frac=1, random_state=0) for name, table in tables.items()}
-    study = paired.Study(config, mixed)
-    for ours, theirs in zip(study.runs("fa"), fa, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    evaluations = tables["evaluations"]
-    last = (evaluations["method"] == "fa") & (evaluations["learning_rate"] == 0.1)
-    last &= evaluations["step"] == 5000
-    np.testing.assert_array_equal(
-        study.measured("error_angle/Dense_0", "fa", 1, end=True),
-        evaluations.loc[last, "error_angle/Dense_0"],
-    )
+def fieller(part, whole):
+    """The share and its interval."""
+    found = statistics.fieller(part, whole)
+    return found.estimate, *found.interval
 
 
-def test_a_run_is_censored_at_its_budget_if_it_diverged_or_never_arrived():
-    config, tables = make_study()
-    never, diverged = at(tables, "fa", 0.01, seeds=[2, 5])
-    tables["runs"].loc[never, "steps_to_target"] = np.nan
-    tables["runs"].loc[diverged, "diverged"] = True
-    fa = paired.Study(config, tables).runs("fa")
-    assert np.argwhere(fa.censored).tolist() == [[0, 2], [0, 5]]
-    assert np.argwhere(fa.diverged).tolist() == [[0, 5]]
-    assert fa.steps[0, [2, 5]].tolist() == [5000, 5000]
+def test_a_share_is_judged_by_the_interval_that_it_has():
+    rng = np.random.default_rng(0)
+    whole = rng.normal(-0.9, 0.2, 10)
+    share = statistics.fieller(0.7 * whole + rng.normal(0, 0.1, 10), whole)
+    low, high = share.interval
+    inside, outside = share.judge((low - 1e-6, high + 1e-6)), share.judge((high + 1e-6, INF))
+    assert inside.p_holds == pytest.approx(0.05, abs=1e-4) and inside.p_holds < 0.05
+    assert outside.p_fails == pytest.approx(0.05, abs=1e-4) and outside.p_fails < 0.05
+    assert share.judge((low + 1e-6, INF)).p_holds > 0.05
+    assert share.judge((-INF, INF))[3:] == (0.0, 1.0)
 
 
-def test_periods_are_kept_apart():
-    config, tables = make_study({("sign", 10): 7.0, "sign": 0.5}, noise=0.0, periods=(100, 10))
-    study = paired.Study(config, tables)
-    ratio = study.runs("sign", 10).steps[0] / study.runs("sign", 100).steps[0]
-    assert ratio == pytest.approx(np.full(10, 14.0))
-    assert study.runs("sign").steps[0] == pytest.approx(study.runs("sign", 10).steps[0])
+def test_fiellers_bounds_are_where_the_difference_is_just_significant():
+    rng = np.random.default_rng(0)
+    whole = rng.normal(-0.9, 0.2, 10)
+    part = 0.7 * whole + rng.normal(0, 0.1, 10)
+    share, *bounds = fieller(part, whole)
+    assert share == pytest.approx(part.mean() / whole.mean())
+    for bound in bounds:
+        assert stats.ttest_1samp(part - bound * whole, 0).pvalue == pytest.approx(0.05)
+    assert bounds[0] < share < bounds[1]
+    flipped = fieller(-part, -whole)
+    assert flipped == pytest.approx((share, *bounds))
 
 
-@pytest.mark.parametrize("name", ["runs", "evaluations"])
-def test_tables_that_are_not_the_configurations_are_refused(name):
-    config, tables = make_study(methods=("bp", "fa"))
-    table = tables[name]
-    last = table.index[-1]
-
-    def refused(changed, message):
-        with pytest.raises(ValueError, match=message):
-            paired.Study(config, tables | {name: changed})
-
-    refused(
-        table.drop(columns=["seed", "period"]),
-        rf'"{name}" lacks the columns period, seed; it has method, .* another version .* again',
-    )
-    refused(
-        pd.concat([table, table.loc[[last]]]),
-        rf'"{name}" holds more than one row for method fa, period 0, learning_rate 1.0, seed 9.*; '
-        r"expected one\. .* mixed: run the study again",
-    )
-    whole_run = table[(table["method"] == "fa") & (table["seed"] == 9)].index
-    refused(
-        table.drop(whole_run),
-        rf'"{name}" lacks 3 runs \(the first: method fa, period 0, learning_rate 0.01, seed 9\); '
-        "expected the configuration's 60, .* Finish the study",
-    )
-    other = table.copy()
-    other.loc[last, "seed"] = 10
-    pattern = "lacks" if name == "runs" else "holds besides"  # its first evaluation is still there
-    refused(other, rf'"{name}" {pattern} 1 runs \(the first: method fa')
+def test_fiellers_interval_of_constants_is_a_point_and_of_nothing_unknown():
+    assert fieller([0.5] * 4, [2.0] * 4) == (0.25, 0.25, 0.25)
+    assert np.isnan(fieller([0.5, 0.1], [0.0, 0.0])).all()
+    share, low, high = fieller([0.5, 0.6, 0.4], [-1.0, 2.0, 0.5])
+    assert share == pytest.approx(1.0) and math.isnan(low) and math.isnan(high)
 
 
-def test_a_run_that_was_not_evaluated_to_its_end_is_refused():
-    config, tables = make_study(methods=("bp", "fa"))
-    changed = tables["evaluations"].iloc[:-1]
-    with pytest.raises(ValueError, match=r'"evaluations" holds 1 rows for method fa, .* seed 9'):
-        paired.Study(config, tables | {"evaluations": changed})
-
-
-def test_a_quantity_that_was_not_measured_is_named():
-    config, tables = make_study()
-    study = paired.Study(config, tables)
-    with pytest.raises(ValueError, match=r'"evaluations" lacks the columns error_angle/Dense_7'):
-        study.measured("error_angle/Dense_7", "fa", 0, end=True)
+@pytest.mark.parametrize("effect", [0.9, 0.1])
+def test_fiellers_intervals_cover_as_often_as_they_say(effect):
+    """Unbounded ones count as covering: the set that they stand for mostly does."""
+    rng = np.random.default_rng(0)
+    covered = []
+    for _ in range(2000):
+        whole = rng.normal(effect, 0.1, 10)
+        _, low, high = fieller(0.7 * whole + rng.normal(0, 0.05, 10), whole)
+        covered.append(math.isnan(low) or low < 0.7 < high)
+    assert 0.93 < np.mean(covered) < 0.98

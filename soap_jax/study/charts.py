@@ -1,285 +1,291 @@
-"""What a figure of a study consists of: lines or intervals, with words and styles.
-
-A figure is described once. `soap_jax.study.figures` draws it for papers, `soap_jax.study.plots` for
-the report, where readers can ask for values and leave methods out.
-"""
+"""What each figure of a comparison shows, from its tables and the verdicts on its claims."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from soap_jax.study import claims
-from soap_jax.study.config import METHODS
+from soap_jax.study import claims, drawing, statistics
+from soap_jax.study.comparison import Comparison
+from soap_jax.study.drawing import Mark
+from soap_jax.study.figures import Figure
 
-
-class Style(NamedTuple):
-    """How a method is drawn, everywhere alike.
-
-    Attributes:
-        color: at least 3:1 against white and against near-black; most are Okabe and Ito's, which
-            colour-blind readers can tell apart, some of them darkened.
-        marker: matplotlib's name, or its triple for a star.
-        line: matplotlib's name of a dash pattern.
-    """
-
-    color: str
-    marker: str | tuple[int, int, int]
-    line: str = "-"
-
-
-STYLES = {
-    "bp": Style("#707070", "o"),
-    "fa": Style("#D55E00", "s"),
-    "sign": Style("#0072B2", "^"),
-    "sign_preserve": Style("#009E73", "D"),
-    "sign_norm": Style("#CC79A7", "v"),
-    "bp_scaled": Style("#B87A00", "P", "--"),
-    "bp_scaled_live": Style("#2F93C9", "X", "-."),
-    "frozen": Style("#8A8A8A", "*", ":"),
-    "sign_glorot": Style("#8E6FC4", "<", "--"),
-    "sign_redraw": Style("#7D8A00", ">", "-."),
-    "transport": Style("#C94F6D", "h", "--"),
-    "weight_mirror": Style("#4455FF", "p"),
-    "kp": Style("#007722", "d", "--"),
-    "information_alignment": Style("#9900FF", "8", "-."),
-    "symmetric_alignment": Style("#CC66EE", "H", "--"),
-    "activation_alignment": Style("#BB00AA", (4, 1, 0), ":"),
-    "dfa": Style("#FF0033", (3, 1, 0)),
-    "sdfa": Style("#FF0099", (3, 1, 180), "--"),
-    "drtp": Style("#995511", (6, 1, 0), "-."),
-    "activity_propagation": Style("#00838F", (4, 1, 45)),
+PALETTE = ("#707070", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#B87A00", "#2F93C9", "#8E6FC4")
+"""Colours by place, for methods that have none: Okabe and Ito's, some of them darkened."""
+STAR = "M0,-1L.29,-.4L.95,-.31L.48,.15L.59,.81L0,.5L-.59,.81L-.48,.15L-.95,-.31L-.29,-.4Z"
+CROSS = "M-1,-.6L-.6,-1L0,-.4L.6,-1L1,-.6L.4,0L1,.6L.6,1L0,.4L-.6,1L-1,.6L-.4,0Z"
+SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", CROSS, STAR)
+DASHES = ([1, 0], [6, 2], [6, 2, 1, 2], [1, 2])
+"""Shapes and dashes by place: methods of one shape differ in their dashes."""
+VERDICTS: dict[str, Mark] = {
+    claims.HOLDS: ("#009E73", "circle", [1, 0]),
+    claims.FAILS: ("#D55E00", CROSS, [1, 0]),
+    claims.UNDECIDED: ("#8A8A8A", "diamond", [1, 0]),
+    claims.NOT_TESTABLE: ("#707070", "cross", [1, 0]),  # though one of its tests was possible
 }
-VERDICTS = {
-    claims.HOLDS: Style("#009E73", "o"),
-    claims.FAILS: Style("#D55E00", "X"),
-    claims.UNDECIDED: Style("#8A8A8A", "D"),
-    claims.NOT_TESTABLE: Style("#707070", "P"),  # though one of its tests was possible
-}
+ROW = ["label", "mark", "x", "low", "high", "least", "most", "note"]
+"""The columns of estimates with intervals."""
 
 
-class Point(NamedTuple):
-    """A point of a curve.
+def describe(comparison: Comparison, findings: Sequence[claims.Finding]) -> list[Figure]:
+    """Every figure of a comparison but the causal diagram.
 
-    Attributes:
-        x: where it is.
-        mean: its height; NaN where no mean can be given, and `note` says why.
-        low: lower end of the band.
-        high: upper end of the band.
-        note: what it is made of.
+    Args:
+        comparison: what was trained.
+        findings: the verdicts on its claims.
     """
+    figures = [loss_curves(comparison), steps_to_loss(comparison), angles(comparison)]
+    if len(comparison.hidden) > 1:
+        figures.append(error_angles(comparison))
+    return [
+        *figures,
+        effective_learning_rate(comparison),
+        claim_ratios(findings),
+        final_metric(comparison),
+    ]
 
-    x: float
-    mean: float
-    low: float
-    high: float
-    note: str = ""
+
+def loss_curves(comparison: Comparison) -> Figure:
+    """Training loss against steps at the rate that all methods share, with the seeds' range."""
+    rate, why = _rate_for_curves(comparison)
+    return drawing.curves(
+        _over_training(comparison, "train_loss", dict.fromkeys(comparison.methods, rate)),
+        marks(comparison),
+        name="loss_curves",
+        title=f"Loss at learning rate {rate:g}",
+        x="parameter updates",
+        y="training loss (moving average)",
+        caption=f"Training loss while training at learning rate {rate:g}, {why}. Lines are means "
+        "over seeds, bands reach from the lowest seed to the highest. The dotted line is the "
+        f"target, loss {comparison.target_loss:.3g}.",
+        empty="Every run broke off before its loss was measured.",
+        y_log=True,
+        line=comparison.target_loss,
+    )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Curves:
-    """A line for each method.
+def steps_to_loss(comparison: Comparison) -> Figure:
+    """Steps to the target loss against the learning rate: geometric mean and t interval."""
+    target, points = f"{comparison.target_loss:.3g}", []
+    for method, name in names(comparison).items():
+        grid = comparison.grid(method)
+        for rate, *of in zip(comparison.rates, *grid[:3], strict=True):
+            values, late, diverged = of
+            mean = list(statistics.student(values).judge_ratio()[:3])
+            note = f"{(~late).sum()} of {late.size} runs reach loss {target}"
+            note += f", {diverged.sum()} diverged" * bool(diverged.any())
+            mean = [math.nan] * 3 if late.any() else mean
+            points.append((name, rate, *mean, note))
+    budget = float(comparison.runs["steps"].max())
+    return drawing.curves(
+        _frame(points),
+        marks(comparison),
+        name="steps_to_loss",
+        title=f"Steps to loss {target} at every learning rate",
+        x="learning rate",
+        y="parameter updates (fewer is better)",
+        caption=f"Parameter updates until the training loss first falls to {target}: geometric "
+        "means over seeds, and bands of their 95 % t intervals on the log scale. Hollow markers "
+        "above the dotted line: at this rate some run of the method had not got there at the end, "
+        f"after {budget:,.0f} updates, or diverged.",
+        empty=f"No method reaches loss {target} with every seed at any learning rate.",
+        x_log=True,
+        y_log=True,
+        ticks=comparison.rates,
+        budget=budget,
+    )
 
-    Attributes:
-        name: of its file.
-        title: a few words.
-        x_label: of the horizontal axis.
-        y_label: of the vertical axis.
-        lines: points from left to right, by method.
-        caption: what is seen, and how bands are made.
-        nothing: what to say if there is nothing to see.
-        x_log: whether the horizontal axis is logarithmic.
-        y_log: whether the vertical axis is.
-        y_range: the part of the vertical axis that is shown.
-        x_ticks: where labels are on the horizontal axis.
-        line: a value to compare with, drawn across.
-        budget: steps above which a marker stands for every mean that is NaN.
-    """
 
-    name: str
-    title: str
-    x_label: str
-    y_label: str
-    lines: Mapping[str, Sequence[Point]]
-    caption: str
-    nothing: str
-    x_log: bool = False
-    y_log: bool = False
-    y_range: tuple[float, float] | None = None
-    x_ticks: Sequence[float] = ()
-    line: float | None = None
-    budget: float | None = None
+def angles(comparison: Comparison) -> Figure:
+    """Angle of the first kernel's gradient to the true one, at each method's best rate."""
+    first = comparison.hidden[0] if comparison.hidden else ""
+    return drawing.curves(
+        _over_training(comparison, f"gradient_angle/{first}", _inexact(comparison)),
+        marks(comparison),
+        name="angles",
+        title="First kernel, each method at its best rate",
+        x="parameter updates",
+        y="angle to the true gradient (degrees)",
+        caption=f"Angle between a method's gradient of {first} and the true gradient, while "
+        "training at the method's best learning rate. At 90 degrees (dotted) the two have nothing "
+        "in common; methods that follow the true gradient, backprop among them, have no curve. "
+        "Lines are means over seeds, bands reach from the lowest seed to the highest.",
+        empty="No method here has a gradient other than the true one.",
+        degrees=True,
+        line=90.0,
+    )
 
-    @property
-    def empty(self) -> str:
-        """In place of the figure where it would show nothing, else empty."""
-        seen = any(not math.isnan(p.mean) for points in self.lines.values() for p in points)
-        return "" if seen else self.nothing
 
-    @property
-    def y_ticks(self) -> list[float]:
-        """Where labels are on a logarithmic vertical axis."""
-        ends = np.array([p[1:4] for points in self.lines.values() for p in points])
-        ticks = one_two_five(ends[ends > 0])
-        return [tick for tick in ticks if self.budget is None or tick <= self.budget]
+def error_angles(comparison: Comparison) -> Figure:
+    """Angle of the error that arrives at each hidden layer to the true one, after training."""
+    points = []
+    for method, rate in _inexact(comparison).items():
+        for i, kernel in enumerate(comparison.hidden):
+            values = comparison.measured(f"error_angle/{kernel}", method, rate, end=True)
+            if len(values) and np.isfinite(values).all():
+                points.append((names(comparison)[method], i + 1, *_range(values), kernel))
+    return drawing.curves(
+        _frame(points),
+        marks(comparison),
+        name="error_angles",
+        title="Error at the end of training, by layer",
+        x="hidden layer (1 is nearest to the input)",
+        y="angle to the true error (degrees)",
+        caption="Angle between the error that arrives at a hidden layer through feedback and the "
+        "true error there, at the end of training at each method's best learning rate. Means over "
+        "seeds, bands reach from the lowest seed to the highest.",
+        empty="No method here has feedback weights whose errors could be compared.",
+        degrees=True,
+        ticks=range(1, len(comparison.hidden) + 1),
+        line=90.0,
+    )
 
-    @property
-    def missing(self) -> dict[str, list[tuple[Point, float]]]:
-        """The points without a mean, by method, each with a height above the budget."""
-        if self.budget is None:
-            return {}
-        lost = {m: [p for p in points if math.isnan(p.mean)] for m, points in self.lines.items()}
-        lost = {method: points for method, points in lost.items() if points}
-        heights = [self.budget * 1.13 ** (i + 1) for i in range(len(lost))]
-        return {
-            method: [(point, height) for point in lost[method]]
-            for method, height in zip(lost, heights, strict=True)
+
+def effective_learning_rate(comparison: Comparison) -> Figure:
+    """Rate at which the first kernel learns along the true gradient, at the shared rate."""
+    rate, why = _rate_for_curves(comparison)
+    first = comparison.hidden[0] if comparison.hidden else ""
+    rates = dict.fromkeys(comparison.methods, rate)
+    return drawing.curves(
+        _over_training(comparison, f"effective_learning_rate/{first}", rates),
+        marks(comparison),
+        name="effective_learning_rate",
+        title=f"Effective learning rate of the first kernel at rate {rate:g}",
+        x="parameter updates",
+        y="effective learning rate",
+        caption=f"How fast {first} learns along the true gradient at learning rate {rate:g} "
+        f"(dotted), {why}: the rate times the length of the method's gradient along the true one, "
+        "relative to that. Lines are means over seeds, bands reach from the lowest seed to the "
+        "highest. Values of zero and below (frozen kernels, feedback at a right angle) have no "
+        "place on a logarithmic axis.",
+        empty="No effective learning rate was measured at this rate.",
+        y_log=True,
+        line=rate,
+        decades=3,
+    )
+
+
+def claim_ratios(findings: Sequence[claims.Finding]) -> Figure:
+    """The ratios behind the claims, with intervals and the bounds written beforehand."""
+    rows = [
+        {
+            "label": f"{finding.key}. {part.label}",
+            "mark": f"claim {finding.verdict}",
+            "x": part.estimate,
+            "low": part.low,
+            "high": part.high,
+            "least": part.within[0],
+            "most": part.within[1],
+            "note": part.note,
         }
-
-    @property
-    def alt(self) -> str:
-        """The figure in words, for those who cannot see it."""
-        said = []
-        for method, points in self.lines.items():
-            seen = [point for point in points if not math.isnan(point.mean)]
-            if seen:
-                first, last = (f"{number(p.mean)} at {number(p.x)}" for p in (seen[0], seen[-1]))
-                said.append(f"{METHODS[method]} from {first} to {last}")
-        about = f"Line chart of {self.y_label} against {self.x_label}"
-        return f"{self.title}. {about}: {'; '.join(said)}."
-
-
-class Row(NamedTuple):
-    """An estimate.
-
-    Attributes:
-        label: what is estimated.
-        style: how it is drawn, a key of `Intervals.styles`.
-        mean: the estimate.
-        low: lower end of its interval; NaN where there is none.
-        high: upper end.
-        within: a bound to hold it against.
-        note: what else to know.
-    """
-
-    label: str
-    style: str
-    mean: float
-    low: float
-    high: float
-    within: tuple[float, float] | None = None
-    note: str = ""
+        for finding in findings
+        for part in finding.parts
+        if part.measure == "ratio" and part.testable and math.isfinite(part.estimate)
+    ]
+    return drawing.intervals(
+        pd.DataFrame(rows, columns=ROW),
+        {f"claim {verdict}": mark for verdict, mark in VERDICTS.items()},
+        name="claims",
+        title="The claims' ratios against their bounds",
+        x="ratio (1: no difference)",
+        caption="Ratios that the claims are judged by: estimates with 95 % intervals, paired by "
+        "seed on the log scale. Grey bars are bounds, written down before any run. Colour and "
+        "marker tell the verdict of the whole claim, which may rest on several ratios and is "
+        "corrected for their number. A point without interval, or with one that reaches the edge, "
+        "is a bound, since some run never got there.",
+        empty="No claim could be tested by a ratio in this study.",
+        log=True,
+        line=1.0,
+    )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Intervals:
-    """Estimates with intervals, one below the other.
-
-    Attributes:
-        name: of its file.
-        title: a few words.
-        x_label: of the axis.
-        rows: from top to bottom.
-        styles: names in the legend and styles.
-        caption: what is seen, and how intervals are made.
-        nothing: what to say if there is nothing to see.
-        x_log: whether the axis is logarithmic.
-        line: a value to compare with, drawn across.
-    """
-
-    name: str
-    title: str
-    x_label: str
-    rows: Sequence[Row]
-    styles: Mapping[str, tuple[str, Style]]
-    caption: str
-    nothing: str
-    x_log: bool = False
-    line: float | None = None
-
-    @property
-    def empty(self) -> str:
-        """In place of the figure where it would show nothing, else empty."""
-        return "" if self.rows else self.nothing
-
-    @property
-    def extent(self) -> tuple[float, float]:
-        """The part of the axis that shows every estimate, interval and bound."""
-        ends = [end for row in self.rows for end in (*row[2:5], *(row.within or ()))]
-        values = np.array([*ends, 1.0 if self.line is None else self.line])
-        if self.line is None:
-            values = values[:-1]
-        values = values[np.isfinite(values) & ((values > 0) | (not self.x_log))]
-        low, high = float(values.min()), float(values.max())
-        if self.x_log:
-            return low / 1.15, high * 1.15
-        margin = 0.06 * (high - low) or 0.5
-        return low - margin, high + margin
-
-    @property
-    def alt(self) -> str:
-        """The figure in words, for those who cannot see it."""
-        said = [f"{row.label}: {estimate(row.mean, row.low, row.high)}" for row in self.rows]
-        return f"{self.title}. Horizontal axis: {self.x_label}. {'; '.join(said)}."
+def final_metric(comparison: Comparison) -> Figure:
+    """The metric that counts, at each method's best rate: every seed, mean and t interval."""
+    column = comparison.metrics[0]
+    words, unit = column.replace("_", " "), 100 if "accuracy" in column else 1
+    rows, dots = [], {}
+    for method, name in names(comparison).items():
+        rate = comparison.best_rate(method)
+        values = unit * comparison.rows("runs", method, rate)[column].to_numpy(float)
+        if len(values) and np.isfinite(values).all():
+            mean, note = statistics.student(values), f"learning rate {rate:g}, {len(values)} seeds"
+            rows.append((name, name, mean.estimate, *mean.interval, math.nan, math.nan, note))
+            dots[name] = values.tolist()
+    return drawing.intervals(
+        pd.DataFrame(rows, columns=ROW),
+        marks(comparison),
+        name="final_metric",
+        title=f"{words.capitalize()} at each method's best learning rate",
+        x=words + " (%)" * (unit == 100),
+        caption=f"{words.capitalize()} at the end of training, each method at its best learning "
+        f"rate by {comparison.record['protocol']['select'].replace('_', ' ')}. Small dots are "
+        "seeds, large markers their means with 95 % t intervals.",
+        empty="No method has a learning rate at which no run diverged.",
+        dots=dots,
+    )
 
 
-Chart = Curves | Intervals
+def names(comparison: Comparison) -> dict[str, str]:
+    """What each method is called: its label, and its key too where labels are alike."""
+    labels = {method: record["label"] for method, record in comparison.methods.items()}
+    several = [label for label in labels.values() if list(labels.values()).count(label) > 1]
+    return {m: f"{label} ({m})" if label in several else label for m, label in labels.items()}
 
 
-def number(value: float) -> str:
-    """A number for people: three digits, thousands set off, a dash where there is none.
-
-    Example:
-        >>> number(1234.6), number(0.22871), number(0.5), number(float("nan"))
-        ('1,235', '0.229', '0.5', '–')
-    """
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    if math.isnan(value):
-        return "–"
-    said = f"{abs(value):,.0f}" if abs(value) >= 99.95 else f"{abs(value):.3g}"
-    return f"−{said}" if value < 0 and said != "0" else said
+def marks(comparison: Comparison) -> dict[str, Mark]:
+    """How methods are drawn, by what they are called."""
+    colors = [record["color"] for record in comparison.methods.values()]
+    return {
+        name: (
+            colors[i] or PALETTE[i % len(PALETTE)],
+            SHAPES[i % len(SHAPES)],
+            DASHES[i // len(SHAPES) % len(DASHES)],
+        )
+        for i, name in enumerate(names(comparison).values())
+    }
 
 
-def estimate(mean: float, low: float, high: float, unit: str = "") -> str:
-    """An estimate and its interval for people, open where it has no end.
-
-    Example:
-        >>> estimate(1.8, 1.7512, 1.85), estimate(1.8, 1.7, math.inf)
-        ('1.80 [1.75, 1.85]', '1.80 [1.70, ∞)')
-    """
-    if math.isnan(mean):
-        return "–"
-    said = _padded(mean) + unit
-    open_low, open_high = low == 0 or math.isinf(low), math.isinf(high)
-    if math.isnan(low) or math.isnan(high) or (open_low and open_high):
-        return said
-    low_end = f"({number(low)}" if open_low else f"[{_padded(low)}"
-    return f"{said} {low_end}, " + ("∞)" if open_high else f"{_padded(high)}]")
+def _over_training(comparison: Comparison, column: str, rates: Mapping[str, float]) -> pd.DataFrame:
+    """A column of evaluations against steps: mean and range over seeds; ends where one broke."""
+    points = []
+    for method, rate in rates.items():
+        rows = comparison.rows("evaluations", method, rate)
+        if column in rows:
+            by_step = rows.pivot(index="step", columns="seed", values=column).dropna()
+            name, note = names(comparison)[method], f"{by_step.shape[1]} seeds at rate {rate:g}"
+            points += [(name, step, *_range(of), note) for step, *of in by_step.itertuples()]
+    return _frame(points)
 
 
-def _padded(value):
-    """Three digits even where the last are zeros, so that the ends of an interval look alike."""
-    said = number(value)
-    return said if abs(value) >= 99.95 or "e" in said else f"{value:#.3g}".replace("-", "−")
+def _frame(points: list[tuple]) -> pd.DataFrame:
+    return pd.DataFrame(points, columns=["method", "x", "y", "low", "high", "note"])
 
 
-def one_two_five(values: np.ndarray) -> list[float]:
-    """1, 2, 5, 10, ... from the last below all values to the first above.
+def _range(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
+    return float(np.mean(values)), min(values), max(values)
 
-    Example:
-        >>> one_two_five(np.array([0.3, 7.0]))
-        [0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
-    """
-    if not values.size:
-        return []
-    low, high = np.log10([values.min(), values.max()])
-    powers = range(math.floor(low), math.ceil(high) + 1)
-    steps = [float(f"{digit}e{power}") for power in powers for digit in (1, 2, 5)]
-    first = max([step for step in steps if step <= values.min()], default=steps[0])
-    last = min([step for step in steps if step >= values.max()], default=steps[-1])
-    return [step for step in steps if first <= step <= last]
+
+def _inexact(comparison: Comparison) -> dict[str, float]:
+    """The best rate of each method that does not follow the true gradient."""
+    return {
+        method: comparison.best_rate(method)
+        for method, record in comparison.methods.items()
+        if not record["exact"]
+    }
+
+
+def _rate_for_curves(comparison: Comparison) -> tuple[float, str]:
+    """The shared rate, or where there is none the reference's best."""
+    who = comparison.label(comparison.reference) if comparison.reference else "every method"
+    if math.isfinite(comparison.shared_rate):
+        return comparison.shared_rate, (
+            f"the smallest at which every run of {who} reaches loss {comparison.target_loss:.3g} "
+            "within half the steps"
+        )
+    best = comparison.best_rate(comparison.reference or next(iter(comparison.methods)))
+    if math.isfinite(best):
+        return best, "the best of " + who
+    return comparison.rates[0], "the smallest"

@@ -1,4 +1,4 @@
-"""Settings of JAX and XLA that bear on results, and how two records of circumstances differ.
+"""Versions, devices and settings that bear on results, and how two records of them differ.
 
 A study and a single training both note them. Who goes on under others is refused: with another
 generator the rest would start from other weights, and in other precision it would round otherwise.
@@ -7,11 +7,18 @@ generator the rest would start from other weights, and in other precision it wou
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import pathlib
+import platform
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+
+import soap_jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 _JAX_SETTINGS = (
     "jax_default_prng_impl",
@@ -40,6 +47,24 @@ def settings() -> dict[str, Any]:
     return {
         name: value if isinstance(value, plain) else str(value) for name, value in known.items()
     } | {name: _flags(os.environ.get(name, "")) for name in _VARIABLES}
+
+
+def provenance() -> dict[str, Any]:
+    """The versions, device and settings that results come from."""
+    devices = jax.devices()
+    return {
+        "versions": {"soap_jax": soap_jax.__version__, "python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "device": {
+            "kind": devices[0].device_kind,
+            "platform": devices[0].platform,
+            "count": len(devices),
+            "processes": jax.process_count(),
+            "machine": platform.machine(),
+            "processor": _processor(),
+        },
+        "settings": settings(),
+    }
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -73,3 +98,11 @@ def _flags(text: str) -> str:
 
 def _said(value) -> str:
     return "not set" if value in (None, "") else str(value)
+
+
+def _processor() -> str:
+    """The model of the CPU, as far as the system tells."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,14 +1,18 @@
-"""The claims that a study tests, with the bounds written down before any run.
+"""Claims on a comparison: a statement, the tests that it takes, and their bounds.
 
-A claim is a declaration: a statement in words and the tests that it takes, each a contrast, a
-measure and the region in which the truth must lie. `evaluate` judges all from the tidy tables:
+    claim = Claim("1", "Mine is faster than backprop", (Ratio("mine", "bp", within=(0, 0.95)),))
+    result = study.compare(task, methods, ..., claims=[claim])
+    result.judge()
 
-    holds               all of its tests are inside their regions, beyond doubt
-    fails               one of them is outside, beyond doubt
+A test measures something and says in which region the truth must lie; alone it is a claim, too.
+
+    holds               all of a claim's tests are inside their regions
+    fails               one of them is outside
     undecided           the data allow neither conclusion
-    not testable here   the study lacks what one of its tests needs
+    not testable here   the comparison lacks what one of the tests needs
 
-"Beyond doubt" is α = 0.05 over all testable claims together, by Holm's correction.
+Verdicts are significant at 5 % over all testable claims together, by Holm's correction. The claims
+are stored when a study starts; findings on others, or with other bounds, are *exploratory*.
 """
 
 from __future__ import annotations
@@ -16,47 +20,30 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from soap_jax.study import contrasts, statistics
-from soap_jax.study.config import StudyConfig
-from soap_jax.study.contrasts import ErrorAngleTrend, FinalErrorAngle, Part, Ratio, StepsTrend
-from soap_jax.study.paired import NotTestable, Study
+from soap_jax.study import statistics
+from soap_jax.study.comparison import Comparison, joined
+from soap_jax.study.contrasts import (
+    INF,
+    Difference,
+    ErrorAngleTrend,
+    FinalAngle,
+    Part,
+    Ratio,
+    Share,
+    Test,
+    Trend,
+)
+from soap_jax.study.statistics import ALPHA, Estimate, number
+
+__all__ = ["Claim", "Difference", "ErrorAngleTrend", "FinalAngle", "Finding", "Part", "Ratio"]
+__all__ += ["Share", "Test", "Trend", "Words", "as_claims", "in_words", "judge", "tabulate"]
 
 HOLDS, FAILS, UNDECIDED, NOT_TESTABLE = "holds", "fails", "undecided", "not testable here"
-INF = math.inf
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Finding:
-    """A claim, evaluated.
-
-    Attributes:
-        key: the claim's number.
-        statement: the claim in words.
-        verdict: "holds", "fails", "undecided" or "not testable here".
-        why: what was found, against which bound.
-        p: Holm-adjusted p-value of the verdict; NaN where not testable.
-        parts: the tests.
-    """
-
-    key: str
-    statement: str
-    verdict: str
-    why: str
-    p: float
-    parts: tuple[Part, ...]
-
-
-def _amplification(study):
-    """What raw signs make of the hidden layers' learning rates before training."""
-    i = study.shared_rate()
-    columns = [f"effective_learning_rate/Dense_{k}" for k in range(len(study.config.hidden))]
-    rates = np.mean([study.measured(name, "sign", i, end=False) for name in columns], axis=1)
-    factors = contrasts.listed(rates / study.config.learning_rates[i])
-    return f"hidden rates that count (norm ratio × cosine) start at {factors} times the rate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,187 +51,200 @@ class Claim:
     """A statement, and the tests that it takes: it holds if all of them do.
 
     Attributes:
-        key: its number.
-        statement: the claim in words.
+        key: its name.
+        statement: the claim in words; "" for those of its first test.
         tests: what it takes.
+        sgd_only: whether it is about SGD, and not testable with another optimiser: those change
+            what a scale does (Adam cancels it).
     """
 
     key: str
     statement: str
-    tests: tuple[Ratio | StepsTrend | FinalErrorAngle | ErrorAngleTrend, ...]
+    tests: tuple[Test, ...]
+    sgd_only: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The claim as JSON has it."""
+        return {**vars(self), "tests": [test.to_dict() for test in self.tests]}
+
+    @staticmethod
+    def from_dict(stored: Mapping[str, Any]) -> Claim:
+        """The claim that `to_dict` stored."""
+        return Claim(**{**stored, "tests": tuple(map(Test.from_dict, stored["tests"]))})
+
+    def parts(self, comparison: Comparison) -> tuple[Part, ...]:
+        """Its tests, evaluated."""
+        optimizer = comparison.protocol["optimizer"]
+        if self.sgd_only and optimizer != "sgd":
+            why = f"the optimizer is {optimizer}: the claim is about SGD"
+            return tuple(test.untested(comparison, why) for test in self.tests)
+        return tuple(test.part(comparison) for test in self.tests)
 
 
-WITHIN_10_PERCENT = (1 / 1.1, 1.1)
-CLAIMS = (
-    Claim(
-        "1",
-        "Fixed random feedback (FA) needs about twice backprop's steps",
-        (Ratio("fa", "bp", (1.5, 3.0), matched=False),),
-    ),
-    Claim(
-        "2",
-        "Raw sign sync needs far fewer steps than backprop",
-        (Ratio("sign", "bp", (0.0, 0.8), matched=False),),
-    ),
-    Claim(
-        "3",
-        "That gain is the amplified learning rate of the hidden layers",
-        (
-            Ratio("sign", "bp_scaled_live", (0.9, INF), beside=_amplification),
-            Ratio("sign_norm", "bp", (0.9, INF)),
-        ),
-    ),
-    Claim(
-        "4",
-        "Keeping magnitudes loses the gain, and steps follow the initial angle",
-        (
-            Ratio("sign_preserve", "bp", (0.95, INF)),
-            StepsTrend(("bp", "sign_norm", "sign_preserve", "fa")),
-        ),
-    ),
-    Claim(
-        "5",
-        "Tuning one global rate per method does not undo it",
-        (
-            Ratio("fa", "bp", (1 / 1.25, 1.25), tuned=True),
-            Ratio("sign", "bp", (0.0, 1.0), tuned=True),
-            Ratio("sign", "bp_scaled_live", WITHIN_10_PERCENT, tuned=True),
-        ),
-    ),
-    Claim(
-        "6",
-        "The sync period hardly matters",
-        tuple(
-            Ratio(method, method, WITHIN_10_PERCENT, periods=(period, 1))
-            for method in ("sign", "sign_preserve")
-            for period in (10, 100)
-        ),
-    ),
-    Claim("7", "Alignment emerges under FA", (FinalErrorAngle("fa", (-INF, 75.0)),)),
-    Claim("7b", "Alignment is best near the output", (ErrorAngleTrend("fa"),)),
-)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A claim, judged.
+
+    Attributes:
+        key: the claim's.
+        statement: the claim in words.
+        verdict: "holds", "fails", "undecided" or "not testable here".
+        why: which test decides it, what it found, and where its bound lies.
+        p: of the verdict, after Holm's correction; of an undecided claim, of the likelier one. NaN
+            where not testable.
+        p_words: the same in words; "" where not testable.
+        family: how many claims the correction is for.
+        parts: the tests.
+        exploratory: whether the claim, its bounds or the target loss were chosen after the study
+            had started.
+    """
+
+    key: str
+    statement: str
+    verdict: str
+    why: str
+    p: float
+    p_words: str = ""
+    family: int = 0
+    parts: tuple[Part, ...]
+    exploratory: bool = False
 
 
-def evaluate(
-    config: StudyConfig,
-    tables: Mapping[str, pd.DataFrame],
-    only: Sequence[str] | None = None,
-) -> list[Finding]:
-    """Judges the claims on a study.
+def as_claims(claims: Sequence[Claim | Test]) -> list[Claim]:
+    """Claims as they are; of a test alone, the claim that it passes."""
+    return [
+        claim if isinstance(claim, Claim) else Claim(str(i), "", (claim,))
+        for i, claim in enumerate(claims, start=1)
+    ]
+
+
+def judge(comparison: Comparison, claims: Sequence[Claim | Test] | None = None) -> list[Finding]:
+    """Judges claims on a comparison.
 
     Args:
-        config: the study's configuration.
-        tables: its tidy tables "runs" and "evaluations".
-        only: keys of the claims to return, by default all. Holm's correction is over all that the
-            study can test in any case, so a verdict does not depend on who asks.
-
-    Raises:
-        ValueError: for an unknown key, or tables that are not those of the configuration.
+        comparison: what was found.
+        claims: claims, or tests that are claims of their own; by default those stored when the
+            study started. Holm's correction is over these and the stored ones, as far as they are
+            testable, so that the verdict on a stored claim does not depend on who asks.
     """
-    known = [claim.key for claim in CLAIMS]
-    unknown = [key for key in only or () if key not in known]
-    if unknown:
-        raise ValueError(
-            f"there is no claim {', '.join(map(repr, unknown))}; expected some of "
-            f"{', '.join(known)}."
-        )
-    study = Study(config, tables)
-    parts = {claim.key: tuple(_part(test, study) for test in claim.tests) for claim in CLAIMS}
-    p_values = {
-        key: statistics.intersection_union(*_p_values(ps))
-        for key, ps in parts.items()
+    known = [claim["tests"] for claim in comparison.record["claims"]]
+    stored = [Claim.from_dict(claim) for claim in comparison.record["claims"]]
+    asked = stored if claims is None else as_claims(claims)
+    tests = [claim.to_dict()["tests"] for claim in asked]
+    others = [c for c, of_claim in zip(stored, known, strict=True) if of_claim not in tests]
+    parts = [claim.parts(comparison) for claim in (*asked, *others)]
+    unions = {
+        i: statistics.intersection_union([p.p_holds for p in ps], [p.p_fails for p in ps])
+        for i, ps in enumerate(parts)
         if all(part.testable for part in ps)
     }
-    adjusted = statistics.holm(*np.reshape(list(p_values.values()), (-1, 2)).T)
-    verdicts = dict.fromkeys(known, (NOT_TESTABLE, math.nan))
-    for (key, (p_holds, p_fails)), p in zip(p_values.items(), adjusted, strict=True):
-        decided = HOLDS if p_holds < p_fails else FAILS
-        verdicts[key] = (decided if p < statistics.ALPHA else UNDECIDED), float(p)
+    adjusted = statistics.holm(*np.reshape(list(unions.values()), (-1, 2)).T)
+    p_values = dict(zip(unions, adjusted.tolist(), strict=True))
     return [
         Finding(
             key=claim.key,
-            statement=claim.statement,
-            verdict=verdicts[claim.key][0],
-            why=_why(verdicts[claim.key][0], parts[claim.key]),
-            p=verdicts[claim.key][1],
-            parts=parts[claim.key],
+            statement=claim.statement or parts[i][0].label,
+            exploratory=comparison.exploratory or tests[i] not in known,
+            parts=parts[i],
+            family=len(unions),
+            **_verdict(parts[i], p_values.get(i), unions.get(i), len(unions)),
         )
-        for claim in CLAIMS
-        if only is None or claim.key in only
+        for i, claim in enumerate(asked)
     ]
+
+
+def _verdict(parts, p, union, family):
+    """The verdict, its p-value, and which test decides it."""
+    if p is None:
+        why = joined(*dict.fromkeys(part.note for part in parts if not part.testable))
+        return {"verdict": NOT_TESTABLE, "p": math.nan, "why": _sentence(why)}
+    holds, fails = union
+    verdict = UNDECIDED if p >= ALPHA else HOLDS if holds < fails else FAILS
+    weakest = max(parts, key=lambda part: part.p_holds)
+    intro, said = "", [weakest]
+    if verdict == HOLDS:
+        intro = "all tests hold; the weakest is "
+    elif verdict == FAILS:
+        intro = "decided by "
+        said = [part for part in parts if part.p_fails * len(parts) < ALPHA]
+    elif weakest.p_holds >= ALPHA:
+        intro, said = "left open by ", [part for part in parts if part.p_holds >= ALPHA]
+    intro = intro if len(parts) > 1 else ""
+    if min(union) < ALPHA <= p:
+        intro = f"not significant after Holm's correction for {family} claims: "
+    likelier = "either verdict" if holds == fails else f"“{HOLDS if holds < fails else FAILS}”"
+    corrected = f", corrected for {family} claims (Holm)" if family > 1 else ""
+    p_words = f"{statistics.p_value(p)} for {likelier}{corrected}"
+    why = _sentence(intro + "; ".join(map(_said, said)))
+    return {"verdict": verdict, "p": p, "p_words": p_words, "why": why}
 
 
 def tabulate(findings: Sequence[Finding]) -> pd.DataFrame:
     """One row per part, with the verdict on the claim that it belongs to."""
     rows = []
     for finding in findings:
+        names = ("key", "statement", "verdict", "exploratory", "p")
+        of_claim = {name: getattr(finding, name) for name in names}
         for part in finding.parts:
-            numbers = dataclasses.asdict(part)
-            least, most = numbers.pop("within")
-            rows.append(
-                {
-                    "claim": finding.key,
-                    "statement": finding.statement,
-                    "verdict": finding.verdict,
-                    "p": finding.p,
-                    "within_low": least,
-                    "within_high": most,
-                    **numbers,
-                }
-            )
-    return pd.DataFrame(rows)
+            bounds = dict(zip(("within_low", "within_high"), part.within, strict=True))
+            rows.append(of_claim | bounds | vars(part))
+    return (
+        pd.DataFrame(rows).drop(columns="within", errors="ignore").rename(columns={"key": "claim"})
+    )
 
 
-def _part(test, study):
-    try:
-        return test.evaluate(study)
-    except NotTestable as reason:
-        described = {"label": test.label, "measure": test.measure, "within": test.within}
-        return Part(**described, note=str(reason), testable=False)
+class Words(NamedTuple):
+    """A test's numbers for people.
+
+    Attributes:
+        estimate: the estimate with its interval.
+        bound: the region.
+        place: where the interval, or the trend, lies in relation to it.
+    """
+
+    estimate: str
+    bound: str
+    place: str
 
 
-def _p_values(parts):
-    return [part.p_holds for part in parts], [part.p_fails for part in parts]
+def in_words(part: Part) -> Words:
+    """A test's estimate and bound in words, for screens and pages alike.
 
-
-def _why(verdict, parts):
-    """What was found, in a sentence: of a failed claim only the parts that fail it."""
-    if verdict == NOT_TESTABLE:
-        said = list(dict.fromkeys(part.note for part in parts if not part.testable))
-    elif verdict == FAILS:
-        said = [_found(part) for part in parts if part.p_fails * len(parts) < statistics.ALPHA]
-    else:
-        said = [_found(part) for part in parts]
-        alone = statistics.intersection_union(*_p_values(parts))
-        if verdict == UNDECIDED and min(alone) < statistics.ALPHA:
-            said.append("not enough for a verdict after the correction for the number of claims")
-    sentence = "; ".join(said)
-    return f"{sentence[:1].upper()}{sentence[1:]}."
-
-
-def _found(part):
+    Example:
+        >>> " / ".join(in_words(Part("", "ratio", (0, 1), 0.9, 0.7, 1.2, 0.2, 1.0)))
+        '0.900 [0.700, 1.20] / below 1 / the interval reaches beyond 1'
+    """
     low, high = part.within
-    if part.measure == "trend":
-        value, bound = f"rank correlation {part.estimate:.2f}", "above 0"
+    has_low = low > (0 if part.measure == "ratio" else -INF)
+    has_high = high < INF
+    bound = f"within {number(low)} to {number(high)}" if has_low else f"below {number(high)}"
+    bound = bound if has_high else f"above {number(low)}"
+    estimate = Estimate(part.estimate, part.low, part.high).words("°" * (part.measure == "degrees"))
+    holds, fails = part.p_holds < ALPHA, part.p_fails < ALPHA
+    beyond = [number(low)] * (has_low and not part.low > low)
+    beyond += [number(high)] * (has_high and not part.high < high)
+    if not part.testable:
+        place = "not testable"
+    elif part.measure == "trend":
+        bound, estimate = "rises", f"rank correlation {estimate}"
+        place = "it rises" if holds else "it falls" if fails else "no clear trend"
+    elif holds:
+        place = f"the interval lies {bound}"
+    elif fails:
+        side = f"below {number(low)}" if part.high <= low else f"above {number(high)}"
+        place = f"the interval lies {side}"
+    elif beyond:
+        place = f"the interval reaches beyond {' and '.join(beyond)}"
     else:
-        unit = "°" if part.measure == "degrees" else ""
-        value = f"{part.estimate:.3g}{unit}{_interval(part.low, part.high)}"
-        value = "no estimate" if math.isnan(part.estimate) else value
-        bound = f"{low:.3g} to {high:.3g}"
-        bound = f"below {high:.3g}" if low in (0, -INF) else bound
-        bound = f"above {low:.3g}" if high == INF else bound
-    if part.p_holds < statistics.ALPHA:
-        place = "inside the bound"
-    else:
-        place = "outside the bound" if part.p_fails < statistics.ALPHA else "not clear of the bound"
+        place = "all runs are alike, and too few for a conclusion"
+    return Words(estimate, bound, place)
+
+
+def _said(part):
+    estimate, _, place = in_words(part)
     note = f" ({part.note})" if part.note else ""
-    return f"{part.label}: {value}, {place}, {bound}{note}"
+    return f"{part.label}: {estimate}, {place}{note}"
 
 
-def _interval(low, high):
-    open_low, open_high = low in (0, -INF), high == INF
-    if open_low and open_high:
-        return ""
-    if open_low or open_high:
-        return f" (95 %: at most {high:.3g})" if open_low else f" (95 %: at least {low:.3g})"
-    return f" (95 % interval {low:.3g} to {high:.3g})"
+def _sentence(words):
+    return f"{words[:1].upper()}{words[1:]}."

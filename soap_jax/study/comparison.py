@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from soap_jax.study import statistics, store
+from soap_jax.study import files, statistics, store
 from soap_jax.study.statistics import Estimate, Runs
 from soap_jax.study.store import KEYS, TABLES
 
 if TYPE_CHECKING:
     from soap_jax.study.claims import Claim, Finding, Test
 
+ORDER = ["learning_rate", "seed", "step"]
 Periods = tuple[int | None, int | None]
 """Of two methods that are compared; None is a method's smallest."""
 
@@ -89,10 +90,12 @@ class Comparison:
         self.methods: dict[str, dict[str, Any]] = self.record["methods"]
         self.kernels: list[str] = list(self.record["kernels"])
         self.hidden = self.kernels[:-1]
-        self.rates: tuple[float, ...] = tuple(self.protocol["learning_rates"])
+        extended = self.record.get("extended", [])
+        self.rates: tuple[float, ...] = tuple(sorted([*self.protocol["learning_rates"], *extended]))
         self.seeds: tuple[int, ...] = tuple(self.record["seeds"])
         self.runs, self.evaluations, self.losses = (
-            tables[name].sort_values(["learning_rate", "seed"], kind="stable") for name in TABLES
+            tables[name].sort_values([c for c in ORDER if c in tables[name]], kind="stable")
+            for name in TABLES
         )
         self._check()
         named = collections.Counter(method["reference"] for method in self.methods.values())
@@ -127,10 +130,18 @@ class Comparison:
 
         The one that chose the rates comes first.
         """
-        kinds = ([c for c in self.runs if c.startswith(k)] for k in ("test_", "validation_"))
-        found = next(filter(None, kinds), ["train_loss"])
+        columns = [
+            name for name in map(str, self.runs) if name.startswith(("test_", "validation_"))
+        ]
+        tests = [name for name in columns if name.startswith("test_")]
         chosen = self.protocol["select"].split("_", 1)[1]
-        return sorted(found, key=lambda column: not column.endswith(f"_{chosen}"))
+        found = tests or columns or ["train_loss"]
+        return sorted(found, key=lambda name: not name.endswith(f"_{chosen}"))
+
+    def different_starts(self, *methods: str) -> str:
+        """Says so if methods start from different params; else ""."""
+        starts = {self.methods.get(method, {}).get("init") or None for method in methods}
+        return "the methods start from different weights" if len(starts) > 1 else ""
 
     def base(self, table: pd.DataFrame) -> pd.DataFrame:
         """The rows of a table at each method's smallest period."""
@@ -164,8 +175,8 @@ class Comparison:
     def measured(self, column: str, method: str, rate: float, *, end: bool) -> np.ndarray:
         """A column of "evaluations" before training or at its end, `(seeds,)`; NaN if unknown."""
         rows = self.rows("evaluations", method, rate)
-        rows = rows.drop_duplicates("seed", keep="last" if end else "first")
-        return rows.get(column, pd.Series(np.nan, rows.index)).to_numpy(float)
+        rows = rows.drop_duplicates("seed", keep="last" if end else "first").set_index("seed")
+        return rows.reindex(index=self.seeds, columns=[column])[column].to_numpy(float)
 
     def grid(self, method: str, period: int | None = None, metric: str | None = None) -> Runs:
         """The runs of a method as arrays over learning rates and seeds.
@@ -176,8 +187,11 @@ class Comparison:
             metric: a column of "runs"; None compares the logarithms of steps to the target loss.
         """
         rows = self.rows("runs", method, None, period)
-        loss = "validation_loss" if "validation_loss" in rows else "train_loss"
-        columns = metric or "steps_to_target", "diverged", self.protocol["select"], loss
+        if metric and metric not in rows:
+            known = ", ".join(map(str, rows))
+            raise ValueError(f"metric is {metric!r}; expected a column of runs: {known}.")
+        data = "validation_loss" if "validation_loss" in rows else "train_loss"
+        columns = metric or "steps_to_target", "diverged", self.protocol["select"], data
         shape = len(self.rates), len(self.seeds)
         values, diverged, score, loss = (rows[c].to_numpy(float).reshape(shape) for c in columns)
         censored = (diverged > 0) | np.isnan(values)
@@ -261,6 +275,8 @@ class Comparison:
         else:
             mean = statistics.student(above.values[i] - below.values[j])
         censored = above.censored[i], below.censored[j]
+        if metric and np.any(censored):
+            raise NotTestable(f"{metric} of {a} or {b} is not known for every seed")
         mean = statistics.censor(mean, *censored)
         places = dict.fromkeys((*pair, rate) for pair, rate in zip(pairs, rates, strict=True))
         missing = [self.missing(method, rate, period) for method, period, rate in places]
@@ -319,6 +335,17 @@ class Comparison:
             rows.append(row | {"diverged": int(runs.diverged.sum()), "runs": runs.diverged.size})
         return pd.DataFrame(rows)
 
+    def params(
+        self, method: str, rate: float, seed: int, period: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """A run's final params by their paths, which `compare(keep_params=True)` kept."""
+        period = min(self.methods[method]["periods"]) if period is None else period
+        if self.path is None:
+            raise ValueError("the comparison has no directory; expected compare(out=...)")
+        run = store.Run(method, rate, seed, period)
+        with np.load(store.Store(self.path).params(run)) as arrays:
+            return dict(arrays)
+
     def judge(self, claims: Sequence[Claim | Test] | None = None) -> list[Finding]:
         """Judges claims, by default those stored when the study started.
 
@@ -331,41 +358,41 @@ class Comparison:
     def report(
         self, path: str | os.PathLike[str], claims: Sequence[Claim | Test] | None = None
     ) -> None:
-        """Writes report.html, figures and tables into a directory."""
+        """Writes the report.
+
+        Args:
+            path: of the page, such as "report.html", which needs no other file; or a directory, for
+                report.html, figures (SVG, PNG, PDF) and tables (CSV).
+            claims: as in `judge`.
+        """
         from soap_jax.study import report
 
-        report.write(self, self.judge(claims), path)
+        findings, path = self.judge(claims), pathlib.Path(path)
+        if path.suffix == ".html":
+            files.write_text(path, report.render(self, findings))
+        else:
+            report.write(self, findings, path)
 
     # Inside
 
     def _check(self):
         """That each run of the record is there, once."""
-        expected = pd.MultiIndex.from_tuples(
-            [
-                (method, rate, seed, period)
-                for method, of in self.methods.items()
-                for period in of["periods"]
-                for rate in self.rates
-                for seed in self.seeds
-            ],
-            names=KEYS,
-        )
-        for table in ("runs", "evaluations"):
-            found = pd.MultiIndex.from_frame(getattr(self, table)[KEYS])
-            twice = found[found.duplicated()] if table == "runs" else found[:0]
-            for said, runs in (
-                ("lacks", expected.difference(found)),
-                ("holds besides", found.unique().difference(expected)),
-                ("holds more than once", twice),
-            ):
-                if len(runs):
-                    first = ", ".join(f"{k} {v}" for k, v in zip(KEYS, runs[0], strict=True))
-                    raise ValueError(
-                        f'the table "{table}" {said} {len(runs)} runs (the first: {first}); '
-                        f"expected the record's {len(expected)}, every method at every period, "
-                        "learning rate and seed. Finish the study (the same command continues it), "
-                        "or run it again into a new directory."
-                    )
+        expected = {
+            (method, rate, seed, period)
+            for method, of in self.methods.items()
+            for period in of["periods"]
+            for rate in self.rates
+            for seed in self.seeds
+        }
+        found = list(self.runs[KEYS].itertuples(index=False, name=None))
+        if len(found) != len(expected) or set(found) != expected:
+            run = next(iter(expected.symmetric_difference(found)), found[0])
+            first = ", ".join(f"{key} {value}" for key, value in zip(KEYS, run, strict=True))
+            raise ValueError(
+                f"the tables hold {len(found)} runs; expected the record's {len(expected)}, every "
+                f"method at every period, learning rate and seed, once each (see {first}). Finish "
+                "the study (the same command continues it), or run it again into a new directory."
+            )
 
     def _leaders(self):
         """The methods by which the target loss and the shared rate are set."""
@@ -394,7 +421,7 @@ class Comparison:
     def _shared(self):
         rows = self.base(self.runs)
         rows = rows[rows["method"].isin(self._leaders())]
-        rows = rows[~rows["learning_rate"].isin(self.protocol.get("extended", []))]
+        rows = rows[~rows["learning_rate"].isin(self.record.get("extended", []))]
         arrived = ~rows["diverged"] & (2 * rows["steps_to_target"] <= self.protocol["steps"])
         reached = arrived.groupby(rows["learning_rate"]).all()
         if reached.any():
@@ -432,12 +459,12 @@ def _censoring(mean, censored, missing):
         bound = "a lower bound" if mean.has_low else "an upper bound"
     else:
         bound = "neither a lower nor an upper bound"
-    return f"{bound}: {missing or 'runs never arrived at rates that resamples chose'}"
+    return f"{bound}: {missing or 'runs were censored at rates that resamples chose'}"
 
 
 def _array(losses):
-    """`(runs, steps)`; NaN after the end of runs that stopped early."""
-    return pd.DataFrame(losses["train_loss"].tolist()).to_numpy(float)
+    """`(runs, steps)`."""
+    return np.array(losses["train_loss"].tolist(), float)
 
 
 def _named(name, *numbers):

@@ -1,131 +1,77 @@
-"""The causal diagram of raw sign sync, with the mediation's numbers on its arrows.
+"""The causal diagram of a method, with the mediation's numbers on its arrows.
 
-    raw sign sync ──> effective learning rate of the hidden layers ──> steps to the target loss
-          └─────────> direction of the error that reaches them ─────────────┘
+    method ──> effective learning rate of the hidden layers ──> steps to the target loss
+       └─────> direction of the error that reaches them ──────────────┘
 
-It is laid out once, on a plane narrow enough for a phone, and drawn from that for papers and pages.
+It is laid out once, on a plane narrow enough for a phone: arrows go straight down, and what is
+known of each stands on its outer side.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import html
 import math
 from typing import NamedTuple
 
 import numpy as np
 
-from soap_jax.study import charts, mediation, summary, views
-from soap_jax.study.config import StudyConfig
+from soap_jax.study import figures, mediation
+from soap_jax.study.comparison import Comparison
+from soap_jax.study.statistics import Estimate, number
 
-LINE = 18.0
+WIDTH, HEIGHT = 380, 430
+LINE = 17
 """From one line of words to the next."""
+BOXES = ((40, 8, 300, 56), (6, 156, 180, 56), (194, 156, 180, 56), (40, 366, 300, 56))
+"""Left, top, width and height of each box."""
+ARROWS = ((166, 64, 156, -1), (214, 64, 156, 1), (166, 212, 366, -1), (214, 212, 366, 1))
+"""Where each arrow is, starts and ends, and on which side its words stand."""
 
 
-class Box(NamedTuple):
-    """A box.
-
-    Attributes:
-        x: of its centre.
-        y: of its centre, downwards.
-        width: its width.
-        lines: its words; what stands between asterisks is strong.
-    """
-
-    x: float
-    y: float
-    width: float
-    lines: tuple[str, ...]
-
-    @property
-    def height(self) -> float:
-        """Room for every line."""
-        return 18 + LINE * len(self.lines)
-
-
-class Arrow(NamedTuple):
-    """An arrow.
-
-    Attributes:
-        start: where it starts, `(x, y)`.
-        end: where it points to.
-        label: where the first of its lines stands.
-        lines: what is known of it.
-        width: its width.
-    """
-
-    start: tuple[float, float]
-    end: tuple[float, float]
-    label: tuple[float, float]
-    lines: tuple[str, ...]
-    width: float
-
-    @property
-    def head(self) -> tuple[tuple[float, float], ...]:
-        """The corners of its head: the tip, a side, the base, where the line ends, a side."""
-        along = np.subtract(self.end, self.start)
-        along = along / np.hypot(*along)
-        across = np.array([-along[1], along[0]])
-        base = np.subtract(self.end, (9 + 1.5 * self.width) * along)
-        half = (3.5 + 1.1 * self.width) * across
-        corners = self.end, base + half, base, base - half
-        return tuple((round(float(x), 2), round(float(y), 2)) for x, y in corners)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Diagram:
+class Diagram(NamedTuple):
     """The causal diagram.
 
     Attributes:
         title: a few words.
-        boxes: what there is.
-        arrows: what acts on what.
+        svg: the drawing, in the colour of the text around it.
         caption: what is seen, and how the numbers are made.
-        alt: the diagram in words.
-        empty: in place of the diagram where there are no numbers, else empty.
-        name: of its file.
-        size: of the plane, `(width, height)`.
     """
 
     title: str
-    boxes: tuple[Box, ...] = ()
-    arrows: tuple[Arrow, ...] = ()
-    caption: str = ""
-    alt: str = ""
-    empty: str = ""
-    name: str = "mediation"
-    size: tuple[float, float] = (360, 402)
+    svg: str
+    caption: str
 
 
-def describe(config: StudyConfig, tables: views.Tables, effects: mediation.Mediation) -> Diagram:
+def describe(comparison: Comparison, effects: mediation.Mediation) -> Diagram | None:
     """What raw sign sync changes, and how much of its effect on speed goes through what.
 
     Args:
-        config: the study's configuration.
-        tables: the tidy tables "runs" and "evaluations".
+        comparison: what was trained.
         effects: the mediation.
+
+    Returns:
+        The diagram; None where the effect cannot be taken apart.
     """
-    title = "How raw sign sync acts on the steps to the target"
     if not effects.testable:
-        return Diagram(title=title, empty=f"The effect cannot be taken apart: {effects.note}.")
-    total, of_rate, of_direction = map(effects.effect, ("total", "rate", "direction"))
-    rates = {rate.method: rate for rate in effects.effective_rates}
-    amplified = charts.number(rates["sign"].start / rates["bp"].start)
-    size = charts.number(rates["bp_scaled_live"].start / rates["bp"].start)
-    turned = _angle_at_start(summary.base(config, tables["evaluations"]), effects.learning_rate)
-    target = f"{config.target_loss:g}"
+        return None
+    total, *paths = map(effects.effect, ("total", "rate", "direction"))
+    method, reference, control = (rate.method for rate in effects.effective_rates[:3])
+    start = {rate.method: rate.start for rate in effects.effective_rates}
+    amplified, size = (number(start[m] / start[reference]) for m in (method, control))
+    first = f"error_angle/{comparison.hidden[0]}"
+    turned = comparison.measured(first, method, effects.learning_rate, end=False).mean()
+    name = comparison.label(method)
+    target = f"{comparison.target_loss:.3g}"
     boxes = (
-        Box(180, 37, 190, ("*raw sign sync*", "in place of backprop")),
-        Box(84, 190, 162, ("effective learning rate", "of the hidden layers")),
-        Box(276, 190, 162, ("direction of the error", "that reaches them")),
-        Box(180, 354, 250, (f"steps to loss {target}", f"*in all {_factor(total)}*")),
+        (f"*{name}*", f"in place of {comparison.label(reference)}"),
+        ("effective learning rate", "of the hidden layers"),
+        ("direction of the error", "that reaches them"),
+        (f"steps to loss {target}", f"*in all {_factor(total)}*"),
     )
-    arrows = (
-        Arrow(
-            (140, 64), (94, 163), (58, 104), (f"× {amplified} (size × {size})", "at the start"), 1.5
-        ),
-        Arrow((220, 64), (266, 163), (302, 104), turned, 1.5),
-        Arrow((94, 217), (140, 327), (54, 256), _on_arrow(of_rate), _width(of_rate)),
-        Arrow((266, 217), (220, 327), (306, 256), _on_arrow(of_direction), _width(of_direction)),
+    words = (
+        (f"× {amplified}", f"(its size: × {size})", "at the start"),
+        (f"{turned:.0f}° off", "at the start") if math.isfinite(turned) else (),
+        *map(_on_arrow, paths),
     )
     orders = [
         f"{order}: {_factor(effects.effect('rate', order))} through the rate, "
@@ -135,47 +81,69 @@ def describe(config: StudyConfig, tables: views.Tables, effects: mediation.Media
     caption = (
         f"Factors on the steps to loss {target} at learning rate {effects.learning_rate:g} (below "
         "1 is faster), with 95 % intervals over paired seeds. The factors along the two paths "
-        "multiply to the whole; arrows are as wide as their shares of it. Backprop with its hidden "
-        "gradients amplified changes the rate alone, sign sync that keeps the norm the direction "
-        "alone. Numbers are averages over which of the two is changed first "
+        "multiply to the whole effect; arrows are as wide as their shares of it, on the log scale. "
+        "Backprop with its hidden gradients amplified changes the rate alone, sign sync that keeps "
+        "the norm the direction alone. Numbers are averages over which of the two is changed first "
         f"({'; '.join(orders)})."
     )
     if effects.note:
         caption += f" Note: {effects.note}."
-    alt = (
-        f"{title}: in all {_factor(total)}; through the effective learning rate of the hidden "
-        f"layers {', '.join(_on_arrow(of_rate))}; through the direction of the error "
-        f"{', '.join(_on_arrow(of_direction))}."
+    title = f"How {name} acts on the steps to the target"
+    widths = [1.5, 1.5, *(1.5 + 3.5 * _clipped(effect.share) for effect in paths)]
+    said = f"{title}. In all {_factor(total)}. " + ". ".join(
+        f"Through the {effect.path}: {', '.join(_on_arrow(effect))}" for effect in paths
     )
-    alt = alt.replace("*", "")
-    return Diagram(title=title, boxes=boxes, arrows=arrows, caption=caption, alt=alt)
+    svg = _draw(title, said.replace("*", ""), boxes, words, widths)
+    return Diagram(title, svg, caption)
 
 
-def _angle_at_start(evaluations, rate) -> tuple[str, ...]:
-    """How far raw signs turn the error that reaches the first hidden layer."""
-    column = "error_angle/Dense_0"
-    rows = evaluations[
-        (evaluations["method"] == "sign")
-        & (evaluations["learning_rate"] == rate)
-        & (evaluations["step"] == evaluations["step"].min())
-    ]
-    if column not in rows or rows[column].isna().any():
-        return ()
-    return (f"{rows[column].mean():.0f}° off", "at the start")
+def _draw(title, said, boxes, words, widths) -> str:
+    parts = []
+    for (x, start, end, side), lines, width in zip(ARROWS, words, widths, strict=True):
+        base, half = end - 9 - 1.5 * width, 3.5 + 1.1 * width
+        head = f"{x},{end} {x - half:g},{base:g} {x + half:g},{base:g}"
+        parts.append(
+            f'<path d="M{x},{start}V{base:g}" stroke="currentColor" stroke-width="{width:.2f}"/>'
+            f'<polygon points="{head}" fill="currentColor"/>'
+        )
+        middle = (start + base) / 2
+        parts += _words(x + 14 * side, middle, "end" if side < 0 else "start", lines)
+    for (x, y, width, height), lines in zip(BOXES, boxes, strict=True):
+        parts.append(
+            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{figures.GREY}" '
+            'fill-opacity="0.12" stroke="currentColor"/>'
+        )
+        parts += _words(x + width / 2, y + height / 2, "middle", lines)
+    return (
+        f'<svg class="diagram" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'role="img" font-family="sans-serif" font-size="13"><title>{html.escape(title)}</title>'
+        f"<desc>{html.escape(said)}</desc>{''.join(parts)}</svg>"
+    )
+
+
+def _words(x, middle, anchor, lines):
+    """Lines around a height; what stands between asterisks is strong."""
+    first = middle + 4.5 - LINE * (len(lines) - 1) / 2
+    for i, line in enumerate(lines):
+        weight = ' font-weight="bold"' * line.startswith("*")
+        yield (
+            f'<text x="{x:g}" y="{first + LINE * i:g}" text-anchor="{anchor}" fill="currentColor"'
+            f"{weight}>{html.escape(line.strip('*'))}</text>"
+        )
 
 
 def _factor(effect) -> str:
-    return f"× {charts.estimate(effect.ratio, effect.low, effect.high)}"
+    return f"× {Estimate(effect.ratio, effect.low, effect.high)}"
 
 
 def _on_arrow(effect) -> tuple[str, ...]:
-    factor, _, interval = _factor(effect).removeprefix("× ").partition(" ")
+    factor, _, interval = str(Estimate(effect.ratio, effect.low, effect.high)).partition(" ")
     lines = (f"*× {factor}*", interval or "no interval")
     if math.isnan(effect.share):
         return lines
-    return (*lines, f"{charts.number(round(100 * effect.share))} % of it")
+    return (*lines, f"{number(round(100 * effect.share))} % of the whole", "effect (log scale)")
 
 
-def _width(effect) -> float:
-    """As the share, from the width of an arrow that has none."""
-    return 1.5 + 3.5 * (0 if math.isnan(effect.share) else float(np.clip(effect.share, 0, 1)))
+def _clipped(share):
+    """A share as a width: none where it is not known."""
+    return 0.0 if math.isnan(share) else float(np.clip(share, 0, 1))

@@ -12,6 +12,7 @@ Steps are compared at the shared rate, seed by seed, and the logarithms of ratio
     direction first    log(sign / bp) = log(sign_norm / bp) + log(sign / sign_norm)
 
 The two orders differ by how rate and direction interact; the average of both is Shapley's.
+`bp_scaled`, with a factor fixed before training, is a check of how much that matters.
 
 References:
     VanderWeele, Explanation in Causal Inference, 2015, chapters 2 and 7.
@@ -21,80 +22,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
-from scipy import stats
 
-from soap_jax.study import contrasts, statistics
-from soap_jax.study.config import StudyConfig
-from soap_jax.study.paired import NotTestable, Study
+from soap_jax.study import statistics
+from soap_jax.study.comparison import Comparison, NotTestable, joined
 
-CORE = ("bp", "sign", "sign_norm", "bp_scaled_live")
-START = "bp_scaled"
-"""The control whose factor is fixed before training: a check of how much that matters."""
-
-
-class Contrast(NamedTuple):
-    """A part of the effect: a weighted sum of log steps.
-
-    Attributes:
-        order: which link is changed first; "total" for the whole.
-        path: "total", "rate" or "direction".
-        term: what VanderWeele calls it.
-        weights: of the methods' log steps.
-    """
-
-    order: str
-    path: str
-    term: str
-    weights: dict[str, float]
-
-
-CONTRASTS = (
-    Contrast("total", "total", "total effect", {"sign": 1, "bp": -1}),
-    Contrast("rate first", "rate", "pure natural indirect effect", {"bp_scaled_live": 1, "bp": -1}),
-    Contrast(
-        "rate first", "direction", "total natural direct effect", {"sign": 1, "bp_scaled_live": -1}
-    ),
-    Contrast(
-        "direction first", "direction", "pure natural direct effect", {"sign_norm": 1, "bp": -1}
-    ),
-    Contrast(
-        "direction first", "rate", "total natural indirect effect", {"sign": 1, "sign_norm": -1}
-    ),
-    Contrast(
-        "average",
-        "rate",
-        "mean of pure and total natural indirect effects",
-        {"bp_scaled_live": 0.5, "bp": -0.5, "sign": 0.5, "sign_norm": -0.5},
-    ),
-    Contrast(
-        "average",
-        "direction",
-        "mean of pure and total natural direct effects",
-        {"sign_norm": 0.5, "bp": -0.5, "sign": 0.5, "bp_scaled_live": -0.5},
-    ),
-    Contrast(
-        "rate first, fixed at the start",
-        "rate",
-        "pure natural indirect effect, factor fixed",
-        {START: 1, "bp": -1},
-    ),
-    Contrast(
-        "rate first, fixed at the start",
-        "direction",
-        "total natural direct effect, factor fixed",
-        {"sign": 1, START: -1},
-    ),
+_CONTRASTS: tuple[
+    tuple[Any, ...], ...
+] = (  # weights of log steps: of the whole effect, of none, of rate or direction alone
+    ("total", "total", "total effect", (1, -1, 0, 0)),
+    ("rate first", "rate", "pure natural indirect effect", (0, -1, 1, 0)),
+    ("rate first", "direction", "total natural direct effect", (1, 0, -1, 0)),
+    ("direction first", "direction", "pure natural direct effect", (0, -1, 0, 1)),
+    ("direction first", "rate", "total natural indirect effect", (1, 0, 0, -1)),
+    ("average", "rate", "mean natural indirect effect", (0.5, -0.5, 0.5, -0.5)),
+    ("average", "direction", "mean natural direct effect", (0.5, -0.5, -0.5, 0.5)),
 )
+_FIXED = "rate first, fixed at the start"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Effect:
+class Effect(NamedTuple):
     """A factor on the steps to the target loss, and its share of the total on the log scale.
 
     Attributes:
@@ -121,7 +71,7 @@ class Effect:
 
 
 class EffectiveRate(NamedTuple):
-    """Learning rate that counts in the first hidden layer, mean over seeds at the shared rate."""
+    """Learning rate that counts at the first hidden kernel, mean over seeds at the shared rate."""
 
     method: str
     start: float
@@ -150,7 +100,7 @@ class Mediation:
         """The effect along a path ("total", "rate" or "direction").
 
         Raises:
-            KeyError: if there is none: not testable, or `bp_scaled` is not in the study.
+            KeyError: if there is none: not testable, or `fixed` is not in the study.
         """
         order = "total" if path == "total" else order
         for effect in self.effects:
@@ -159,121 +109,92 @@ class Mediation:
         raise KeyError(f"no effect along {path!r} in the order {order!r}")
 
 
-def mediate(config: StudyConfig, tables: Mapping[str, pd.DataFrame]) -> Mediation:
-    """Takes the effect of raw sign sync apart.
+def mediate(
+    comparison: Comparison,
+    *,
+    method: str = "sign",
+    reference: str = "bp",
+    rate: str = "bp_scaled_live",
+    direction: str = "sign_norm",
+    fixed: str = "bp_scaled",
+) -> Mediation:
+    """Takes the effect of a method apart.
 
     Args:
-        config: the study's configuration.
-        tables: its tidy tables "runs" and "evaluations".
-
-    Raises:
-        ValueError: if the tables are not those of the configuration.
+        comparison: with the methods below.
+        method: what changes rate and direction.
+        reference: what changes neither.
+        rate: the control that changes the rate alone.
+        direction: the control that changes the direction alone.
+        fixed: the control whose factor is fixed at the start; it may be missing.
     """
-    study = Study(config, tables)
     try:
-        return _mediate(study)
+        return _mediate(comparison, [method, reference, rate, direction], fixed)
     except NotTestable as reason:
         return Mediation(testable=False, note=str(reason))
 
 
 def tabulate(mediation: Mediation) -> pd.DataFrame:
     """One row per effect; no rows where it is not testable."""
-    columns = [field.name for field in dataclasses.fields(Effect)]
-    return pd.DataFrame([dataclasses.asdict(e) for e in mediation.effects], columns=columns)
+    return pd.DataFrame(mediation.effects, columns=Effect._fields)
 
 
-def fieller(part: ArrayLike, whole: ArrayLike) -> tuple[float, float, float]:
-    """Ratio of two paired means with Fieller's 95 % interval, `(ratio, low, high)`.
-
-    The interval holds each ρ for which the mean of part - ρ whole is not significantly other than
-    zero. Where the mean of the whole itself is not, that set is unbounded: NaN bounds.
-
-    Example:
-        >>> ratio, low, high = fieller([1.0, 1.2, 0.9], [2.0, 2.2, 2.0])
-        >>> round(ratio, 3), round(low, 3), round(high, 3)
-        (0.5, 0.363, 0.608)
-
-    References:
-        Fieller, Some problems in interval estimation, 1954.
-    """
-    a, b = np.asarray(part, float), np.asarray(whole, float)
-    mean_a, mean_b = a.mean(), b.mean()
-    if abs(mean_b) <= statistics.TINY:
-        return math.nan, math.nan, math.nan
-    ratio = float(mean_a / mean_b)
-    quantile = stats.t.ppf(1 - statistics.ALPHA / 2, a.size - 1)
-    aa, ab, _, bb = (quantile**2 * np.cov(a, b) / a.size).flat
-    # (mean_a - ρ mean_b)² ≤ aa - 2 ρ ab + ρ² bb, which is square ρ² - 2 half ρ + rest ≤ 0
-    square, half, rest = mean_b**2 - bb, mean_a * mean_b - ab, mean_a**2 - aa
-    if square <= 0:
-        return ratio, math.nan, math.nan
-    root = math.sqrt(max(half**2 - square * rest, 0.0))
-    return ratio, float((half - root) / square), float((half + root) / square)
-
-
-def _mediate(study):
-    study.require()
-    if study.config.init != "matched":
-        raise NotTestable(contrasts.DIFFERENT_STARTS)
-    rate = study.shared_rate()
-    runs = {method: study.runs(method) for method in CORE}
-    if START in study.config.methods:
-        runs[START] = study.runs(START)
-    many = [m for m in runs if statistics.too_many(runs[m].censored[rate])]
-    notes = [contrasts.missing(of_method, rate) for of_method in runs.values()]
-    if set(many) - {START}:
-        raise NotTestable(
-            "more than a tenth of a method's runs are censored: " + "; ".join(filter(None, notes))
-        )
+def _mediate(comparison, core, fixed):
+    if (optimizer := comparison.protocol["optimizer"]) != "sgd":
+        raise NotTestable(f"the optimizer is {optimizer}: the diagram is about SGD")
+    if len(comparison.seeds) < 2:
+        raise NotTestable("one seed has no spread: at least 2 are needed")
+    methods = core + [fixed] * (fixed in comparison.methods)
+    grids = [comparison.grid(method) for method in methods]
+    if why := comparison.different_starts(*methods):
+        raise NotTestable(why)
+    rate = comparison.rate(core[1], "shared")
+    i = comparison.rates.index(rate)
+    logs, flags = (np.stack([getattr(g, f)[i] for g in grids]) for f in ("values", "censored"))
+    many = [method for method, of in zip(methods, flags, strict=True) if statistics.too_many(of)]
+    notes = [comparison.missing(method, rate) for method in methods]
+    if set(many) - {fixed}:
+        raise NotTestable(f"more than a tenth of a method's runs are censored: {joined(*notes)}")
+    effects = [_effect(contrast, logs[:4], flags[:4]) for contrast in _CONTRASTS]
     if many:
-        runs.pop(START)
-        notes.append(f"so nothing is said of {START}")
-    effects = tuple(_effect(c, runs, rate) for c in CONTRASTS if c.weights.keys() <= runs.keys())
-    if any(of_method.censored[rate].any() for of_method in runs.values()):
+        flags = flags[:4]
+        notes.append(f"so nothing is said of {fixed}")
+    elif fixed in methods:
+        check = [0, 1, 4, 3]
+        fixed_first = [(_FIXED, *c[1:]) for c in _CONTRASTS if c[0] == "rate first"]
+        effects += [_effect(contrast, logs[check], flags[check]) for contrast in fixed_first]
+    if flags.any():
         notes.append("effects with censored runs are bounds, without shares")
-    elif np.isnan(effects[0].share_low):
+    elif math.isnan(effects[0].share_low):
         notes.append("the total effect is not clearly other than none: shares have no interval")
-    column = "effective_learning_rate/Dense_0"
+    column = f"effective_learning_rate/{comparison.hidden[0]}"
+    effective = [
+        [comparison.measured(column, method, rate, end=end).mean() for end in (False, True)]
+        for method in methods
+    ]
     return Mediation(
         testable=True,
-        note="; ".join(filter(None, notes)),
-        learning_rate=study.config.learning_rates[rate],
-        effects=effects,
+        note=joined(*notes),
+        learning_rate=rate,
+        effects=tuple(effects),
         effective_rates=tuple(
-            EffectiveRate(
-                method,
-                *(
-                    float(study.measured(column, method, rate, end=end).mean())
-                    for end in (False, True)
-                ),
-            )
-            for method in (*CORE, START)
-            if method in study.config.methods
+            EffectiveRate(method, float(start), float(end))
+            for method, (start, end) in zip(methods, effective, strict=True)
         ),
     )
 
 
-def _effect(contrast, runs, rate):
-    logs = {method: np.log(of_method.steps[rate]) for method, of_method in runs.items()}
-    whole = logs["sign"] - logs["bp"]
-    part = sum(weight * logs[method] for method, weight in contrast.weights.items())
-    censored = {method: runs[method].censored[rate].any() for method in runs}
-    above, below = (
-        any(censored[m] for m, weight in contrast.weights.items() if sign * weight > 0)
-        for sign in (1, -1)
-    )
+def _effect(contrast, logs, flags):
+    """One effect; a censored run leaves the side open on which its steps might be more."""
+    *names, weights = contrast
+    lost = flags.any(axis=1)
+    above, below = (bool(np.any(lost & (np.multiply(s, weights) > 0))) for s in (1, -1))
+    part = weights @ logs
     mean = dataclasses.replace(statistics.student(part), has_low=not below, has_high=not above)
-    known = not (above or below or censored["sign"])
-    share = fieller(part, whole) if known else (math.nan,) * 3
-    result = mean.judge_ratio((0.0, math.inf))
-    return Effect(
-        order=contrast.order,
-        path=contrast.path,
-        term=contrast.term,
-        ratio=math.nan if above and below else result.estimate,
-        low=result.low,
-        high=result.high,
-        share=share[0],
-        share_low=share[1],
-        share_high=share[2],
-    )
+    ratio, *ends = mean.judge_ratio()[:3]
+    share = statistics.fieller(part, logs[0] - logs[1])
+    shares = [share.estimate, *share.interval]
+    if above or below or lost[:2].any():
+        shares = [math.nan] * 3
+    ratio = math.nan if above and below else ratio
+    return Effect(*names, ratio, *ends, *shares)

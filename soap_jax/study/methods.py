@@ -108,7 +108,7 @@ class Method:
         """
         if not self.synced:
             return (0,)
-        return tuple(swept) if swept and self.swept else (int(self.rule.period),)  # type: ignore[union-attr]
+        return tuple(swept) if swept and self.swept else (int(self.rule.period),)  # type: ignore
 
     def describe(self) -> str:
         """Its feedback in words that can be compared.

@@ -6,38 +6,30 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import inspect
 import math
 import os
 import pathlib
-import platform
-import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jax.extend import core
 
-import soap_jax
-from soap_jax import grids, sweeps, trees
-from soap_jax.study import circumstances, comparison, files, statistics, store, trial
+from soap_jax import grids, sweeps
+from soap_jax.study import checks, circumstances, comparison, files, loops, statistics, store, trial
 from soap_jax.study import methods as registry
+from soap_jax.study.claims import Claim, Test, as_claims
 from soap_jax.study.methods import Method
 from soap_jax.tasks import Task
 
-if TYPE_CHECKING:
-    from soap_jax.study.claims import Claim, Test
-
 MAX_RUNS = 10**6
 """The most runs of a comparison; each of them is known by name from the start."""
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 OnProgress = Callable[[str, int | None, int, int, int], None]
 """Called as `(method, done, in all of this method, done of all methods, in all)`; before
@@ -60,7 +52,9 @@ def compare(
     target_loss: float | None = None,
     select: str | None = None,
     maximise: bool = False,
+    extend: int = 0,
     claims: Sequence[Claim | Test] = (),
+    keep_params: bool = False,
     out: str | os.PathLike[str] | None = None,
     chunk_size: int | None = None,
     memory_limit: float | None = None,
@@ -98,7 +92,11 @@ def compare(
         select: the column by which each method's learning rate is chosen, at the end of training:
             by default "validation_loss", without validation data "train_loss".
         maximise: whether the largest value of it is best.
+        extend: at most so many more rates on a side where some method's best rate lies at the edge
+            of a grid of three rates or more, each for all methods; none beyond a rate at which some
+            run diverged. They set neither the target nor the shared rate.
         claims: what the comparison is to test; their bounds are stored before the first run.
+        keep_params: whether `out` also keeps each run's final params, for `Comparison.params`.
         out: a directory. The comparison then survives a kill and goes on when the same call is
             repeated, and methods and seeds may be added to it.
         chunk_size: at most so many runs per device at once.
@@ -143,20 +141,21 @@ def compare(
     _check_select(task, select)
     if target_loss is not None and not 0 < target_loss < float("inf"):
         raise ValueError(f"target_loss is {target_loss}; expected a positive number.")
-    points = {
-        name: [
-            point._replace(period=period)
-            for period in method.periods(periods)
-            for point in sweeps.grid(seeds=list(seeds), learning_rates=learning_rates)
-        ]
-        for name, method in chosen.items()
-    }
-    if sum(map(len, points.values())) > MAX_RUNS:
+    periods_of = {name: method.periods(periods) for name, method in chosen.items()}
+
+    def points(rates):
+        grid = sweeps.grid(seeds=list(seeds), learning_rates=rates)
+        return {
+            name: [point._replace(period=period) for period in of_method for point in grid]
+            for name, of_method in periods_of.items()
+        }
+
+    if (num := sum(map(len, points(learning_rates).values()))) > MAX_RUNS:
         raise ValueError(
-            f"methods, learning_rates, seeds and periods make {sum(map(len, points.values()))} "
-            f"runs; expected at most {MAX_RUNS}."
+            f"methods, learning_rates, seeds and periods make {num} runs; expected at most "
+            f"{MAX_RUNS}."
         )
-    layers = _check_task(task, batch_size)
+    layers = checks.check(task, batch_size)
     settings = {
         "optimizer": optimizer,
         "batch_size": batch_size,
@@ -164,7 +163,7 @@ def compare(
         "evaluations": evaluations,
         "eval_batch_size": eval_batch_size,
     }
-    programs = _programs(task, chosen, layers, settings)
+    programs = _programs(task, chosen, layers, settings, keep_params)
     facts = {
         "format": store.FORMAT,
         "title": "comparison",
@@ -176,45 +175,73 @@ def compare(
             "target_loss": target_loss,
             "select": select,
             "maximise": maximise,
-            "task": _fingerprint(task, batch_size),
+            "task": checks.fingerprint(task, batch_size),
         },
         "seeds": list(seeds),
-        "methods": _described(chosen, periods),
+        "methods": _described(chosen, periods_of),
+        "extended": [],
         "kernels": ["/".join(path) for path in layers.kernels],
         "examples": task.examples,
         "window": statistics.WINDOW,
-        "claims": [claim.to_dict() for claim in claims],
+        "claims": [claim.to_dict() for claim in as_claims(claims)],
         "config": None,
         "command": None,
         "loops": {name: "python" if p.stepwise else "scan" for name, (p, _) in programs.items()},
-        **provenance(),
+        **circumstances.provenance(),
         **(record or {}),
     }
     _check_alike(facts)
-    run = functools.partial(
-        _train, task, programs, points, chunk_size, memory_limit, on_progress or (lambda *args: None)
-    )
-    if jax.process_index() != 0:
-        run(None)
-        return None
+    if out is None and keep_params:
+        raise ValueError("keep_params is True, but out is None; expected a directory for them.")
     with contextlib.ExitStack() as stack:
-        path = pathlib.Path(out or stack.enter_context(tempfile.TemporaryDirectory()))
-        stack.enter_context(files.locked(path))
-        into = store.Store(path)
-        into.begin(facts, [store.Run(name, *p[1::-1], p.period) for name, m in points.items() for p in m])
-        start = time.perf_counter()
-        run(into)
-
-        def complete(tables):
-            view = comparison.Comparison(into.record, tables)
-            target = None if math.isnan(view.target_loss) else view.target_loss
-            facts = {"target_loss": target, "seconds": round(time.perf_counter() - start, 1)}
-            return tables | {"runs": view.runs}, facts
-
-        into.finish(complete)
-        found = comparison.load(path)
+        into, path = None, None
+        if jax.process_index() == 0:
+            path = pathlib.Path(out or stack.enter_context(tempfile.TemporaryDirectory()))
+            stack.enter_context(files.locked(path))
+            into = store.Store(path)
+            facts["extended"] = into.record.get("extended", [])
+        while True:
+            rates = _everywhere([*learning_rates, *facts["extended"]])
+            mine = points(rates)
+            if into:
+                into.begin(facts, [_run(name, p) for name, of in mine.items() for p in of])
+            start = time.perf_counter()
+            _train(task, programs, mine, chunk_size, memory_limit, on_progress, into)
+            more = []
+            if into:
+                into.finish(functools.partial(_completed, into.record, start))
+                found = comparison.load(into.path)
+                more = _beyond(found, extend)
+            if not _everywhere([float(len(more))])[0]:
+                break
+            facts["extended"] = _everywhere([*facts["extended"], *more])
+    if into is None:
+        return None
     found.path = None if out is None else path
     return found
+
+
+def _completed(record, start, tables):
+    """The tables with steps to the target, which only all of them tell, and the target."""
+    view = comparison.Comparison(record, tables)
+    target = None if math.isnan(view.target_loss) else view.target_loss
+    facts = {"target_loss": target, "seconds": round(time.perf_counter() - start, 1)}
+    return tables | {"runs": view.runs}, facts
+
+
+def _beyond(found: comparison.Comparison, extend: int) -> list[float]:
+    """The rates to add: beyond an edge where some method is best and no run diverged."""
+    base, rates = found.protocol["learning_rates"], found.rates
+    if len(base) < 3 or not extend:
+        return []
+    best = [found.best_rate(m, t) for m, of in found.methods.items() for t in of["periods"]]
+    more = []
+    for edge, neighbour, sign in ((rates[0], rates[1], -1), (rates[-1], rates[-2], 1)):
+        added = sum(sign * (rate - base[0 if sign < 0 else -1]) > 0 for rate in rates)
+        diverged = found.runs["diverged"][found.runs["learning_rate"] == edge].any()
+        if edge in best and added < extend and not diverged:
+            more.append(float(f"{edge * edge / neighbour:.3g}"))
+    return more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +259,7 @@ class Program:
     stepwise: bool
 
 
-def _programs(task, chosen, layers, settings) -> dict[str, tuple[Program, int]]:
+def _programs(task, chosen, layers, settings, keep_params) -> dict[str, tuple[Program, int]]:
     """The program of each method, and its index in it, traced to see that all of it works.
 
     Which methods share one is fixed by the registry, not by who else takes part: so no result
@@ -253,14 +280,16 @@ def _programs(task, chosen, layers, settings) -> dict[str, tuple[Program, int]]:
             members, key = {None: method}, None
         program_key = name if key is None else tuple(map(id, like.values()))
         if program_key not in made:
-            made[program_key] = _program(task, name, tuple(members.values()), layers, settings)
+            made[program_key] = _program(
+                task, name, tuple(members.values()), layers, settings, keep_params
+            )
         found[name] = made[program_key], list(members).index(key)
     return found
 
 
-def _program(task, name, members, layers, settings) -> Program:
-    of_method = trial.make(task, members, layers, **settings)
-    run = trial.scanned(of_method)
+def _program(task, name, members, layers, settings, keep_params) -> Program:
+    of_method = trial.make(task, members, layers, keep_params=keep_params, **settings)
+    run = loops.scanned(of_method)
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     args = scalar, jax.ShapeDtypeStruct((), jnp.float32), scalar, scalar, trial.data_of(task)
     try:
@@ -269,39 +298,26 @@ def _program(task, name, members, layers, settings) -> Program:
         raise ValueError(
             f"the method {name!r} does not fit the task: {type(error).__name__}: {error}"
         ) from error
-    stepwise = jax.devices()[0].platform == "cpu" and _convolves(jaxpr.jaxpr)
+    stepwise = jax.devices()[0].platform == "cpu" and loops.convolves(jaxpr.jaxpr)
     return Program(of_method, run, stepwise)
-
-
-def _convolves(jaxpr) -> bool:
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "conv_general_dilated":
-            return True
-        for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(part) and _convolves(getattr(part, "jaxpr", part)):
-                return True
-    return False
-
-
-def _is_jaxpr(value) -> bool:
-    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
 
 
 def _train(task, programs, points, chunk_size, memory_limit, on_progress, into):
     """Trains every run that is not done yet; each part is kept as soon as it is there."""
     known = into.done() if into else set()
     finished = {
-        name: _same_everywhere([store.Run(name, p.learning_rate, p.seed, p.period) in known for p in mine])
+        name: _everywhere([float(_run(name, point) in known) for point in mine])
         for name, mine in points.items()
     }
     total = sum(map(len, points.values()))
     data = trial.data_of(task)
     for name, (program, index) in programs.items():
         mine = points[name]
-        before = sum(map(sum, finished.values())) - sum(finished[name])
+        before = int(sum(map(sum, finished.values())) - sum(finished[name]))
 
         def progress(done, in_all, name=name, before=before):
-            on_progress(name, done, in_all, before + (done or 0), total)
+            if on_progress:
+                on_progress(name, done, in_all, before + (done or 0), total)
 
         progress(None, len(mine))
         keywords = {
@@ -311,88 +327,17 @@ def _train(task, programs, points, chunk_size, memory_limit, on_progress, into):
             "on_progress": progress,
         }
         if program.stepwise:
-            parts = stepwise(program.trial, mine, **keywords)
+            parts = loops.stepwise(program.trial, mine, **keywords)
         else:
             parts = sweeps.iterate(program.run, mine, memory_limit=memory_limit, **keywords)
         for part in parts:
             if into:
-                runs = [
-                    store.Run(name, mine[i].learning_rate, mine[i].seed, mine[i].period)
-                    for i in part.indices
-                ]
-                into.add(runs, part.results)
-        finished[name] = [True] * len(mine)
+                into.add([_run(name, mine[i]) for i in part.indices], part.results)
+        finished[name] = [1.0] * len(mine)
 
 
-def stepwise(
-    of_method: trial.Trial,
-    points: Sequence[sweeps.Point],
-    *,
-    args: tuple,
-    done: Sequence[int] = (),
-    chunk_size: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Iterator[sweeps.Part]:
-    """As `soap_jax.sweeps.iterate` of `trial.scanned`, step by step from Python, runs as a batch.
-
-    Args:
-        of_method: the training.
-        points: the runs.
-        args: the method's index and the data.
-        done: runs not to do again.
-        chunk_size: at most so many runs at once; by default 10.
-        on_progress: as there.
-
-    Yields:
-        As there.
-    """
-    index, data = args
-    init = jax.jit(jax.vmap(of_method.init, (0, 0, None, None, None)))
-    step = jax.jit(jax.vmap(of_method.step, (0, 0, 0, None, None, None)), donate_argnums=0)
-    measure = jax.jit(jax.vmap(of_method.measure, (0, 0, 0, None, None)))
-    test = jax.jit(jax.vmap(of_method.test, (0, None)))
-    every = of_method.steps // of_method.marks
-    finished, done = len(done), set(done)
-    if on_progress:
-        on_progress(finished, len(points))
-    for indices in sweeps.calls_of(points, 1, chunk_size or 10)[0]:
-        mine = [i for i in indices if i not in done]
-        if not mine:
-            continue
-        seeds = jnp.array([points[i].seed for i in indices], jnp.int32)
-        rates = jnp.array([points[i].learning_rate for i in indices], jnp.float32)
-        state, plan = init(seeds, rates, jnp.int32(points[indices[0]].period), index, data)
-        rows, losses = [measure(state, plan, rates, index, data)], []
-        for i in range(of_method.steps):
-            state, loss = step(state, plan, rates, index, data, jnp.int32(i))
-            losses.append(loss)
-            if (i + 1) % every == 0:
-                rows.append(measure(state, plan, rates, index, data))
-        results = {
-            "train_loss": np.stack(losses, axis=1).astype(np.float32),
-            "evaluations": jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *rows),
-            "test": jax.device_get(test(state, data)),
-        }
-        results = _until_broken(results, every)
-        keep = np.array([k for k, i in enumerate(indices) if i not in done])
-        finished += len(mine)
-        if on_progress:
-            on_progress(finished, len(points))
-        yield sweeps.Part(mine, jax.tree.map(lambda leaf, keep=keep: leaf[keep], results))
-
-
-def _until_broken(results, every):
-    """NaN in place of all that follows the segment in which a loss was not finite."""
-    losses = results["train_loss"]
-    runs, steps = losses.shape
-    whole = np.isfinite(losses).reshape(runs, steps // every, every).all(axis=2)
-    alive = np.concatenate([np.ones((runs, 1), bool), np.logical_and.accumulate(whole, 1)], 1)
-    started = np.repeat(alive[:, :-1], every, axis=1)
-    return {
-        "train_loss": np.where(started, losses, np.nan).astype(np.float32),
-        "evaluations": {k: np.where(alive, v, np.nan) for k, v in results["evaluations"].items()},
-        "test": {k: np.where(alive[:, -1], v, np.nan) for k, v in results["test"].items()},
-    }
+def _run(name, point) -> store.Run:
+    return store.Run(name, point.learning_rate, point.seed, point.period)
 
 
 def _steps(task, steps, epochs, batch_size) -> tuple[int, int]:
@@ -422,113 +367,7 @@ def _check_select(task, select):
         raise ValueError(f"select is {select!r}; expected one of {', '.join(columns)}.")
 
 
-def _check_task(task, batch_size) -> trial.Layers:
-    """Tries the task's functions with one seed, and finds its kernels."""
-    key = jax.random.key(0)
-    params = task.init(key)
-    state = task.init_state and task.init_state(key)
-    if task.generated:
-        batch = task.train(key)
-    else:
-        batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[:batch_size]), task.train)
-    _check_device(task)
-    fun = trial.loss_of(task)
-    args = params, state, batch, key
-    loss, _ = jax.eval_shape(fun, *args)
-    if getattr(loss, "shape", None) != () or not jnp.issubdtype(loss.dtype, jnp.floating):
-        raise ValueError(
-            f"the loss is {loss}; expected a floating-point scalar, the mean over the batch."
-        )
-    jaxpr = jax.make_jaxpr(fun)(*args).jaxpr
-    first, second = fun(*args)[0], fun(*args)[0]
-    if not np.isfinite(first):
-        raise ValueError(
-            f"the loss is {first} before the first update; expected a finite number. Look at init "
-            "and at the scale of the data."
-        )
-    used = {var for eqn in jaxpr.eqns for var in eqn.invars if not isinstance(var, core.Literal)}
-    leaves = len(jax.tree.leaves((params, state)))
-    of_batch = jaxpr.invars[leaves : leaves + len(jax.tree.leaves(batch))]
-    if first != second or _text(fun, args) != _text(fun, args):
-        raise ValueError(
-            "the loss depends on more than its arguments: two calls with the same ones differ. "
-            "Expected a pure function; draw from the key of a task with init_state."
-        )
-    if not used.intersection(of_batch):
-        raise ValueError(
-            "the loss does not use its batch; expected loss(params, batch). What it closes over is "
-            "constant to it: pass the examples as train."
-        )
-    given = args[:1] + args[2:3] if task.init_state is None else args[:3]
-    for name, metric in task.metrics.items():
-        try:
-            value = jax.eval_shape(metric, *given)
-        except Exception as error:
-            raise ValueError(
-                f"the metric {name!r} raises {type(error).__name__}: {error}"
-            ) from error
-        if getattr(value, "shape", None) != ():
-            raise ValueError(f"the metric {name!r} is {value}; expected a scalar.")
-    return trial.layers_of(task, params, state, batch)
-
-
-def _check_device(task):
-    """Raises ValueError if the task's arrays have no room on a device."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    limit = stats.get("bytes_limit")
-    size = sum(
-        leaf.nbytes for part in task.examples for leaf in jax.tree.leaves(getattr(task, part))
-    )
-    if limit is not None and size > limit:
-        raise ValueError(
-            f"the task's arrays have {size} bytes, and the device has room for {limit}; expected "
-            "data that stay on the device. Store them in a narrower dtype, or fewer of them."
-        )
-
-
-def _fingerprint(task, batch_size) -> dict[str, Any]:
-    """What tells a task from another one."""
-    key = jax.random.key(0)
-    params = jax.eval_shape(task.init, key)
-    state = task.init_state and jax.eval_shape(task.init_state, key)
-    batch = jax.eval_shape(task.train, key) if task.generated else _types(task.train, batch_size)
-    text = _text(trial.loss_of(task), (params, state, batch, key))
-    return {
-        "loss": hashlib.sha256(text.encode()).hexdigest(),
-        "params": {
-            "/".join(trees.path_of(k)): f"{leaf.dtype}{list(leaf.shape)}"
-            for k, leaf in jax.tree_util.tree_leaves_with_path(params)
-        },
-        "metrics": list(task.metrics),
-        "data": {part: _digest(getattr(task, part)) for part in task.examples},
-    }
-
-
-def _types(part, batch_size):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), part)
-
-
-def _text(fun, args) -> str:
-    """A function as its jaxpr, with the values that it closes over, without addresses."""
-    closed = jax.make_jaxpr(lambda *args: fun(*args))(*args)  # noqa: PLW0108: not from a cache
-    consts = " ".join(_digest(const) for const in closed.consts)
-    return re.sub(r"0x[0-9a-f]+", "", f"{closed.jaxpr} {consts}")
-
-
-def _digest(tree) -> str:
-    found = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
-        found.update(f"{array.dtype}{array.shape}".encode())
-        found.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return found.hexdigest()
-
-
-def _is_key(leaf) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _described(chosen, periods) -> dict[str, dict[str, Any]]:
+def _described(chosen, periods_of) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "label": method.label or name,
@@ -538,7 +377,8 @@ def _described(chosen, periods) -> dict[str, dict[str, Any]]:
             "paper": method.paper,
             "description": method.describe(),
             "exact": method.exact,
-            "periods": list(method.periods(periods)),
+            "init": method.init and _name(method.init),
+            "periods": list(periods_of[name]),
         }
         for name, method in chosen.items()
     }
@@ -556,32 +396,6 @@ def _name(optimizer) -> str:
     return name
 
 
-def provenance() -> dict[str, Any]:
-    """The versions, device and settings that results come from."""
-    devices = jax.devices()
-    return {
-        "versions": {"soap_jax": soap_jax.__version__, "python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
-        "device": {
-            "kind": devices[0].device_kind,
-            "platform": devices[0].platform,
-            "count": len(devices),
-            "processes": jax.process_count(),
-            "machine": platform.machine(),
-            "processor": _processor(),
-        },
-        "settings": circumstances.settings(),
-    }
-
-
-def _processor() -> str:
-    """The model of the CPU, as far as the system tells."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def _check_alike(facts):
     """Raises ValueError, in every process, if they were not all started alike."""
     known = {name: facts[name] for name in ("protocol", "seeds", "methods", "versions", "settings")}
@@ -596,6 +410,10 @@ def _check_alike(facts):
         ) from None
 
 
-def _same_everywhere(flags: list[bool]) -> list[bool]:
-    """What the first process knows to be done, in every process."""
-    return np.asarray(multihost_utils.broadcast_one_to_all(np.array(flags))).tolist()
+def _everywhere(numbers: list[float]) -> list[float]:
+    """What the first process says, in every process."""
+    if jax.process_count() == 1:
+        return numbers
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
+    mine = np.resize(np.array([*numbers, 0.0], np.float64), size).view(np.uint32)  # x64 is off
+    return multihost_utils.broadcast_one_to_all(mine).view(np.float64).tolist()

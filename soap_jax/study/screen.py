@@ -1,160 +1,164 @@
-"""What the command line shows of a study: tables with the words below them, and progress."""
+"""What the command line shows of a comparison: tables with their notes, and progress."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import pandas as pd
 from rich import box, progress
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from soap_jax.study import claims
-from soap_jax.study.config import METHODS, StudyConfig
+from soap_jax.study import claims, statistics
+from soap_jax.study.comparison import Comparison
+from soap_jax.study.statistics import Estimate, number
 
 
-def summary_table(config: StudyConfig, summary: pd.DataFrame) -> Table:
-    """The table of methods.
-
-    Args:
-        config: the study's configuration.
-        summary: from `soap_jax.study.summary.summarise`, at base periods.
-    """
-    table = _table(f"{config.dataset}, {config.seeds} seeds, 95 % intervals")
-    table.add_column("method", no_wrap=True)
-    target = f"{config.target_loss:g}"
-    titles = ("best\nrate", "test\naccuracy %", f"steps\nto {target}", "ratio\nto bp")
-    for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
-    if summary["diverged"].any():
-        table.add_column("diverged", justify="right", no_wrap=True)
-    for _, row in summary.iterrows():
-        cells = [METHODS[row["method"]], _rate(row), _accuracy(row), _steps(row), _ratio(row)]
-        if summary["diverged"].any():
-            cells.append(f"{row['diverged']} of {row['runs']}")
-        table.add_row(*cells)
+def summary_table(comparison: Comparison) -> Table:
+    """The table of methods at their smallest periods."""
+    title = f"{comparison.record['title']}, {len(comparison.seeds)} seeds, 95 % intervals"
+    columns, rows = summary_cells(comparison, full=False)
+    table = _table(title, summary_notes(comparison, full=False))
+    for i, column in enumerate(columns):
+        head = "\n".join(textwrap.wrap(column, 8))
+        table.add_column(head, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
-def summary_notes(config: StudyConfig, summary: pd.DataFrame) -> str:
+def summary_cells(comparison: Comparison, *, full: bool) -> tuple[list[str], list[list[str]]]:
+    """The table of methods, in words: its head and its rows.
+
+    Args:
+        comparison: what was trained.
+        full: whether to show every period and metric, and the fewest steps at any rate.
+    """
+    table = comparison.summary()
+    metrics = comparison.metrics if full else comparison.metrics[:1]
+    several = full and bool((table["period"] > 0).any())
+    diverged = full or bool(table["diverged"].any())
+    columns = ["method"] + ["period"] * several + ["best rate"]
+    columns += [metric.replace("_", " ") + " %" * _is_share(metric) for metric in metrics]
+    columns += [f"steps to {comparison.target_loss:.3g}", "ratio"]
+    columns += ["fewest steps"] * full + ["diverged"] * diverged
+    rows = []
+    for row in (table if full else comparison.base(table)).to_dict("records"):
+        censored = "> " * bool(row["censored"])
+        steps, ratio, fewest = row["steps_to_target"], _estimate(row, "ratio"), row["fewest_steps"]
+        is_reference = comparison.methods[row["method"]]["reference"] == row["method"]
+        said = [comparison.label(row["method"])] + [str(row["period"] or "–")] * several
+        said.append(number(row["best_rate"]) + "*" * bool(row["best_rate_at_edge"]))
+        for metric in metrics:
+            found = _estimate(row, metric, 100 if _is_share(metric) else 1)
+            half = found.high - found.value
+            short = number(found.value) + f" ± {half:.2g}" * math.isfinite(half)
+            said.append(str(found) if full else short)
+        said.append("–" if math.isnan(steps) else censored + number(steps))
+        is_one = is_reference and not math.isnan(steps)
+        said.append("1" if is_one else "–" if math.isnan(ratio.value) else censored + str(ratio))
+        if full:
+            where = "" if math.isnan(fewest) else f" at {number(row['fastest_rate'])}"
+            said.append(number(fewest) + where)
+        said += [f"{row['diverged']} of {row['runs']}"] * diverged
+        rows.append(said)
+    return columns, rows
+
+
+def summary_notes(comparison: Comparison, *, full: bool) -> str:
     """What the numbers in the table of methods are."""
-    shared, target = summary["shared_rate"].iloc[0], f"{config.target_loss:g}"
-    reference = METHODS["bp"] if "bp" in config.methods else "all methods"
+    select = comparison.record["protocol"]["select"].replace("_", " ")
+    shared, target = comparison.shared_rate, f"{comparison.target_loss:.3g}"
+    who = comparison.label(comparison.reference) if comparison.reference else "every method"
+    notes = [f"The best rate is chosen by {select}; metrics are read at it."]
     if math.isnan(shared):
-        notes = [
-            f"At no learning rate does every run of {reference} reach loss {target}: no steps to "
-            "compare."
-        ]
+        notes.append(f"No steps to compare: {comparison.why}.")
     else:
-        notes = [
-            "Accuracy at each method's best rate, chosen on validation data. Steps at rate "
-            f"{shared:g}, the smallest at which every run of {reference} gets there."
-        ]
-    if (summary["period"] > 0).any():
-        notes.append(f"Signs synced every {_updates(min(config.periods))}.")
-    if summary["best_rate_at_edge"].any():
-        notes.append("* at the edge of the grid: the best rate may lie beyond it.")
+        notes.append(
+            f"Steps to loss {target} at rate {shared:g}, the smallest at which every run of {who} "
+            "gets there within half the steps; ratios are to each method's reference. > marks "
+            "bounds, where some run never gets there."
+        )
+    periods = [min(method["periods"]) for method in comparison.methods.values()]
+    if not full and any(periods):
+        notes.append(f"Feedback synced every {max(periods)} update{'s' * (max(periods) > 1)}.")
+    if full:
+        notes.append("Fewest steps: at the fastest rate where every run gets there.")
+        notes.append("Means over seeds (of steps: geometric) with 95 % intervals.")
+    if comparison.summary()["best_rate_at_edge"].any():
+        notes.append("* at the edge of the grid: a better rate may lie beyond it.")
     return " ".join(notes)
 
 
 def claims_table(findings: Sequence[claims.Finding]) -> Table:
     """The verdicts, claim by claim, with what each of its tests found and the bound for it."""
-    table = _table("Claims, with 95 % intervals and the bounds written down beforehand")
-    table.add_column("")
-    table.add_column("claim")
-    table.add_column("verdict")
-    table.add_column("found", no_wrap=True)
-    table.add_column("bound", no_wrap=True)
+    family = max((finding.family for finding in findings), default=0)
+    notes = [f"p is the verdict's, after Holm's correction for {family} claims."] * (family > 0)
+    notes += [f"{f.key}: {f.why}" for f in findings if f.verdict == claims.UNDECIDED]
+    if any(finding.exploratory for finding in findings):
+        notes.append("Exploratory: the claim, its bounds or the target were chosen afterwards.")
+    table = _table("Claims, with 95 % intervals and the bounds they have to meet", "\n".join(notes))
+    for column in ("", "claim", "verdict"):
+        table.add_column(column)
+    for column in ("found", "bound"):
+        table.add_column(column, no_wrap=True)
     for finding in findings:
-        found = [_found(part) for part in finding.parts]
-        bounds = [_bound(part) if part.testable else "" for part in finding.parts]
-        cells = (finding.key, finding.statement, finding.verdict)
-        table.add_row(*cells, "\n".join(found), "\n".join(bounds), end_section=True)
+        verdict = finding.verdict + "\nexploratory" * finding.exploratory
+        if not math.isnan(finding.p):
+            verdict += f"\n{statistics.p_value(finding.p)}"
+        said = [claims.in_words(part) for part in finding.parts]
+        found = "\n".join(words.estimate.removeprefix("rank ") for words in said)
+        cells = finding.key, finding.statement, verdict, found, "\n".join(w.bound for w in said)
+        table.add_row(*map(Text, cells), end_section=True)
     return table
 
 
-def claims_notes(findings: Sequence[claims.Finding]) -> str:
-    """What the numbers in the table of claims are."""
-    notes = ["Ratios are of steps to the target loss; report.html says which."]
-    if any(part.censored for finding in findings for part in finding.parts):
-        notes.append("In brackets: some of the runs never get there.")
-    return " ".join(notes)
+def _is_share(metric):
+    return "accuracy" in metric
 
 
-def _found(part):
-    if not part.testable or math.isnan(part.estimate):
-        return "-"
-    unit = "°" if part.measure == "degrees" else ""
-    value = f"{part.estimate:.1f}{unit}" if unit else f"{part.estimate:.2f}"
-    if part.measure == "trend":
-        return f"trend {value}"
-    if part.censored:
-        return f"({value})"
-    digits = 1 if unit else 2
-    has_interval = math.isfinite(part.low) and math.isfinite(part.high)
-    return f"{value} [{part.low:.{digits}f}, {part.high:.{digits}f}]" if has_interval else value
+def _estimate(row, name, scale=1.0):
+    return Estimate(*(scale * row[name + end] for end in ("", "_low", "_high")))
 
 
-def _bound(part):
-    low, high = part.within
-    if high == math.inf:
-        return f"above {low:.2g}"
-    if low in (0, -math.inf):
-        return f"below {high:.3g}"
-    return f"{low:.2g} to {high:.3g}"
+def _table(title, caption):
+    return Table(
+        title=title,
+        caption=Text(caption),
+        caption_style="",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,
+    )
 
 
-def _table(title):
-    return Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+class Progress:
+    """A bar over all runs of all methods with the time to go, and a line for each method done.
 
+    Args:
+        console: where to.
+        labels: what methods are called, by key.
+    """
 
-def _updates(period):
-    return "update" if period == 1 else f"{period} updates"
-
-
-def _rate(row):
-    value = row["best_rate"]
-    return "-" if math.isnan(value) else f"{value:g}" + "*" * bool(row["best_rate_at_edge"])
-
-
-def _accuracy(row):
-    mean, high = 100 * row["test_accuracy"], 100 * row["test_accuracy_high"]
-    if math.isnan(mean):
-        return "-"
-    return f"{mean:.1f}" if math.isnan(high) else f"{mean:.1f} ± {high - mean:.1f}"
-
-
-def _steps(row):
-    value = row["steps_to_target"]
-    return "-" if math.isnan(value) else "> " * bool(row["censored"]) + f"{value:.0f}"
-
-
-def _ratio(row):
-    value, low, high = (row["ratio_to_bp" + end] for end in ("", "_low", "_high"))
-    if math.isnan(value):
-        return "1" if row["method"] == "bp" and not math.isnan(row["shared_rate"]) else "-"
-    if row["censored"]:
-        return f"> {value:.2f}"
-    return f"{value:.2f}" if math.isnan(low) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
-
-
-class StudyProgress:
-    """A bar for the method in training, a line for each that is done."""
-
-    def __init__(self, console: Console):
+    def __init__(self, console: Console, labels: Mapping[str, str]):
         self.bar = progress.Progress(
             progress.TextColumn("{task.description}"),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
-            progress.TextColumn("runs"),
-            progress.TimeElapsedColumn(),
+            progress.TextColumn("runs, to go"),
             progress.TimeRemainingColumn(),
             console=console,
             transient=True,
+            speed_estimate_period=math.inf,  # compiling counts as well
         )
+        self.labels = labels
+        self.task: progress.TaskID | None = None
         self.method: str | None = None
+        self.first: int | None = None
 
     def __enter__(self):
         self.bar.start()
@@ -165,72 +169,21 @@ class StudyProgress:
             self._close()
         self.bar.stop()
 
-    def show(self, method: str, done: int | None, total: int):
-        """As `on_progress` of `soap_jax.study.runner.train`."""
+    def show(self, method: str, done: int | None, total: int, done_all: int, total_all: int):
+        """As `on_progress` of `compare`: `done` is None while a method is compiled."""
         if method != self.method:
             self._close()
-            self.method, self.num_new, self.begin = method, 0, time.perf_counter()
-            self.compiled = 0.0
-            self.task = self.bar.add_task(f"{METHODS[method]}: compiling", total=None)
-        if done is None:
-            return
-        if not self.compiled:
-            self.compiled, self.before = time.perf_counter() - self.begin, done
-            self.bar.reset(self.task, description=METHODS[method])
-        self.num_new = done - self.before
-        self.bar.update(self.task, completed=done, total=total)
+            self.method, self.begin, self.first = method, time.perf_counter(), None
+        label = self.labels.get(method, method)
+        said = f"{label}: compiling" if done is None else label
+        if self.task is None:
+            self.task = self.bar.add_task(said, total=total_all, completed=done_all)
+        self.bar.update(self.task, description=said, completed=done_all)
+        if self.first is None:
+            self.first = done
+        self.new = 0 if done is None or self.first is None else done - self.first
 
     def _close(self):
-        if self.method is None:
-            return
-        self.bar.remove_task(self.task)
-        if self.num_new:
-            seconds = time.perf_counter() - self.begin - self.compiled
-            self.bar.console.print(
-                f"  {METHODS[self.method]:<23} {self.num_new:>4} runs in {seconds:.1f} s, "
-                f"compiled in {self.compiled:.1f} s"
-            )
-
-
-class EpochProgress:
-    """A bar for the epochs, and about ten lines of the curves."""
-
-    def __init__(self, console: Console, epochs: int):
-        self.bar = progress.Progress(
-            progress.TextColumn("  training"),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("epochs"),
-            progress.TimeElapsedColumn(),
-            progress.TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
-        self.epochs, self.every = epochs, math.ceil(epochs / 10)
-        self.task: progress.TaskID | None = None
-
-    def __enter__(self):
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error):
-        self.bar.stop()
-
-    def show(self, row: dict[str, float]):
-        """As `on_epoch` of `soap_jax.study.single.train`."""
-        epoch, angle = int(row["epoch"]), row.get("gradient_angle/Dense_0")
-        first = self.task is None
-        if self.task is None:
-            self.task = self.bar.add_task("", total=self.epochs, completed=epoch)
-            self.bar.console.print(
-                "\n  epoch   training loss   validation loss   accuracy %"
-                + ("   gradient angle" if angle is not None else "")
-            )
-        self.bar.update(self.task, completed=epoch)
-        if first or epoch % self.every == 0 or epoch == self.epochs:
-            loss = f"{row['train_loss']:.4f}" if epoch else "-"
-            self.bar.console.print(
-                f"  {epoch:>5}   {loss:>13}   {row['validation_loss']:>15.4f}   "
-                f"{100 * row['validation_accuracy']:>10.1f}"
-                + (f"   {angle:>13.1f}°" if angle is not None else "")
-            )
+        if self.method is not None and self.new:
+            seconds, label = time.perf_counter() - self.begin, self.labels[self.method]
+            self.bar.console.print(f"  {label:<23} {self.new:>4} runs in {seconds:.1f} s")

@@ -1,12 +1,12 @@
 """Trains one model by one method, for those who want a model rather than a study.
 
     train.json          configuration, versions, device, data source; once trained, the result
-    curves              one row per epoch                   (.parquet and .csv)
-    checkpoints/EPOCH   Orbax: the whole state of training, and the curves up to it
+    curves              one row per epoch            (.parquet, .csv, .svg, .png, .pdf)
+    checkpoints/EPOCH   Orbax: the state of training, the curves up to it, and their checksum
 
-Start, feedback, order of examples and measurements are those of one run of a study: on CPU with
-SGD every loss is the same, bit for bit. A training that is stopped, however it is, goes on from its
-last checkpoint, and ends as if it had never stopped. What was trained is there for use in Python:
+Start, feedback, order of examples and measurements are those of one run of a study. A training that
+is stopped, however it is, goes on from its last checkpoint, and ends as if it had never stopped:
+on CPU bit for bit. What was trained is there for use in Python:
 
     trained = single.load("results/train/digits-sign_preserve")
     logits = trained.apply_fn(trained.params, trained.feedback, images)     # images as stored
@@ -14,26 +14,47 @@ last checkpoint, and ends as if it had never stopped. What was trained is there 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import logging
 import math
 import os
-import time
-from collections.abc import Callable
-from typing import NamedTuple
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
+import pandas as pd
+import vl_convert
+from jax import lax
 
-from soap_jax import data, training
-from soap_jax.study import experiment, results, single_checkpoints
-from soap_jax.study.single_config import TrainConfig
-from soap_jax.study.single_directory import Row, TrainDir
+from soap_jax import data, grids, tasks, training
+from soap_jax.study import (
+    charts,
+    circumstances,
+    drawing,
+    figures,
+    files,
+    preset,
+    store,
+    trial,
+)
+from soap_jax.study.methods import METHODS
+from soap_jax.study.preset import TrainConfig
 
-COLUMNS = ("epoch", "step", "train_loss", "validation_loss", "validation_accuracy")
-"""Of the curves, which go on with what `soap_jax.study.experiment` measures by layer."""
+FORMAT = 2
+"""Of train.json and the checkpoints; it grows when older ones cannot be read any more."""
+
+Row = dict[str, float]
+"""One row of the curves, by column."""
 
 
 class Trained(NamedTuple):
@@ -42,11 +63,10 @@ class Trained(NamedTuple):
     Attributes:
         config: how.
         epoch: for how long.
-        apply_fn: `(params, feedback, images) -> logits`, of images `(n, height, width, channels)`
-            as they are stored, and logits `(n, classes)`.
+        apply_fn: `(params, feedback, images) -> logits`, of images as they are stored.
         params: the parameters.
         feedback: feedback weights or projections, which the forward pass does not use; None for
-            backprop.
+            methods that follow the true gradient.
         state: the whole state of training, to go on with.
     """
 
@@ -59,73 +79,78 @@ class Trained(NamedTuple):
 
 
 def train(
-    into: TrainDir,
+    path: str | os.PathLike[str],
+    config: TrainConfig,
     dataset: data.Dataset,
     *,
     on_epoch: Callable[[Row], None] = lambda row: None,
-) -> None:
+) -> dict[str, Any]:
     """Trains until all epochs are done, from the last checkpoint if there is one.
 
     Args:
-        into: where to, after its `begin`; hold it with `soap_jax.study.files.locked`.
+        path: the directory for all of it; hold it with `soap_jax.study.files.locked`.
+        config: the training.
         dataset: the data.
         on_epoch: called with the last row of the curves, first with that training starts from.
 
+    Returns:
+        What train.json says.
+
     Raises:
-        ValueError: if the last checkpoint cannot be read, or one cannot be written.
+        ValueError: if the directory holds another training, or the batch size is more than all
+            examples; or if the last checkpoint cannot be read, or one cannot be written.
     """
-    config = into.config
-    programs = _programs(
-        config, dataset.num_classes, experiment.scaling_of(config.as_study(), dataset)
-    )
-    arrays = jax.device_put(experiment.split(dataset))
-    seed, rate, period = _arguments(config)
-    state, order_key = programs.init(seed, rate, period, arrays.train.images)
+    path, facts = pathlib.Path(path), _begin(path, config, dataset)
+    task, of_method = _trial(config, dataset)
+    arrays = jax.device_put(trial.data_of(task))
+    rate = np.float32(config.learning_rate)
+    state, plan = jax.jit(of_method.init)(*_start(config), arrays)
+    measure = jax.jit(of_method.measure)
 
-    def row_of(number, train_loss):
-        measured = programs.measure(state, rate, arrays.validation)
-        row = {"epoch": number, "step": int(state.step), "train_loss": train_loss}
-        row |= {name: float(measured[name]) for name in COLUMNS if name in measured}
-        return row | {k: float(v) for k, v in measured.items() if k not in row}
+    def row_of(epoch, train_loss):
+        found = measure(state, plan, rate, 0, arrays)
+        row = {"epoch": epoch, "step": int(state.train.step), "train_loss": train_loss}
+        first = {name: found[name] for name in ("validation_loss", "validation_accuracy")}
+        return row | {name: float(value) for name, value in (first | found).items()}
 
-    with single_checkpoints.opened(into) as checkpoints:
-        found = into.kept()
-        if found:
-            state, rows = checkpoints.restore(found[-1], jax.eval_shape(lambda: state))
+    train_epoch = _epoch(config, of_method)
+    with _manager(path, config) as manager:
+        if kept(path):
+            state, rows = _restore(path, manager, kept(path)[-1], state, facts["feedback"])
         else:
             rows = [row_of(0, math.nan)]
         on_epoch(rows[-1])
-        written = -math.inf
-        order_keys = jax.random.split(order_key, config.epochs)
-        for number in range(len(rows), config.epochs + 1):
-            state, losses = programs.epoch(state, rate, order_keys[number - 1], arrays.train)
-            rows.append(row_of(number, float(np.asarray(losses, float).mean())))
+        order_key = jax.random.split(jax.random.key(config.seed), 3)[2]
+        keys = jax.random.split(order_key, config.epochs)
+        for epoch in range(len(rows), config.epochs + 1):
+            order = training.epoch_order(keys[epoch - 1], task.examples["train"], config.batch_size)
+            state, losses = train_epoch(state, plan._replace(order=order), rate, arrays)
+            rows.append(row_of(epoch, float(np.asarray(losses, float).mean())))
             on_epoch(rows[-1])
-            due = number % config.checkpoint_every == 0 or number == config.epochs
-            if due or time.monotonic() > written + 1:
-                with single_checkpoints.errors_say_what_is_kept(into):
-                    into.write_curves(rows)
-                    if due:
-                        checkpoints.save(number, state, rows)
-                written = time.monotonic()
-    if not (into.path / "curves.parquet").exists():
-        into.write_curves(rows)
-    weights = training.feedback_weights(state.feedback)
-    test = training.evaluate(programs.apply_fn, state.params, weights, arrays.test)
-    into.finish(
-        epochs=config.epochs,
-        steps=int(state.step),
-        test_loss=float(test.loss),
-        test_accuracy=float(test.accuracy),
-        diverged=_diverged(rows),
-    )
+            if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
+                with _writing(path):
+                    _write_curves(path, rows)
+                    _save(manager, epoch, state, rows, facts["feedback"])
+    found = jax.jit(of_method.test)(state, arrays)
+    ends = [row[name] for row in rows for name in ("train_loss", "validation_loss")][1:]
+    limit = store.DIVERGED * rows[0]["validation_loss"]
+    result = {
+        "epochs": config.epochs,
+        "steps": rows[-1]["step"],
+        "diverged": not (all(map(math.isfinite, ends)) and rows[-1]["train_loss"] <= limit),
+        **{f"test_{name}": float(value) for name, value in found.items()},
+    }
+    facts["result"] = {k: v if math.isfinite(v) else None for k, v in result.items()}
+    _write_facts(path, facts)
+    _draw(path, config, pd.DataFrame(rows))
+    return facts
 
 
-def load(directory: str | os.PathLike[str], *, epoch: int | None = None) -> Trained:
+def load(path: str | os.PathLike[str], *, epoch: int | None = None) -> Trained:
     """Loads what `soap-jax train` trained, from its last checkpoint.
 
     Args:
-        directory: what was given to it as `--out`.
+        path: what was given to it as `--out`.
         epoch: that of an earlier checkpoint.
 
     Returns:
@@ -134,71 +159,322 @@ def load(directory: str | os.PathLike[str], *, epoch: int | None = None) -> Trai
     Raises:
         ValueError: if there is no such model, or its checkpoint cannot be read.
     """
-    into = TrainDir(directory)
-    assert into.facts is not None
-    found = into.kept()
+    path = pathlib.Path(path)
+    facts = read(path)
+    if facts is None:
+        raise ValueError(
+            f"{path} holds no model: train.json is not there. Name the directory that was given to "
+            "soap-jax train as --out."
+        )
+    found = kept(path)
     if not found or (epoch is not None and epoch not in found):
         there = f"only of the epochs {', '.join(map(str, found))}" if found else "none at all"
         of = "" if epoch is None else f" of epoch {epoch}"
-        raise ValueError(f"{into.path} has no checkpoint{of}; it has {there}.")
-    network = into.facts["network"]
-    programs = _programs(
-        into.config, network["num_classes"], experiment.Scaling(*network["input_mean_and_std"])
-    )
-    images = jax.ShapeDtypeStruct((1, *network["image_shape"]), jnp.uint8)
-    like, _ = jax.eval_shape(programs.init, *_arguments(into.config), images)
-    with single_checkpoints.opened(into, read_only=True) as checkpoints:
-        state, rows = checkpoints.restore(found[-1] if epoch is None else epoch, like)
-    weights = training.feedback_weights(state.feedback)
-    return Trained(into.config, len(rows) - 1, programs.apply_fn, state.params, weights, state)
+        raise ValueError(f"{path} has no checkpoint{of}; it has {there}.")
+    config, network = TrainConfig(**facts["config"]), facts["network"]
+    num = 2 * config.batch_size  # only shapes count
+    like = data.Split(np.zeros((num, *network["image_shape"]), np.uint8), np.zeros(num, np.int32))
+    dataset = data.Dataset("", like, like, network["num_classes"], 255, "")
+    scale = tasks.Scaling(*network["scaling"])
+    task, of_method = _trial(config, dataset, scale)
+    state, _ = jax.eval_shape(of_method.init, *_start(config), trial.data_of(task))
+    with _manager(path, config, read_only=True) as manager:
+        step = found[-1] if epoch is None else epoch
+        state, rows = _restore(path, manager, step, state, facts["feedback"])
+    model = preset.network(config, dataset)
+
+    def apply_fn(params, feedback, images):
+        del feedback
+        return model.apply({"params": params}, scale(images))
+
+    train = state.train
+    exact = METHODS[config.method].exact
+    weights = None if exact else training.feedback_weights(train.feedback)
+    return Trained(config, len(rows) - 1, apply_fn, train.params, weights, train)
 
 
-def _arguments(config):
-    """Seed, learning rate and period, as a study hands them to its runs."""
-    return np.int32(config.seed), np.float32(config.learning_rate), np.int32(config.period)
+def read(path: pathlib.Path, config: TrainConfig | None = None) -> dict[str, Any] | None:
+    """What train.json says; None if training has not begun.
 
+    Args:
+        path: the directory.
+        config: the training that it is to hold, if it holds any.
 
-class _Programs(NamedTuple):
-    """The compiled parts of training, of which a rate is an argument as in a study.
-
-    Attributes:
-        apply_fn: as in `Trained`.
-        init: `(seed, learning_rate, period, images) -> (state, order_key)`.
-        epoch: `(state, learning_rate, key, examples) -> (state, losses)`; the state is donated.
-        measure: `(state, learning_rate, examples) -> row`.
+    Raises:
+        ValueError: if it holds another one. More epochs than before are none.
     """
-
-    apply_fn: training.ApplyFn
-    init: Callable[..., tuple[training.TrainState, chex.PRNGKey]]
-    epoch: Callable[..., tuple[training.TrainState, jax.Array]]
-    measure: Callable[..., dict[str, jax.Array]]
-
-
-def _programs(config, num_classes, scaling) -> _Programs:
-    same = ("learning_rate", "seed", "epochs", "checkpoint_every", "keep")  # programs for all
-    fixed = {name: getattr(TrainConfig, name) for name in same}
-    period = min(config.period, 1)
-    config = dataclasses.replace(config, period=period, **fixed)
-    return _compiled_once(config, num_classes, scaling)
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled_once(config, num_classes, scaling) -> _Programs:
-    of_method = experiment.setup(config.as_study(), config.method, num_classes, scaling)
-
-    @functools.partial(jax.jit, donate_argnames="state")
-    def epoch(state, rate, key, examples):
-        order = training.epoch_order(key, len(examples.labels), config.batch_size)
-        return training.scan_batches(
-            lambda state, batch: of_method.step(state, rate, batch), state, examples, order
+    file = path / "train.json"
+    if not file.exists():
+        if kept(path):
+            raise ValueError(
+                f"{path} holds checkpoints, but not the train.json that says of what. Name another "
+                "directory with --out, or delete this one."
+            )
+        return None
+    try:
+        facts = json.loads(file.read_text())
+        found, version = facts["format"], facts["versions"]["soap_jax"]
+        if found == FORMAT:
+            TrainConfig(**facts["config"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not the description of a training ({error}). Name another directory with "
+            "--out, or delete this one."
+        ) from error
+    if found != FORMAT:
+        raise ValueError(
+            f"{path} holds a model in format {found}, made by soap_jax {version}; this version "
+            f"reads format {FORMAT}. Use that version, or train again into another directory."
         )
+    if config is not None:
+        ours, theirs = json.loads(json.dumps(dataclasses.asdict(config))), facts["config"]
+        if ours["epochs"] > theirs["epochs"]:
+            theirs = theirs | {"epochs": ours["epochs"]}
+        if differ := circumstances.differences(theirs, ours):
+            raise ValueError(
+                f"{path} holds another configuration's model ({'; '.join(differ)}). Only --epochs "
+                "may grow. Name another directory with --out, or delete this one."
+            )
+    return facts
 
-    init, measure = jax.jit(of_method.init), jax.jit(of_method.measure)
-    return _Programs(of_method.apply_fn, init, epoch, measure)
+
+def kept(path: pathlib.Path) -> list[int]:
+    """The epochs that have a checkpoint."""
+    found = (path / "checkpoints").glob("*")
+    return sorted(int(step.name) for step in found if step.name.isdecimal())
 
 
-def _diverged(rows) -> bool:
-    """Whether any loss is not finite, or the last one far above that before training."""
-    losses = [row[name] for row in rows for name in ("train_loss", "validation_loss")][1:]
-    limit = results.DIVERGED * rows[0]["validation_loss"]
-    return not (all(map(math.isfinite, losses)) and rows[-1]["train_loss"] <= limit)
+def _begin(path, config, dataset) -> dict[str, Any]:
+    """Notes under which circumstances training begins or goes on."""
+    before = read(path, config)
+    method = METHODS[config.method]
+    num = len(tasks.split(dataset)[0].labels)
+    if config.batch_size > num:
+        raise ValueError(
+            f"batch_size is {config.batch_size}; expected 1 to {num}, the number of training "
+            "examples."
+        )
+    steps = config.epochs * (num // config.batch_size)
+    if steps > grids.MOST:
+        raise ValueError(
+            f"{config.epochs} epochs are {steps} steps; expected at most {grids.MOST}. Ask for "
+            "fewer epochs."
+        )
+    facts = {
+        "format": FORMAT,
+        "config": dataclasses.asdict(config),
+        "feedback": method.describe(),
+        "network": {
+            "image_shape": dataset.train.images.shape[1:],
+            "num_classes": dataset.num_classes,
+            "scaling": tasks.scaling(dataset, config.inputs),
+        },
+        "data_source": dataset.source,
+        **circumstances.provenance(),
+        "resumed": [],
+        "result": None,
+    }
+    facts["versions"]["orbax-checkpoint"] = importlib.metadata.version("orbax-checkpoint")
+    facts = json.loads(json.dumps(facts))
+    if before is not None:
+        fixed = ("data_source", "network", "settings")
+        differ = circumstances.differences(before, {name: facts[name] for name in fixed})
+        if differ:
+            raise ValueError(
+                f"{path} was trained under other circumstances ({'; '.join(differ)}). Go on under "
+                "those, name another directory with --out, or delete this one."
+            )
+        longer = config.epochs > before["config"]["epochs"]
+        if longer and not facts["settings"]["jax_threefry_partitionable"]:
+            raise ValueError(
+                "jax_threefry_partitionable is off, so the order of examples depends on the number "
+                "of epochs and training cannot be extended. Name another directory with --out."
+            )
+        now = {name: facts[name] for name in ("versions", "device")}
+        resumed = before["resumed"]
+        if now != {name: (resumed or [before])[-1][name] for name in now}:
+            resumed = [*resumed, {"after_epoch": max(kept(path), default=0), **now}]
+        facts |= {name: before[name] for name in now} | {"resumed": resumed}
+    _write_facts(path, facts)
+    return facts
+
+
+def _trial(config, dataset, scale=None) -> tuple[tasks.Task, trial.Trial]:
+    """The task, and the functions of one epoch's training."""
+    arguments = preset.comparison_arguments(config.as_study(), dataset, scale=scale)
+    task = arguments["task"]
+    batch = jax.tree.map(lambda leaf: leaf[: config.batch_size], task.train)
+    layers = trial.layers_of(task, task.init(jax.random.key(0)), None, batch)
+    of_method = trial.make(
+        task,
+        (arguments["methods"][config.method],),
+        layers,
+        optimizer=arguments["optimizer"],
+        batch_size=config.batch_size,
+        steps=task.examples["train"] // config.batch_size,
+        evaluations=1,
+    )
+    return task, of_method
+
+
+def _start(config):
+    """Seed, learning rate, period and index, as a study hands them to its runs."""
+    (period,) = METHODS[config.method].periods((config.period,))
+    return np.int32(config.seed), np.float32(config.learning_rate), np.int32(period), 0
+
+
+def _epoch(config, of_method) -> Callable[..., tuple[trial.State, jax.Array]]:
+    """`(state, plan, learning_rate, arrays) -> (state, losses)`; the state is donated."""
+    one = jax.jit(of_method.step, donate_argnums=0)
+
+    def stepwise(state, plan, rate, arrays):
+        losses = []
+        for i in range(of_method.steps):
+            state, loss = one(state, plan, rate, 0, arrays, i)
+            losses.append(loss)
+        return state, losses
+
+    def scanned(state, plan, rate, arrays):
+        def step(state, i):
+            return of_method.step(state, plan, rate, 0, arrays, i)
+
+        return lax.scan(step, state, jnp.arange(of_method.steps))
+
+    if config.model == "conv" and jax.default_backend() == "cpu":  # see `compare`
+        return stepwise
+    return jax.jit(scanned, donate_argnums=0)
+
+
+@contextlib.contextmanager
+def _manager(path, config, read_only=False) -> Iterator[ocp.CheckpointManager]:
+    """Orbax's manager, which writes while training goes on; silent, since errors say it all."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=config.keep, read_only=read_only, create=not read_only
+    )
+    try:
+        with _writing(path):
+            manager = ocp.CheckpointManager((path / "checkpoints").absolute(), options=options)
+        try:
+            yield manager
+        finally:
+            with _writing(path):
+                manager.close()
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _writing(path):
+    """Turns what cannot be written into a ValueError that says which checkpoint there is."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:  # TensorStore's are ValueErrors
+        why = str(error).split("\n")[0].rsplit(": ", 1)[-1].split(" [os_error")[0]
+        found = kept(path)
+        raise ValueError(
+            f"cannot write to {path}: {why}. "
+            + (f"The checkpoint of epoch {found[-1]} is kept" if found else "No checkpoint is kept")
+            + "; once that is mended, the same command goes on from there."
+        ) from error
+
+
+def _save(manager, epoch, state, rows, feedback):
+    curves = {name: [row[name] for row in rows] for name in rows[0]}
+    progress = {"feedback": feedback, "curves": curves, "sha256": _checksum(state, curves)}
+    arguments = {"state": ocp.args.StandardSave(state), "progress": ocp.args.JsonSave(progress)}
+    manager.save(epoch, args=ocp.args.Composite(**arguments))
+
+
+def _restore(path, manager, epoch, like, feedback) -> tuple[trial.State, list[Row]]:
+    """The state, onto the first device, and the curves until then."""
+    step = path / "checkpoints" / str(epoch)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
+    arguments = {"state": ocp.args.StandardRestore(like), "progress": ocp.args.JsonRestore()}
+    try:
+        found = manager.restore(epoch, args=ocp.args.Composite(**arguments))
+        state, curves, trained_by = (
+            found.state,
+            found.progress["curves"],
+            found.progress["feedback"],
+        )
+        if found.progress["sha256"] != _checksum(state, curves):  # Orbax itself has none
+            raise ValueError("its content has another checksum than when it was written")
+    except Exception as error:  # of any kind: that depends on what is damaged
+        others = [one for one in kept(path) if one < epoch]
+        then = f"that of epoch {others[-1]}" if others else "the start"
+        raise ValueError(
+            f"the checkpoint {step} cannot be read: it is damaged, or other versions than those in "
+            f"{path / 'train.json'} wrote it. Delete it, and training goes on from {then}."
+        ) from error
+    if trained_by != feedback:
+        raise ValueError(
+            f"the checkpoint {step} was trained by {trained_by}; here the method is {feedback}. "
+            "Use the version that wrote it."
+        )
+    rows = [dict(zip(curves, row, strict=True)) for row in zip(*curves.values(), strict=True)]
+    return state, rows
+
+
+def _checksum(state, curves) -> str:
+    found = hashlib.sha256(json.dumps(curves).encode())
+    for leaf in jax.tree.leaves(state):
+        found.update(np.asarray(leaf).tobytes())
+    return found.hexdigest()
+
+
+def _write_curves(path, rows):
+    table = pd.DataFrame(rows)
+    content = table.to_parquet(None, index=False)
+    files.write_atomically(path / "curves.parquet", lambda file: file.write(content))
+    files.write_text(path / "curves.csv", table.to_csv(index=False, na_rep="nan"))
+
+
+def _write_facts(path, facts):
+    files.write_text(path / "train.json", json.dumps(facts, indent=2) + "\n")
+
+
+def _draw(path, config, curves):
+    """Draws the curves as SVG, PNG and PDF; lines break where numbers are not finite."""
+    curves = curves.replace([np.inf, -np.inf], np.nan).rename(columns={"epoch": "x"})
+    curves["validation_accuracy"] *= 100
+    angles = {
+        name: name.replace("_angle/", ", ").removesuffix("/kernel")
+        for name in curves
+        if name.startswith(("gradient_angle/", "weight_angle/"))
+    }
+    specs = []
+    for title, columns in (
+        ("loss", {"train_loss": "training, mean of epoch", "validation_loss": "validation"}),
+        ("accuracy (%)", {"validation_accuracy": "accuracy, validation"}),
+        ("angle to the true one", angles),
+    ):
+        rows = curves[["x", *columns]].rename(columns=columns).melt("x", None, "method", "y")
+        looks = zip(charts.PALETTE[1:], charts.SHAPES, charts.DASHES * 2, strict=False)
+        figure = drawing.curves(
+            rows.assign(low=rows["y"], high=rows["y"], note=""),
+            dict(zip(columns.values(), itertools.cycle(looks), strict=False)),
+            x="epoch",
+            y=title,
+            y_log=title == "loss",
+            degrees=title.startswith("angle"),
+            ticks=np.unique(np.linspace(0, config.epochs, 6, dtype=int)).tolist(),
+            name=title.split()[0],
+            title=title.capitalize(),
+            caption="",
+            empty="",
+        )
+        if figure.spec:
+            kept_keys = figure.spec.keys() - {"$schema", "config"}
+            specs.append({key: figure.spec[key] for key in kept_keys})
+    title = (
+        f"{config.data or config.dataset}, {METHODS[config.method].label}, rate "
+        f"{config.learning_rate:g}, seed {config.seed}"
+    )
+    scales = {"scale": dict.fromkeys(("color", "shape", "strokeDash"), "independent")}
+    spec = {"hconcat": specs, "title": title, "resolve": scales, "background": "white"}
+    svg = vl_convert.vegalite_to_svg(spec | {"config": figures.CONFIG})
+    figures.save_svg(svg, path / "curves")

@@ -93,6 +93,16 @@ def number(value: float) -> str:
     return f"−{said}" if value < 0 and said != "0" else said
 
 
+def p_value(value: float) -> str:
+    """A p-value for people.
+
+    Example:
+        >>> p_value(0.00002), p_value(0.0314)
+        ('p < 0.001', 'p = 0.031')
+    """
+    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """An estimate and its 95 % interval; `str` says both in words.
@@ -122,7 +132,8 @@ class Estimate:
         if math.isnan(self.value):
             return "–"
         said = _padded(self.value) + unit
-        open_low, open_high = self.low in (0, -math.inf), self.high == math.inf
+        open_high = self.high == math.inf
+        open_low = self.low == -math.inf or self.low == 0 < self.value  # as ratios are open
         if math.isnan(self.low) or (open_low and open_high):
             return said
         low = f"({number(self.low)}" if open_low else f"[{_padded(self.low)}"

@@ -6,6 +6,7 @@
     losses             one row per run: every batch's loss  (.parquet)
     progress.json      while runs are missing: what study.json will say
     parts/             while runs are missing: those that are done since, some in each file
+    params/            if asked for: each run's final params                  (.npz)
 
 Everything is written under another name first and then renamed, so a file is whole or absent. A
 comparison that is stopped, however it is, goes on with the runs that are missing. Methods and seeds
@@ -14,6 +15,7 @@ may be added later; what else a run depends on may not change.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -22,11 +24,13 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import numpy as np
 import pandas as pd
 
 import soap_jax
+from soap_jax import trees
 from soap_jax.study import circumstances, files, statistics
 
 FORMAT = 3
@@ -86,15 +90,17 @@ class Store:
             ValueError: if runs are there that were done otherwise, or whose claims had other
                 bounds, or if these and those would not be every method with every seed.
         """
-        record = json.loads(json.dumps(record))
+        now: dict[str, Any] = json.loads(json.dumps(record))
         before, there = self.record, self.done()
+        if there and not before:
+            raise ValueError(
+                f"{self.path} holds runs, but not progress.json, which says how they were done. "
+                "Name another directory as out, or delete this one."
+            )
         if there:
-            differ = [
-                f"{part}.{said}"
-                for part in SAME
-                for said in circumstances.differences(before.get(part, {}), record[part])
-            ]
-            for name, method in record["methods"].items():
+            were, are = ({part: of[part] for part in SAME} for of in (before, now))
+            differ = circumstances.differences(_comparable(were), _comparable(are))
+            for name, method in now["methods"].items():
                 was = before["methods"].get(name, method)
                 differ += [
                     f"the method {name}, {said}"
@@ -102,49 +108,52 @@ class Store:
                         {"trains by": was["description"]}, {"trains by": method["description"]}
                     )
                 ]
-            if before["claims"] and before["claims"] != record["claims"]:
+            if now["claims"] and before["claims"] not in ([], now["claims"]):
                 differ.append("the claims, whose bounds were written down before the first run")
             if differ:
                 raise ValueError(
                     f"{self.path} holds runs that were done otherwise ({'; '.join(differ)}). "
                     "Go on as before, name another directory as out, or delete this one."
                 )
-            record["methods"] = before["methods"] | record["methods"]
-            record["seeds"] = sorted({*before["seeds"], *record["seeds"]})
-            missing = _expected(record) - there.union(runs)
-            if missing:
+            now["methods"] = before["methods"] | now["methods"]
+            now["seeds"] = sorted({*before["seeds"], *now["seeds"]})
+            now["claims"] = before["claims"]  # what is claimed after the first run is exploratory
+            expected = _expected(now)
+            if foreign := there - expected:
+                raise ValueError(
+                    f"{self.path} holds {min(foreign)}, which is no run of this comparison. Delete "
+                    "the part of it, and what is missing then is done again."
+                )
+            if missing := expected - there.union(runs):
                 raise ValueError(
                     f"{self.path} would lack {min(missing)} and {len(missing) - 1} other runs; "
                     "expected every method with every seed. Ask for all methods when you add "
                     "seeds, and for all seeds when you add methods."
                 )
-            record["seconds_before"] = before.get("seconds", 0) + before.get("seconds_before", 0)
-        self.record = record
-        self._write_json("progress.json", record)
+            now["seconds_before"] = before.get("seconds", 0) + before.get("seconds_before", 0)
+        self.record = now
+        self._write_json("progress.json", now)
 
     def add(self, runs: Sequence[Run], results: Mapping[str, Any]) -> None:
-        """Keeps some runs: what `trial.scanned` gave, with a leading axis of the runs."""
-        flat = {
-            "/".join(k.key for k in keys): leaf
-            for keys, leaf in jax.tree_util.tree_leaves_with_path(results)
-        }
+        """Keeps some runs: what `loops.scanned` gave, with a leading axis of the runs."""
+        flat = flattened({name: part for name, part in results.items() if name != "params"})
+        for i, run in enumerate(runs if "params" in results else ()):
+            own = {name: leaf[i] for name, leaf in flattened(results["params"]).items()}
+            files.write_atomically(self.params(run), functools.partial(np.savez, **own))
         names = json.dumps([list(run) for run in runs])
         name = hashlib.sha256(names.encode()).hexdigest()[:16]
         path = self.path / "parts" / f"{runs[0].method}-{name}.npz"
         files.write_atomically(path, lambda file: np.savez(file, runs=np.array(names), **flat))
 
+    def params(self, run: Run) -> pathlib.Path:
+        """The file with a run's final params, by their paths."""
+        return self.path / "params" / f"{'-'.join(map(str, run))}.npz"
+
     def done(self) -> set[Run]:
         """The runs that are there, in the tables or in parts."""
         found = [run for runs, _ in self._parts() for run in runs]
         if (self.path / "study.json").exists():
-            table = self._table("runs")
-            found += [Run(*row) for row in table[KEYS].itertuples(index=False, name=None)]
-        if len(set(found)) < len(found):
-            twice = next(run for run in found if found.count(run) > 1)
-            raise ValueError(
-                f"{self.path} holds {twice} twice. Delete its directory parts, and what is missing "
-                "then is done again."
-            )
+            found += _runs(self._table("runs"))
         return set(found)
 
     def finish(self, complete: Callable[[Tables], tuple[Tables, dict[str, Any]]]) -> None:
@@ -157,10 +166,15 @@ class Store:
         if (self.path / "study.json").exists():
             pieces.append({name: self._table(name) for name in TABLES})
         order = {method: i for i, method in enumerate(self.record["methods"])}
-        joined = {name: pd.concat([p[name] for p in pieces], ignore_index=True) for name in TABLES}
+        joined = {}
+        for name in TABLES:
+            table = pd.concat([piece[name] for piece in pieces], ignore_index=True)
+            # A process that was killed here has left what is in a table in its part, too.
+            joined[name] = table.drop_duplicates([*KEYS, *table.columns.intersection(["step"])])
         tables, facts = complete(joined)
         for name, table in tables.items():
-            by = ["method", "period", "learning_rate", "seed", *(["step"] if "step" in table else [])]
+            by = ["method", "period", "learning_rate", "seed"]
+            by += table.columns.intersection(["step"]).tolist()
             table = table.sort_values(
                 by, key=lambda column: column.map(order) if column.name == "method" else column
             ).reset_index(drop=True)
@@ -193,7 +207,19 @@ class Store:
                 f"{self.path} holds {len(self.done())} runs: the comparison is not finished. The "
                 "same command or call goes on where it stopped."
             )
-        return {name: self._table(name) for name in TABLES}
+        tables = {name: self._table(name) for name in TABLES}
+        runs = set(_runs(tables["runs"]))
+        for name, rows in (
+            ("evaluations", self.record["protocol"]["evaluations"] + 1),
+            ("losses", 1),
+        ):
+            found = tables[name].groupby(KEYS).size().to_dict()
+            if found != dict.fromkeys(runs, rows):
+                raise ValueError(
+                    f"{self.path / name}.parquet has not {rows} of each run in runs.parquet. Run "
+                    "the comparison again, into another directory."
+                )
+        return tables
 
     def _table(self, name):
         file = self.path / f"{name}.parquet"
@@ -222,7 +248,8 @@ class Store:
                         results[part][column] = leaf
                     else:
                         results[part] = leaf
-                assert len(runs) == len(results["train_loss"])
+                if {len(runs)} != {len(leaf) for leaf in jax.tree.leaves(results)}:
+                    raise ValueError("its arrays are not of one length")
             except Exception as error:  # NumPy raises what not
                 raise ValueError(
                     f"{file} is damaged ({error!r}). Delete it, and its runs are done again."
@@ -256,12 +283,33 @@ class Store:
         return record
 
 
+def flattened(tree: chex.ArrayTree) -> dict[str, Any]:
+    """The leaves of a tree by their paths, such as "Dense_0/kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(trees.path_of(keys)): leaf for keys, leaf in leaves}
+
+
+def _runs(table) -> list[Run]:
+    """The runs of a table of them."""
+    return [Run(*row) for row in table[KEYS].itertuples(index=False, name=None)]
+
+
+def _comparable(record):
+    """A record without what does not bear on results: CPU runs are alike on two devices or more."""
+    device = record["device"]
+    if device.get("platform") != "cpu":
+        return record
+    rest = {name: value for name, value in device.items() if name not in ("count", "processes")}
+    several = "several" if device.get("count") != 1 else 1  # XLA compiles otherwise for one
+    return record | {"device": rest | {"count": several}}
+
+
 def _expected(record) -> set[Run]:
     """Every method with every seed, at every learning rate and period."""
     return {
         Run(name, rate, seed, period)
         for name, method in record["methods"].items()
-        for rate in record["protocol"]["learning_rates"]
+        for rate in (*record["protocol"]["learning_rates"], *record["extended"])
         for seed in record["seeds"]
         for period in method["periods"]
     }
@@ -275,7 +323,7 @@ def tidy(runs: Sequence[Run], results: Mapping[str, Any], record: Mapping[str, A
 
     Args:
         runs: which.
-        results: as `trial.scanned` gives them, with a leading axis of the runs.
+        results: as `loops.scanned` gives them, with a leading axis of the runs.
         record: of the comparison.
     """
     losses = np.asarray(results["train_loss"], np.float32)

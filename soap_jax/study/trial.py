@@ -87,6 +87,7 @@ class Trial(NamedTuple):
         test: `(state, data) -> scalars by metric`.
         steps: how many there are.
         marks: how often a run is measured, in equal distances, besides the start.
+        keep_params: whether the final params are among its results.
     """
 
     init: Callable[..., tuple[State, Plan]]
@@ -95,6 +96,7 @@ class Trial(NamedTuple):
     test: Callable[..., dict[str, jax.Array]]
     steps: int
     marks: int
+    keep_params: bool
 
 
 def data_of(task: Task) -> dict[str, chex.ArrayTree]:
@@ -105,14 +107,14 @@ def data_of(task: Task) -> dict[str, chex.ArrayTree]:
 def batch_of(task: Task, data, plan: Plan, i) -> chex.ArrayTree:
     """The i-th batch of a training."""
     if task.generated:
-        return task.train(jax.random.fold_in(plan.key, i))  # type: ignore[operator]
+        return task.train(jax.random.fold_in(plan.key, i))
     return jax.tree.map(lambda leaf: leaf[plan.order[i]], data["train"])  # type: ignore[index]
 
 
 def loss_of(task: Task) -> Callable[..., tuple[jax.Array, chex.ArrayTree]]:
     """The task's loss as `(params, state, batch, key) -> (loss, state)`, with or without state."""
     if task.init_state is not None:
-        return task.loss
+        return task.loss  # type: ignore[return-value]
     return lambda params, state, batch, key: (task.loss(params, batch), state)
 
 
@@ -162,6 +164,7 @@ def make(
     steps: int,
     evaluations: int,
     eval_batch_size: int | None = None,
+    keep_params: bool = False,
 ) -> Trial:
     """Makes the functions of a training by one of the methods `members`, of which an index tells.
 
@@ -177,6 +180,7 @@ def make(
         steps: updates in all.
         evaluations: how often a run is measured; divides `steps`.
         eval_batch_size: at most so many examples at a time; by default all.
+        keep_params: as in `Trial`.
     """
     method = members[0]
     learns = method.feedback_bar is not None
@@ -294,18 +298,19 @@ def make(
         key = jax.random.key(EVALUATION_KEY)
         train = sync(state.train, plan, index)
         params, weights = train.params, training.feedback_weights(train.feedback)
-        row = {}
+        row: dict[str, jax.Array] = {}
         if "validation" in data:
             found = evaluate(task, params, state.model, data["validation"], eval_batch_size)
             row |= {f"validation_{name}": value for name, value in found.items()}
         probe = data.get("validation", data.get("train"))
-        probe = task.train(plan.key) if probe is None else probe  # type: ignore[operator]
+        probe = task.train(plan.key) if probe is None else probe
         size = batch_size if method.gradient is not None else PROBE_SIZE
         probe = jax.tree.map(lambda leaf: leaf[:size], probe)
         args = state.model, probe, key
         true, true_errors = gradient_and_errors(plain, has_aux=True)(params, None, *args)
         if method.gradient is not None:
-            pseudo, errors = value_and_grad(params, weights, *args, train.step, learning_rate)[1], {}
+            pseudo = value_and_grad(params, weights, *args, train.step, learning_rate)[1]
+            true_errors = errors = {}
         elif method.loss is not None:
             of_params = gradient_and_errors(
                 lambda params, *args: of_method(params, weights, *args), has_aux=True
@@ -340,7 +345,7 @@ def make(
             return {}
         return evaluate(task, state.train.params, state.model, data["test"], eval_batch_size)
 
-    return Trial(init, step, measure, test, steps, evaluations)
+    return Trial(init, step, measure, test, steps, evaluations, keep_params)
 
 
 def evaluate(task: Task, params, state, data, batch_size: int | None = None):
@@ -373,47 +378,6 @@ def evaluate(task: Task, params, state, data, batch_size: int | None = None):
         last = one(jax.tree.map(lambda leaf: leaf[-rest:], data))
         total = jax.tree.map(lambda a, b: a + rest * b, total, last)
     return jax.tree.map(lambda value: value / num, total)
-
-
-def scanned(trial: Trial) -> Callable[..., dict[str, Any]]:
-    """A whole training as one function, for `soap_jax.sweeps`.
-
-    A run whose loss is not finite goes no further: all that follows is NaN.
-
-    Returns:
-        `(seed, learning_rate, period, index, data) -> record`: `train_loss` `(steps,)`, each batch's
-        before its update; `evaluations`, by column `(evaluations + 1,)`; `test`, by metric.
-    """
-
-    def run(seed, learning_rate, period, index, data):
-        state, plan = trial.init(seed, learning_rate, period, index, data)
-        every = trial.steps // trial.marks
-
-        def train(state, k):
-            def one(state, i):
-                return trial.step(state, plan, learning_rate, index, data, i)
-
-            state, losses = lax.scan(one, state, (k - 1) * every + jnp.arange(every))
-            return state, losses.astype(jnp.float32)
-
-        def wait(state, k):
-            return state, jnp.where(k > 0, jnp.nan, jnp.zeros(every, jnp.float32))
-
-        def segment(carry, k):  # the first only measures: so XLA compiles measuring once
-            state, alive = carry
-            state, losses = lax.cond((k > 0) & alive, train, wait, state, k)
-            alive &= jnp.isfinite(losses).all()
-            row = trial.measure(state, plan, learning_rate, index, data)
-            row = jax.tree.map(lambda leaf: jnp.where(alive, leaf, jnp.nan), row)
-            return (state, alive), (losses, row)
-
-        marks = jnp.arange(trial.marks + 1, dtype=jnp.int32)
-        (state, alive), (losses, rows) = lax.scan(segment, (state, jnp.array(True)), marks)
-        test = trial.test(state, data)
-        test = jax.tree.map(lambda leaf: jnp.where(alive, leaf, jnp.nan), test)
-        return {"train_loss": losses[1:].reshape(-1), "evaluations": rows, "test": test}
-
-    return run
 
 
 def _order(key, num, batch_size, steps):

@@ -1,0 +1,122 @@
+"""What a task must be before it is compared on, and what tells it from another one."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from soap_jax import trees
+from soap_jax.study import trial
+from soap_jax.tasks import Task
+
+
+def check(task: Task, batch_size: int) -> trial.Layers:
+    """Tries the task's functions with one seed, and finds its kernels."""
+    key = jax.random.key(0)
+    params = task.init(key)
+    state = task.init_state and task.init_state(key)
+    if task.generated:
+        batch = task.train(key)
+    else:
+        batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[:batch_size]), task.train)
+    _check_device(task)
+    fun = trial.loss_of(task)
+    args = params, state, batch, key
+    loss, _ = jax.eval_shape(fun, *args)
+    if getattr(loss, "shape", None) != () or not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise ValueError(
+            f"the loss is {loss}; expected a floating-point scalar, the mean over the batch."
+        )
+    jaxpr = jax.make_jaxpr(fun)(*args).jaxpr
+    first, second = fun(*args)[0], fun(*args)[0]
+    if not np.isfinite(first):
+        raise ValueError(
+            f"the loss is {first} before the first update; expected a finite number. Look at init "
+            "and at the scale of the data."
+        )
+    used = {var for eqn in jaxpr.eqns for var in eqn.invars if not isinstance(var, core.Literal)}
+    leaves = len(jax.tree.leaves((params, state)))
+    of_batch = jaxpr.invars[leaves : leaves + len(jax.tree.leaves(batch))]
+    if first != second or _text(fun, args) != _text(fun, args):
+        raise ValueError(
+            "the loss depends on more than its arguments: two calls with the same ones differ. "
+            "Expected a pure function; draw from the key of a task with init_state."
+        )
+    if not used.intersection(of_batch):
+        raise ValueError(
+            "the loss does not use its batch; expected loss(params, batch). What it closes over is "
+            "constant to it: pass the examples as train."
+        )
+    given = args[:1] + args[2:3] if task.init_state is None else args[:3]
+    for name, metric in task.metrics.items():
+        try:
+            value = jax.eval_shape(metric, *given)
+        except Exception as error:
+            raise ValueError(
+                f"the metric {name!r} raises {type(error).__name__}: {error}"
+            ) from error
+        if getattr(value, "shape", None) != ():
+            raise ValueError(f"the metric {name!r} is {value}; expected a scalar.")
+    return trial.layers_of(task, params, state, batch)
+
+
+def _check_device(task):
+    """Raises ValueError if the task's arrays have no room on a device."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    size = sum(
+        leaf.nbytes for part in task.examples for leaf in jax.tree.leaves(getattr(task, part))
+    )
+    if limit is not None and size > limit:
+        raise ValueError(
+            f"the task's arrays have {size} bytes, and the device has room for {limit}; expected "
+            "data that stay on the device. Store them in a narrower dtype, or fewer of them."
+        )
+
+
+def fingerprint(task: Task, batch_size: int) -> dict[str, Any]:
+    """What tells a task from another one."""
+    key = jax.random.key(0)
+    params = jax.eval_shape(task.init, key)
+    state = task.init_state and jax.eval_shape(task.init_state, key)
+    batch = jax.eval_shape(task.train, key) if task.generated else _types(task.train, batch_size)
+    text = _text(trial.loss_of(task), (params, state, batch, key))
+    return {
+        "loss": hashlib.sha256(text.encode()).hexdigest(),
+        "params": {
+            "/".join(trees.path_of(k)): f"{leaf.dtype}{list(leaf.shape)}"
+            for k, leaf in jax.tree_util.tree_leaves_with_path(params)
+        },
+        "metrics": list(task.metrics),
+        "data": {part: _digest(getattr(task, part)) for part in task.examples},
+    }
+
+
+def _types(part, batch_size):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), part)
+
+
+def _text(fun, args) -> str:
+    """A function as its jaxpr, with the values that it closes over, without addresses."""
+    closed = jax.make_jaxpr(lambda *args: fun(*args))(*args)  # not from a cache
+    consts = " ".join(_digest(const) for const in closed.consts)
+    return re.sub(r"0x[0-9a-f]+", "", f"{closed.jaxpr} {consts}")
+
+
+def _digest(tree) -> str:
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+        found.update(f"{array.dtype}{array.shape}".encode())
+        found.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return found.hexdigest()
+
+
+def _is_key(leaf) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -1,0 +1,376 @@
+"""The tests that claims are made of, each a contrast, a measure and the region of the truth."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from soap_jax.study import statistics
+from soap_jax.study.comparison import Comparison, NotTestable, Periods, joined
+from soap_jax.study.statistics import Estimate, Result
+
+INF = math.inf
+Region = tuple[float, float]
+"""In which the truth must lie; infinite (for ratios 0) where open."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One test within a claim, evaluated; `claims.in_words` says it.
+
+    Attributes:
+        label: what is measured, in words.
+        measure: "ratio", "difference", "share", "degrees" or "trend" (a rank correlation).
+        within: the region written down beforehand.
+        estimate: the estimate; NaN where there is none.
+        low: lower end of its 95 % interval; NaN where there is none, and infinite (for ratios 0)
+            where censored runs leave it open.
+        high: upper end.
+        p_holds: two-sided p-value of "the truth is inside"; see `statistics`.
+        p_fails: two-sided p-value of "the truth is outside".
+        runs: how many runs there are.
+        note: what a reader must know beside the numbers, or "".
+        censored: how many of the runs never reached the target, or diverged.
+        testable: False where `note` says why there are no numbers.
+    """
+
+    label: str
+    measure: str
+    within: Region
+    estimate: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    p_holds: float = math.nan
+    p_fails: float = math.nan
+    runs: int = 0
+    note: str = ""
+    censored: int = 0
+    testable: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Test:
+    """What a claim takes; one of your own has `measure`, `label` and `evaluate`.
+
+    Attributes:
+        within: the region in which the truth must lie.
+    """
+
+    within: Region = dataclasses.field(kw_only=True)
+    measure: ClassVar[str]
+    kinds: ClassVar[dict[str, type[Test]]] = {}
+    __test__ = False  # nothing for pytest
+
+    def __init_subclass__(cls):
+        Test.kinds[cls.__name__] = cls
+
+    def __post_init__(self):
+        low, high = self.within
+        if not low < high or (self.measure == "ratio" and low < 0):
+            raise ValueError(f"within is {self.within}; expected (low, high), of ratios from 0 on.")
+
+    def label(self, comparison: Comparison) -> str:
+        """What is measured, in words."""
+        raise NotImplementedError
+
+    def evaluate(self, comparison: Comparison) -> Part:
+        """Measures it; raises `NotTestable` where the comparison cannot."""
+        raise NotImplementedError
+
+    def part(self, comparison: Comparison) -> Part:
+        """The test, evaluated, or why it cannot be."""
+        try:
+            if len(comparison.seeds) < 2:
+                raise NotTestable("one seed has no spread: at least 2 are needed")
+            return self.evaluate(comparison)
+        except NotTestable as reason:
+            return self.untested(comparison, str(reason))
+
+    def untested(self, comparison: Comparison, why: str) -> Part:
+        """The test where it cannot be evaluated."""
+        label = self.label(comparison)
+        return Part(label, self.measure, self.within, note=why, testable=False)
+
+    def found(self, comparison: Comparison, where: str, result: Result, *more: Any) -> Part:
+        """The test with its numbers; `more` are runs, note and censored of `Part`."""
+        label = f"{self.label(comparison)}, {where}"
+        return Part(label, self.measure, self.within, *result, *more)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The test as JSON has it; open ends are null."""
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
+        plain["within"] = [float(end) if math.isfinite(end) else None for end in self.within]
+        return {"test": type(self).__name__} | plain
+
+    @staticmethod
+    def from_dict(stored: Mapping[str, Any]) -> Test:
+        """The test that `to_dict` stored."""
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+        if (kind := fields.pop("test")) not in Test.kinds:
+            raise ValueError(f"a test is a {kind!r}; expected one of {', '.join(Test.kinds)}.")
+        low, high = fields["within"]
+        fields["within"] = (-INF if low is None else low, INF if high is None else high)
+        return Test.kinds[kind](**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio(Test):
+    """Steps to the target loss of one method over those of another, seed by seed.
+
+    By the paired t on the log scale, at best rates by the bootstrap-t.
+
+    Attributes:
+        method: the numerator's.
+        reference: the denominator's.
+        at: "shared", the rate that all methods share; "best", each at its own, which must lie
+            inside the grid; or a learning rate.
+        periods: of numerator and denominator; None is a method's smallest.
+        matched: whether it means something only if both methods start from the same weights.
+        amplification: whether to say beside it what the method's feedback makes of the hidden
+            learning rates: norm ratio times cosine.
+    """
+
+    method: str
+    reference: str = "bp"
+    _: dataclasses.KW_ONLY
+    at: str | float = "shared"
+    periods: Periods = (None, None)
+    matched: bool = True
+    amplification: bool = False
+    measure: ClassVar[str] = "ratio"
+    sign: ClassVar[str] = " / "
+
+    def label(self, comparison: Comparison) -> str:
+        """The methods, with their periods if these are what differs."""
+        names = zip((self.method, self.reference), self.periods, strict=True)
+        return self.sign.join(comparison.label(m) + (f", T = {t}" if t else "") for m, t in names)
+
+    def evaluate(self, comparison: Comparison) -> Part:
+        """Measures it; raises `NotTestable` where the comparison cannot."""
+        metric = getattr(self, "metric", None)
+        pair = self.method, self.reference
+        starts = comparison.different_starts(*pair)
+        if self.matched and starts:
+            raise NotTestable(starts)
+        _check_inside(comparison, self.at, pair, self.periods)
+        found = comparison.compared(*pair, at=self.at, periods=self.periods, metric=metric)
+        what = metric.replace("_", " ") if metric else f"steps to loss {comparison.target_loss:g}"
+        result = (found.mean.judge if metric else found.mean.judge_ratio)(self.within)
+        notes = [found.note, starts]
+        if self.amplification:
+            notes.insert(1, _amplification(comparison, self.method, found.rates[0]))
+        if (period := self.periods[0]) and not metric:
+            values = comparison.grid(self.method, period).values
+            steps = np.exp(values[comparison.rates.index(found.rates[0])])
+            if steps.max() <= period:
+                notes.append("no run lasted one period: it synced only at the start")
+        flags, where = found.censored, f"{what} {_at(self.at, *found.rates)}"
+        return self.found(
+            comparison, where, result, np.size(flags), joined(*notes), int(np.sum(flags))
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference(Ratio):
+    """A metric of one method minus that of another, seed by seed.
+
+    Attributes:
+        metric: a column of the table "runs", such as "test_accuracy".
+    """
+
+    _: dataclasses.KW_ONLY
+    metric: str
+    at: str | float = "best"
+    measure: ClassVar[str] = "difference"
+    sign: ClassVar[str] = " - "
+
+
+@dataclasses.dataclass(frozen=True)
+class Share(Test):
+    """How much of a reference's gain over a control a method has: (m - c) / (r - c) of a metric.
+
+    Each method is at its best rate. By Fieller's method; not testable where the reference may have
+    no gain.
+
+    Attributes:
+        method: m.
+        reference: r.
+        over: c, such as "frozen".
+        metric: a column of the table "runs".
+    """
+
+    method: str
+    reference: str = "bp"
+    _: dataclasses.KW_ONLY
+    over: str
+    metric: str
+    measure: ClassVar[str] = "share"
+
+    def label(self, comparison: Comparison) -> str:
+        """The gain, in words."""
+        method, reference, over = map(comparison.label, (self.method, self.reference, self.over))
+        return f"{method}: share of the gain of {reference} over {over}"
+
+    def evaluate(self, comparison: Comparison) -> Part:
+        """Measures it; raises `NotTestable` where the comparison cannot."""
+        methods = self.method, self.reference, self.over
+        rates = _check_inside(comparison, "best", methods)
+        grids = [comparison.grid(method, metric=self.metric) for method in methods]
+        method, reference, over = (
+            grid.values[comparison.rates.index(rate)]
+            for grid, rate in zip(grids, rates, strict=True)
+        )
+        gain = statistics.student(reference - over)
+        if not gain.interval[0] * gain.interval[1] > 0:  # also where it is NaN
+            said = Estimate(gain.estimate, *gain.interval)
+            raise NotTestable(f"the reference may gain nothing over the control: {said}")
+        result = statistics.fieller(method - over, reference - over).judge(self.within)
+        where = f"{self.metric.replace('_', ' ')} {_at('best', *rates)}"
+        return self.found(comparison, where, result, 3 * over.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trend(Test):
+    """Steps to the target loss grow from method to method, by Page's test with seeds as blocks.
+
+    Attributes:
+        methods: in the order of growth.
+        at: "shared" or a learning rate.
+    """
+
+    methods: tuple[str, ...]
+    _: dataclasses.KW_ONLY
+    at: str | float = "shared"
+    within: Region = (0.0, INF)
+    measure: ClassVar[str] = "trend"
+
+    def label(self, comparison: Comparison) -> str:
+        """The methods in order."""
+        return "steps grow from " + " to ".join(map(comparison.label, self.methods))
+
+    def evaluate(self, comparison: Comparison) -> Part:
+        """Measures it; raises `NotTestable` where the comparison cannot."""
+        grids = [comparison.grid(method) for method in self.methods]
+        if starts := comparison.different_starts(*self.methods):
+            raise NotTestable(starts)
+        rate = comparison.rate(self.methods[0], self.at)
+        i = comparison.rates.index(rate)
+        result = statistics.trend(np.stack([grid.values[i] for grid in grids], axis=1))
+        notes = [comparison.missing(method, rate) for method in self.methods]
+        flags = [grid.censored[i] for grid in grids]
+        if any(map(statistics.too_many, flags)):
+            result = result._replace(p_holds=1.0, p_fails=1.0)
+            notes.insert(0, "more than a tenth of a method's runs are censored: no conclusion")
+        columns = [c for c in map(str, comparison.evaluations) if c.startswith("weight_angle/")]
+        angles = [
+            np.mean([comparison.measured(name, method, rate, end=False) for name in columns])
+            for method in self.methods * bool(columns)
+        ]
+        if angles:
+            notes.append(f"angles of feedback to weights at the start: {_listed(angles)} degrees")
+        more = np.size(flags), joined(*notes), int(np.sum(flags))
+        return self.found(comparison, f"at rate {rate:g}", result, *more)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinalAngle(Test):
+    """The angle of the final error to the true one, at the hidden layer nearest the output.
+
+    Attributes:
+        method: at its best rate.
+    """
+
+    method: str
+    measure: ClassVar[str] = "degrees"
+
+    def label(self, comparison: Comparison) -> str:
+        """The method's."""
+        return f"{comparison.label(self.method)}, final error angle at the last hidden layer"
+
+    def evaluate(self, comparison: Comparison) -> Part:
+        """Measures it; raises `NotTestable` where the comparison cannot."""
+        where, angles = _final_error_angles(comparison, self.method, comparison.hidden[-1:])
+        result = statistics.student(angles[:, 0]).judge(self.within)
+        return self.found(comparison, where, result, len(angles))
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorAngleTrend(Test):
+    """The final error angle grows with distance from the output, by Page's test.
+
+    Attributes:
+        method: at its best rate.
+    """
+
+    method: str
+    _: dataclasses.KW_ONLY
+    within: Region = (0.0, INF)
+    measure: ClassVar[str] = "trend"
+
+    def label(self, comparison: Comparison) -> str:
+        """The method's."""
+        name = comparison.label(self.method)
+        return f"{name}, final error angle grows with distance from the output"
+
+    def evaluate(self, comparison: Comparison) -> Part:
+        """Measures it; raises `NotTestable` where the comparison cannot."""
+        depth = len(comparison.hidden)
+        if depth < 3:
+            raise NotTestable(f"a trend over hidden layers needs at least 3 of them, not {depth}")
+        where, angles = _final_error_angles(comparison, self.method, comparison.hidden[::-1])
+        note = f"from the output on, {_listed(angles.mean(axis=0))} degrees"
+        return self.found(comparison, where, statistics.trend(angles), len(angles), note)
+
+
+def _at(at, *rates):
+    *most, last = (f"{rate:g}" for rate in rates)
+    return (
+        f"each at its best rate ({', '.join(most)} and {last})"
+        if at == "best"
+        else f"at rate {last}"
+    )
+
+
+def _listed(numbers):
+    return ", ".join(f"{number:.3g}" for number in numbers)
+
+
+def _check_inside(comparison, at, methods, periods=(None, None, None)):
+    """The methods' rates: best ones must be chosen among several, and lie inside the grid."""
+    rates = [comparison.rate(m, at, t) for m, t in zip(methods, periods, strict=False)]
+    for method, rate in zip(methods, rates, strict=True):
+        if at == "best" and len(comparison.rates) == 1:
+            raise NotTestable("one learning rate leaves none to choose: more are needed")
+        if at == "best" and comparison.at_edge(rate):
+            raise NotTestable(
+                f"the best rate of {method}, {rate:g}, lies at the edge of the grid: a better one "
+                "may lie beyond, so widen the learning rates"
+            )
+    return rates
+
+
+def _amplification(comparison, method, rate):
+    """What feedback makes of the hidden learning rates before training, from the kernels above."""
+
+    def start(name, path):
+        return comparison.measured(f"{name}/{path}", method, rate, end=False)
+
+    factors = [
+        start("norm_ratio", path) * np.cos(np.radians(start("weight_angle", path)))
+        for path in comparison.kernels[1:]
+    ]
+    above = np.cumprod(factors[::-1], axis=0)[::-1].mean(axis=1)
+    return f"hidden rates that count (norm ratio × cosine) start at {_listed(above)} times the rate"
+
+
+def _final_error_angles(comparison, method, kernels):
+    """Where they are measured, and `(seeds, kernels)` degrees."""
+    (rate,) = _check_inside(comparison, "best", [method])
+    angles = [comparison.measured(f"error_angle/{k}", method, rate, end=True) for k in kernels]
+    if not angles or not np.isfinite(angles).all():
+        raise NotTestable(f"the final error angle of {method} is not known for every seed")
+    return f"at its best rate ({rate:g})", np.stack(angles, axis=1)

@@ -1,0 +1,151 @@
+"""Two ways to do a training: as one function, all on the device, or step by step from Python.
+
+On CPU XLA runs the gradients of convolutions ten times slower inside a loop
+(https://github.com/jax-ml/jax/issues/12868), so trainings with some go step by step there, many
+runs as a batch. Both give the same numbers to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core
+
+from soap_jax import sweeps
+from soap_jax.study.trial import Trial
+
+
+def scanned(trial: Trial) -> Callable[..., dict[str, Any]]:
+    """A whole training as one function, for `soap_jax.sweeps`.
+
+    A run whose loss is not finite goes no further: all that follows is NaN.
+
+    Returns:
+        `(seed, learning_rate, period, index, data) -> results`: `train_loss` `(steps,)`, each
+        batch's before its update; `evaluations`, by column `(evaluations + 1,)`; `test`, by metric;
+        `params`, if kept.
+    """
+
+    def run(seed, learning_rate, period, index, data):
+        state, plan = trial.init(seed, learning_rate, period, index, data)
+        every = trial.steps // trial.marks
+
+        def train(state, k):
+            def one(state, i):
+                return trial.step(state, plan, learning_rate, index, data, i)
+
+            state, losses = lax.scan(one, state, (k - 1) * every + jnp.arange(every))
+            return state, losses.astype(jnp.float32)
+
+        def wait(state, k):
+            return state, jnp.where(k > 0, jnp.nan, jnp.zeros(every, jnp.float32))
+
+        def segment(carry, k):  # the first only measures: so XLA compiles measuring once
+            state, alive = carry
+            state, losses = lax.cond((k > 0) & alive, train, wait, state, k)
+            alive &= jnp.isfinite(losses).all()
+            row = trial.measure(state, plan, learning_rate, index, data)
+            row = jax.tree.map(lambda leaf: jnp.where(alive, leaf, jnp.nan), row)
+            return (state, alive), (losses, row)
+
+        marks = jnp.arange(trial.marks + 1, dtype=jnp.int32)
+        (state, alive), (losses, rows) = lax.scan(segment, (state, jnp.array(True)), marks)
+        test = trial.test(state, data)
+        test = jax.tree.map(lambda leaf: jnp.where(alive, leaf, jnp.nan), test)
+        results = {"train_loss": losses[1:].reshape(-1), "evaluations": rows, "test": test}
+        return results | ({"params": state.train.params} if trial.keep_params else {})
+
+    return run
+
+
+def stepwise(
+    of_method: Trial,
+    points: Sequence[sweeps.Point],
+    *,
+    args: tuple,
+    done: Sequence[int] = (),
+    chunk_size: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Iterator[sweeps.Part]:
+    """As `soap_jax.sweeps.iterate` of `scanned`, step by step from Python, runs as a batch.
+
+    Args:
+        of_method: the training.
+        points: the runs.
+        args: the method's index and the data.
+        done: runs not to do again.
+        chunk_size: at most so many runs at once; by default 10.
+        on_progress: as there.
+
+    Yields:
+        As there.
+    """
+    index, data = args
+    init = jax.jit(jax.vmap(of_method.init, (0, 0, None, None, None)))
+    step = jax.jit(jax.vmap(of_method.step, (0, 0, 0, None, None, None)), donate_argnums=0)
+    measure = jax.jit(jax.vmap(of_method.measure, (0, 0, 0, None, None)))
+    test = jax.jit(jax.vmap(of_method.test, (0, None)))
+    every = of_method.steps // of_method.marks
+    finished, known = len(done), set(done)
+    if on_progress:
+        on_progress(finished, len(points))
+    for indices in sweeps.calls_of(points, 1, chunk_size or 10)[0]:
+        mine = [i for i in indices if i not in known]
+        if not mine:
+            continue
+        seeds = jnp.array([points[i].seed for i in indices], jnp.int32)
+        rates = jnp.array([points[i].learning_rate for i in indices], jnp.float32)
+        state, plan = init(seeds, rates, jnp.int32(points[indices[0]].period), index, data)
+        rows, losses = [measure(state, plan, rates, index, data)], []
+        for i in range(of_method.steps):
+            state, loss = step(state, plan, rates, index, data, jnp.int32(i))
+            losses.append(loss)
+            if (i + 1) % every == 0:
+                rows.append(measure(state, plan, rates, index, data))
+        results = {
+            "train_loss": np.stack(losses, axis=1).astype(np.float32),
+            "evaluations": jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *rows),
+            "test": jax.device_get(test(state, data)),
+        }
+        if of_method.keep_params:
+            results["params"] = jax.device_get(state.train.params)
+        results = results | _until_broken(results, every)
+        keep = np.array([k for k, i in enumerate(indices) if i not in known])
+        finished += len(mine)
+        if on_progress:
+            on_progress(finished, len(points))
+        yield sweeps.Part(mine, jax.tree.map(lambda leaf, keep=keep: leaf[keep], results))
+
+
+def _until_broken(results, every):
+    """NaN in place of all that follows the segment in which a loss was not finite."""
+    losses = results["train_loss"]
+    runs, steps = losses.shape
+    whole = np.isfinite(losses).reshape(runs, steps // every, every).all(axis=2)
+    alive = np.concatenate([np.ones((runs, 1), bool), np.logical_and.accumulate(whole, 1)], 1)
+    started = np.repeat(alive[:, :-1], every, axis=1)
+    return {
+        "train_loss": np.where(started, losses, np.nan).astype(np.float32),
+        "evaluations": {k: np.where(alive, v, np.nan) for k, v in results["evaluations"].items()},
+        "test": {k: np.where(alive[:, -1], v, np.nan) for k, v in results["test"].items()},
+    }
+
+
+def convolves(jaxpr: core.Jaxpr) -> bool:
+    """Whether there is a convolution in a jaxpr, however deep."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            return True
+        for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(part) and convolves(getattr(part, "jaxpr", part)):  # type: ignore
+                return True
+    return False
+
+
+def _is_jaxpr(value) -> bool:
+    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)

@@ -1,0 +1,448 @@
+"""The preset: one network on one set of images by each method, and seven claims about them.
+
+    result = study.compare(**preset.comparison_arguments(StudyConfig(), data.load("digits")))
+
+`soap-jax study` is this, `soap-jax train` one of its runs. A field below is an option there, and
+its line under Attributes is the option's help. Importing this module loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import itertools
+import math
+import reprlib
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from soap_jax import grids
+
+if TYPE_CHECKING:
+    import chex
+    import optax
+
+    from soap_jax import data, models, tasks
+    from soap_jax.study import methods
+
+DATASETS = {"digits": 64, "mnist": 784, "fashion_mnist": 784, "kmnist": 784, "cifar10": 3072}
+"""The data sets, and the values in an example of each."""
+_SIGNS, _SCALED = ("sign", "sign_preserve", "sign_norm"), ("bp_scaled", "bp_scaled_live")
+DEFAULT_METHODS = ("bp", "fa", *_SIGNS, *_SCALED, "frozen")
+WEIGHT_DECAY = 1e-3
+"""That of a study with Kolen-Pollack learning, which is nothing without."""
+CHOICES = {
+    "dataset": tuple(DATASETS),
+    "model": ("mlp", "conv"),
+    "activation": ("tanh", "relu", "sigmoid"),
+    "optimizer": ("sgd", "momentum", "adam"),
+    "init": ("matched", "soap"),
+    "inputs": ("standard", "unit"),
+}
+MAX_RUNS = 10**6
+"""The most runs in a study; each of them is known by name from the start."""
+MAX_EPOCHS = 10**6
+"""The most epochs, since their orders are drawn at the start."""
+MAX_WEIGHTS = 2**31 - 1
+"""The most weights in a network: 8 GiB of them."""
+WARMUP = 5
+"""Updates of plain backprop before activity propagation begins, as in the original.
+
+Its bias, too, is the original's, `soap_jax.activity`'s default: on digits the hidden layers'
+gradient is then about a thousandth of backprop's, so that they hardly learn. With 1e-8 or less the
+output does not learn either."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How methods are compared, whatever they train.
+
+    Attributes:
+        learning_rates: the grid of learning rates, the same for every method.
+        seeds: number of seeds; a seed gives every method the same initial weights, feedback and
+            order of examples.
+        epochs: passes over the training data.
+        steps: parameter updates, in place of epochs.
+        batch_size: examples per step.
+        periods: updates from one synchronisation to the next; methods that sync run with each.
+            Tables and figures show the smallest.
+        target_loss: the training loss that steps are counted to; by default the smallest that every
+            run of the reference reaches within an eighth of the steps.
+        evaluations: how often a run is evaluated, in equal distances.
+        chunk_size: at most so many runs per device at once; bounds memory on accelerators. By
+            default 4 on CPU, else 64.
+        memory_limit: at most so many GiB per device for the program (a process takes about 0.7
+            besides); makes chunks smaller where needed.
+    """
+
+    learning_rates: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
+    seeds: int = 10
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int = 64
+    periods: Annotated[tuple[int, ...], tyro.conf.arg(name="period")] = ()
+    target_loss: float | None = None
+    evaluations: int = 20
+    chunk_size: int | None = None
+    memory_limit: float | None = None
+
+    def smaller(self):
+        """The same at a size that takes about a minute: three seeds, three rates, 300 steps."""
+        return dataclasses.replace(
+            self,
+            learning_rates=self.learning_rates[:: math.ceil(len(self.learning_rates) / 3)],
+            seeds=min(self.seeds, 3),
+            steps=min(self.steps or 300, 300),
+            periods=self.periods[:1],
+            evaluations=min(self.evaluations, 10),
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """These fields as `soap_jax.study.compare` takes them."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(Protocol)}
+        if self.steps is not None:
+            values["epochs"] = None
+        if self.memory_limit is not None:
+            values["memory_limit"] = self.memory_limit * 2**30
+        return values | {"periods": self.periods or None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Network:
+    """What is trained, and on what.
+
+    Attributes:
+        dataset: digits, mnist, fashion_mnist, kmnist or cifar10; only digits needs no download.
+        data: data of one's own instead: FILE.npz with x_train, y_train, x_test and y_test, or a
+            directory of four IDX files, unpacked or gzipped, named as MNIST's.
+        model: mlp, or conv: 3 x 3 convolutions of stride 2, then a dense layer.
+        hidden: widths of the hidden layers of mlp.
+        channels: output channels of the convolutions of conv.
+        activation: tanh, relu or sigmoid.
+        optimizer: sgd, momentum (SGD with momentum 0.9) or adam. Claims are about sgd.
+        weight_decay: decoupled: each update also subtracts learning_rate * weight_decay * w, for
+            every method alike, and from feedback that Kolen-Pollack learning learns; layers that
+            are not trained do not decay. By default 0.001 if kp is among the methods, else 0.
+        init: initial weights: matched draws every method's kernels alike (Glorot normal); soap is
+            that of the original package: methods without feedback start as PyTorch does (uniform
+            within 1 / √fan_in), which is slower.
+        inputs: pixels: standard (mean 0 and variance 1 over the training examples) or unit (0
+            to 1).
+    """
+
+    dataset: str = "digits"
+    data: str | None = None
+    model: str = "mlp"
+    hidden: tuple[int, ...] = (256,)
+    channels: tuple[int, ...] = (8, 16)
+    activation: str = "tanh"
+    optimizer: str = "sgd"
+    weight_decay: float | None = None
+    init: str = "matched"
+    inputs: str = "standard"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudyConfig(Protocol, Network):
+    """The configuration of a study; two equal ones give the same results on the same machine.
+
+    Attributes:
+        methods: names of the methods to compare, of bp, fa, sign, sign_preserve, sign_norm,
+            bp_scaled, bp_scaled_live, frozen, sign_glorot, sign_redraw, transport, weight_mirror,
+            kp, information_alignment, symmetric_alignment, activation_alignment and, with mlp, dfa,
+            sdfa, drtp, activity_propagation.
+
+    Raises:
+        ValueError: for a value out of range.
+
+    Example:
+        >>> StudyConfig(learning_rates=[0.3, 0.1]).learning_rates
+        (0.1, 0.3)
+    """
+
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    epochs: int = 20
+    periods: Annotated[tuple[int, ...], tyro.conf.arg(name="period")] = (1, 10, 100)
+    target_loss: float | None = 0.5
+
+    def __post_init__(self):
+        from soap_jax.study.methods import METHODS
+
+        for name in ("methods", "learning_rates", "hidden", "channels", "periods"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, known in CHOICES.items():
+            _check_names(name, (getattr(self, name),), known)
+        _check_names("methods", self.methods, METHODS)
+        grids.check_count("seeds", self.seeds, most=MAX_RUNS)
+        grids.check_count("epochs", self.epochs, most=MAX_EPOCHS)
+        for name in ("steps", "batch_size", "evaluations", "chunk_size"):
+            if getattr(self, name) is not None:
+                grids.check_count(name, getattr(self, name))
+        self._check_widths()
+        grids.check(seeds=[0], learning_rates=self.learning_rates, periods=self.periods)
+        runs = math.prod(map(len, (self.methods, self.periods, self.learning_rates))) * self.seeds
+        if runs > MAX_RUNS:
+            raise ValueError(
+                f"seeds is {self.seeds}, which makes up to {runs} runs with these methods, "
+                f"learning_rates and periods; expected at most {MAX_RUNS} runs."
+            )
+        for name in ("target_loss", "memory_limit"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; expected a positive number.")
+        decay = self.weight_decay
+        if decay is None:
+            decay = WEIGHT_DECAY if "kp" in self.methods else 0.0
+        if not 0 <= grids.as_float32(decay) < math.inf:
+            raise ValueError(
+                f"weight_decay is {decay}; expected a number of at least 0, finite as a float32."
+            )
+        for name, value in {
+            "weight_decay": decay,
+            "learning_rates": tuple(sorted(self.learning_rates)),
+            "periods": tuple(sorted(self.periods)),
+        }.items():
+            object.__setattr__(self, name, value)
+
+    def _check_widths(self):
+        for name in ("hidden", "channels"):
+            widths = getattr(self, name)
+            said = f"{name} is {reprlib.repr(widths)}; expected"
+            if not widths or min(widths) < 1:
+                raise ValueError(
+                    f"{said} the widths of one hidden layer or more: without one there is nothing "
+                    "for feedback to do."
+                )
+            sizes = (1 if self.data else DATASETS[self.dataset], *widths, 10)
+            weights = sum(a * b for a, b in itertools.pairwise(sizes))
+            if weights > MAX_WEIGHTS:
+                raise ValueError(
+                    f"{said} at most {MAX_WEIGHTS} weights in all; these are "
+                    f"{reprlib.repr(weights)}."
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(Network):
+    """The configuration of one model in training.
+
+    Attributes:
+        method: as in a study: bp, fa, sign_preserve, dfa, ...
+        learning_rate: the learning rate.
+        seed: of initial weights, initial feedback and the order of examples, as in a study.
+        epochs: passes over the training data; more later go on from these.
+        batch_size: examples per step.
+        period: updates from one synchronisation of feedback to the next, for methods that sync.
+        checkpoint_every: epochs from one checkpoint to the next; the last epoch has one anyway.
+        keep: how many checkpoints to keep, the newest ones.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    method: str = "sign_preserve"
+    learning_rate: float = 0.1
+    seed: int = 0
+    epochs: int = 50
+    batch_size: int = 64
+    hidden: tuple[int, ...] = (256, 256)
+    period: int = 10
+    checkpoint_every: int = 5
+    keep: int = 3
+
+    def __post_init__(self):
+        from soap_jax.study.methods import METHODS
+
+        for name in ("hidden", "channels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        _check_names("method", (self.method,), METHODS)
+        if not 0 <= self.seed <= grids.MOST:
+            raise ValueError(
+                f"seed is {reprlib.repr(self.seed)}; expected an integer from 0 to {grids.MOST}."
+            )
+        for name in ("period", "checkpoint_every", "keep"):
+            grids.check_count(name, getattr(self, name))
+        object.__setattr__(self, "weight_decay", self.as_study().weight_decay)
+
+    def as_study(self) -> StudyConfig:
+        """A study of this network and method alone; it differs in which seeds it runs.
+
+        Example:
+            >>> TrainConfig(method="fa", learning_rate=0.5).as_study().learning_rates
+            (0.5,)
+        """
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Network)}
+        return StudyConfig(
+            **shared,
+            methods=(self.method,),
+            learning_rates=(self.learning_rate,),
+            seeds=1,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            periods=(self.period,),
+        )
+
+
+def _check_names(field: str, values: Sequence[str], known: Collection[str]):
+    if not values or len(set(values)) < len(values):
+        raise ValueError(
+            f"{field} is {', '.join(map(repr, values)) or 'empty'}; expected different ones of "
+            f"{', '.join(known)}."
+        )
+    for value in values:
+        if value not in known:
+            near = difflib.get_close_matches(value, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{field}: {value!r} is unknown; expected {', '.join(known)}.{hint}")
+
+
+def comparison_arguments(
+    config: StudyConfig, dataset: data.Dataset, *, scale: tasks.Scaling | None = None
+) -> dict[str, Any]:
+    """What `soap_jax.study.compare` needs for the preset: the task, the methods and the protocol.
+
+    Args:
+        config: the configuration.
+        dataset: the data, as `soap_jax.data.load` or `soap_jax.tasks.read` gives them.
+        scale: of their inputs; by default as the configuration says.
+
+    Raises:
+        ValueError: if the data do not suit the configuration.
+    """
+    from soap_jax import tasks
+    from soap_jax.study import preset_claims
+
+    model = network(config, dataset)
+    scale = scale or tasks.scaling(dataset, config.inputs)
+    return config.arguments() | {
+        "task": tasks.classification(model, dataset, scale=scale),
+        "methods": {name: _method(config, name, model, scale) for name in config.methods},
+        "optimizer": optimizer(config),
+        "select": "validation_accuracy",
+        "maximise": True,
+        "claims": preset_claims.CLAIMS,
+    }
+
+
+def network(config: Network, dataset: data.Dataset) -> models.MLP | models.ConvNet:
+    """The network without feedback.
+
+    Raises:
+        ValueError: if the data do not suit it.
+    """
+    import flax.linen as nn
+
+    from soap_jax import models
+
+    activation, classes = getattr(nn, config.activation), dataset.num_classes
+    if config.model == "mlp":
+        return models.MLP((*config.hidden, classes), activation=activation, feedback=False)
+    if dataset.train.images.ndim != 4:
+        raise ValueError(
+            f"model is 'conv', and examples have the shape {dataset.train.images.shape[1:]}; "
+            "expected images, (height, width) or (height, width, channels)."
+        )
+    return models.ConvNet(config.channels, classes, activation=activation, feedback=False)
+
+
+def in_words(config: Network, dataset: data.Dataset) -> str:
+    """What is trained, such as "64-256-10, tanh, sgd"."""
+    sizes = (dataset.train.images[0].size, *config.hidden, dataset.num_classes)
+    widths = "-".join(map(str, sizes if config.model == "mlp" else config.channels))
+    decay = f" with weight decay {config.weight_decay:g}" if config.weight_decay else ""
+    return f"{config.model} {widths}, {config.activation}, {config.optimizer}{decay}"
+
+
+def optimizer(config: StudyConfig) -> Callable[[Any], optax.GradientTransformation]:
+    """The optimiser as a function of the learning rate, with decoupled weight decay.
+
+    w <- w + Δw - learning_rate * weight_decay * w
+    """
+    import jax.numpy as jnp
+    import optax
+
+    kinds = {
+        "sgd": optax.sgd,
+        "momentum": functools.partial(optax.sgd, momentum=0.9),
+        "adam": optax.adam,
+    }
+
+    def of_rate(learning_rate):
+        chosen = kinds[config.optimizer](learning_rate)
+        if not config.weight_decay:
+            return chosen
+        share = config.weight_decay * jnp.asarray(learning_rate, jnp.float32)
+        return optax.chain(chosen, optax.add_decayed_weights(-share))
+
+    decay = f", weight decay {config.weight_decay:g}" if config.weight_decay else ""
+    of_rate.__qualname__ = config.optimizer + decay  # as records say it
+    return of_rate
+
+
+def _method(config: StudyConfig, name: str, model: Any, scale: tasks.Scaling) -> methods.Method:
+    """A method of the registry, with what the network must bring and the study's starts."""
+    import jax
+    import jax.numpy as jnp
+
+    from soap_jax import activity, feedback, models, training
+    from soap_jax.study.methods import METHODS
+
+    method = METHODS[name]
+    changes: dict[str, Any] = {"initializer": feedback.glorot_normal}
+    errors: dict[str, Any] = {"dfa": "exact", "sdfa": "sign", "drtp": "target"}
+    if config.init == "soap" and method.rule is None and name not in errors:
+        changes["init"] = init_as_torch
+    if isinstance(model, models.MLP) and name in errors:
+        direct = models.DirectMLP(model.features, activation=model.activation, error=errors[name])
+
+        def loss(params, projections, batch):
+            x, labels = batch
+            variables = {"params": params, "projection": projections}
+            target = jax.nn.one_hot(labels, model.features[-1], dtype=jnp.float32)
+            logits: Any = direct.apply(variables, scale(x), target)
+            return training.cross_entropy(logits, labels)
+
+        def init_feedback(key, params, batch):
+            keys = {"params": key, "feedback": key}
+            return direct.init(keys, scale(batch[0][:1]))["projection"]
+
+        loss.__qualname__ = f"DirectMLP(error={errors[name]!r})"
+        changes |= {"loss": loss, "init_feedback": init_feedback}
+    if isinstance(model, models.MLP) and name == "activity_propagation":
+
+        def tapped(tap, params, batch):
+            logits: Any = model.apply({"params": params}, scale(batch[0]), tap)
+            return training.cross_entropy(logits, batch[1])
+
+        def gradient(params, feedback, batch, key, step, learning_rate):
+            of = activity.value_and_grad(tapped, learning_rate=learning_rate, warmup=WARMUP)
+            return of(params, batch, step=step)
+
+        changes["gradient"] = gradient
+    return dataclasses.replace(method, **changes)
+
+
+def init_as_torch(key: chex.PRNGKey, params: chex.ArrayTree) -> chex.ArrayTree:
+    """Draws kernels and biases anew as PyTorch's layers do: uniform within 1 / √fan_in.
+
+    Args:
+        key: a PRNG key.
+        params: `{layer: {"kernel": ..., "bias": ...}}`; only shapes count.
+    """
+    import jax
+    from flax import linen as nn
+
+    torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    drawn = {}
+    for name, layer_key in zip(params, jax.random.split(key, len(params)), strict=True):
+        kernel_key, bias_key = jax.random.split(layer_key)
+        kernel, bias = params[name]["kernel"], params[name]["bias"]
+        bound = math.prod(kernel.shape[:-1]) ** -0.5
+        drawn[name] = {
+            "kernel": torch_uniform(kernel_key, kernel.shape, kernel.dtype),
+            "bias": jax.random.uniform(bias_key, bias.shape, bias.dtype, -bound, bound),
+        }
+    return drawn
