@@ -12,6 +12,7 @@ from soap_jax.study import claims, drawing, statistics
 from soap_jax.study.comparison import Comparison
 from soap_jax.study.drawing import Mark
 from soap_jax.study.figures import Figure
+from soap_jax.study.statistics import number
 
 PALETTE = ("#707070", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#B87A00", "#2F93C9", "#8E6FC4")
 """Colours by place, for methods that have none: Okabe and Ito's, some of them darkened."""
@@ -60,7 +61,7 @@ def loss_curves(comparison: Comparison) -> Figure:
         y="training loss (moving average)",
         caption=f"Training loss while training at learning rate {rate:g}, {why}. Lines are means "
         "over seeds, bands reach from the lowest seed to the highest. The dotted line is the "
-        f"target, loss {comparison.target_loss:.3g}.",
+        f"target, loss {number(comparison.target_loss)}.",
         empty="Every run broke off before its loss was measured.",
         y_log=True,
         line=comparison.target_loss,
@@ -69,7 +70,7 @@ def loss_curves(comparison: Comparison) -> Figure:
 
 def steps_to_loss(comparison: Comparison) -> Figure:
     """Steps to the target loss against the learning rate: geometric mean and t interval."""
-    target, points = f"{comparison.target_loss:.3g}", []
+    target, points = number(comparison.target_loss), []
     for method, name in names(comparison).items():
         grid = comparison.grid(method)
         for rate, *of in zip(comparison.rates, *grid[:3], strict=True):
@@ -282,8 +283,8 @@ def _rate_for_curves(comparison: Comparison) -> tuple[float, str]:
     who = comparison.label(comparison.reference) if comparison.reference else "every method"
     if math.isfinite(comparison.shared_rate):
         return comparison.shared_rate, (
-            f"the smallest at which every run of {who} reaches loss {comparison.target_loss:.3g} "
-            "within half the steps"
+            f"the smallest at which every run of {who} reaches loss "
+            f"{number(comparison.target_loss)} within half the steps"
         )
     best = comparison.best_rate(comparison.reference or next(iter(comparison.methods)))
     if math.isfinite(best):
