@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from soap_jax.study import claims, mediation, preset_claims
+from soap_jax.study import claims, contrasts, mediation, preset_claims
 from soap_jax.study.comparison import Comparison
 from soap_jax.study.store import TABLES
 
@@ -148,7 +148,7 @@ def make_part(label, estimate, low, high, within, **changes):
     """One test within a claim, made up."""
     usual = {"measure": "ratio", "p_holds": 0.001, "p_fails": 1.0, "censored": 0, "runs": 20}
     usual |= {"note": "", "testable": True}
-    return claims.Part(
+    return contrasts.Part(
         label=label, estimate=estimate, low=low, high=high, within=within, **usual | changes
     )
 

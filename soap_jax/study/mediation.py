@@ -78,7 +78,7 @@ class EffectiveRate(NamedTuple):
     end: float
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Mediation:
     """The effect of raw sign sync on steps, taken apart.
 
@@ -168,25 +168,22 @@ def _mediate(comparison, core, fixed):
     elif math.isnan(effects[0].share_low):
         notes.append("the total effect is not clearly other than none: shares have no interval")
     column = f"effective_learning_rate/{comparison.hidden[0]}"
-    effective = [
-        [comparison.measured(column, method, rate, end=end).mean() for end in (False, True)]
+    effective = tuple(
+        EffectiveRate(
+            method,
+            *(
+                float(np.mean(comparison.measured(column, method, rate, end=end)))
+                for end in (False, True)
+            ),
+        )
         for method in methods
-    ]
-    return Mediation(
-        testable=True,
-        note=joined(*notes),
-        learning_rate=rate,
-        effects=tuple(effects),
-        effective_rates=tuple(
-            EffectiveRate(method, float(start), float(end))
-            for method, (start, end) in zip(methods, effective, strict=True)
-        ),
     )
+    return Mediation(True, joined(*notes), rate, tuple(effects), effective)
 
 
 def _effect(contrast, logs, flags):
     """One effect; a censored run leaves the side open on which its steps might be more."""
-    *names, weights = contrast
+    order, path, term, weights = contrast
     lost = flags.any(axis=1)
     above, below = (bool(np.any(lost & (np.multiply(s, weights) > 0))) for s in (1, -1))
     part = weights @ logs
@@ -197,4 +194,4 @@ def _effect(contrast, logs, flags):
     if above or below or lost[:2].any():
         shares = [math.nan] * 3
     ratio = math.nan if above and below else ratio
-    return Effect(*names, ratio, *ends, *shares)
+    return Effect(order, path, term, ratio, *ends, *shares)

@@ -43,7 +43,7 @@ def summary_cells(comparison: Comparison, *, full: bool) -> tuple[list[str], lis
     diverged = full or bool(table["diverged"].any())
     columns = ["method"] + ["period"] * several + ["best rate"]
     columns += [metric.replace("_", " ") + " %" * _is_share(metric) for metric in metrics]
-    columns += [f"steps to {comparison.target_loss:.3g}", "ratio"]
+    columns += [f"steps to {number(comparison.target_loss)}", "ratio"]
     columns += ["fewest steps"] * full + ["diverged"] * diverged
     rows = []
     for row in (table if full else comparison.base(table)).to_dict("records"):
@@ -71,7 +71,7 @@ def summary_cells(comparison: Comparison, *, full: bool) -> tuple[list[str], lis
 def summary_notes(comparison: Comparison, *, full: bool) -> str:
     """What the numbers in the table of methods are."""
     select = comparison.record["protocol"]["select"].replace("_", " ")
-    shared, target = comparison.shared_rate, f"{comparison.target_loss:.3g}"
+    shared, target = comparison.shared_rate, number(comparison.target_loss)
     who = comparison.label(comparison.reference) if comparison.reference else "every method"
     notes = [f"The best rate is chosen by {select}; metrics are read at it."]
     if math.isnan(shared):
