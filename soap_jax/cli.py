@@ -86,7 +86,8 @@ class Study(_Running, preset.StudyConfig):
         dataset = _load(config, self.data_dir)
         arguments = preset.comparison_arguments(config, dataset)
         facts = {"config": dataclasses.asdict(config), "data_source": dataset.source}
-        _compare(arguments, out, {"title": name, **facts}, dry_run=self.dry_run)
+        about = f" ({dataset.source}), {preset.in_words(config, dataset)}"
+        _compare(arguments, out, {"title": name, **facts}, about=about, dry_run=self.dry_run)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,10 +113,10 @@ class TaskStudy(_Running, preset.Protocol):
 
         options = self.smaller() if self.quick else self
         arguments = options.arguments() | {
-            "task": self.module["task"],
-            "methods": self.module.get("methods", preset.DEFAULT_METHODS),
-            "claims": self.module.get("claims", ()),
-            "optimizer": self.module.get("optimizer", optax.sgd),
+            "task": self.module.task,
+            "methods": getattr(self.module, "methods", preset.DEFAULT_METHODS),
+            "claims": getattr(self.module, "claims", ()),
+            "optimizer": getattr(self.module, "optimizer", optax.sgd),
             "select": self.select,
             "maximise": self.maximise,
         }
@@ -345,7 +346,8 @@ def _imported(path: str, args: list[str]) -> TaskStudy:
         given.pop("steps", None)
     for name in {"learning_rates", "periods"} & given.keys():
         given[name] = tuple(given[name])
-    return TaskStudy(task=pathlib.Path(path), module=module, **given)
+    known = types.SimpleNamespace(**module)  # tyro would look for options in a dict
+    return TaskStudy(task=pathlib.Path(path), module=known, **given)
 
 
 def _as(kind, options):
@@ -399,9 +401,7 @@ def _console(quiet: bool = False):
     return Console(highlight=False, markup=False, quiet=quiet)
 
 
-def _compare(
-    arguments: dict[str, Any], out: pathlib.Path, record: dict[str, Any], *, dry_run: bool
-):
+def _compare(arguments, out, record, *, about="", dry_run=False):
     """Trains what is missing, showing progress; then draws conclusions."""
     start = time.perf_counter()
     import jax
@@ -419,9 +419,9 @@ def _compare(
         steps = (arguments["epochs"] or 0) * (
             task.examples.get("train", 0) // arguments["batch_size"]
         )
-    source = f" ({record['data_source']})" if "data_source" in record else ""
+    steps -= steps % min(arguments["evaluations"], steps or 1)
     console.print(
-        f"{record['title']}: {task.examples.get('train', 'made')} training examples{source}. "
+        f"{record['title']}: {task.examples.get('train', 'made')} training examples{about}. "
         f"{sum(runs.values())} runs of {steps} steps, {len(runs)} methods, on "
         f"{jax.device_count()} x {jax.devices()[0].device_kind}."
     )

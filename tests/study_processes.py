@@ -22,7 +22,7 @@ def loss(params, x):
 
 task = study.Task(init=init, loss=loss, train=jnp.linspace(-1, 1, 64)[:, None])
 methods = ["kp"]
-learning_rates, seeds, steps, batch_size = (0.1, 0.2), 16, 20_000, 8
+learning_rates, seeds, steps, batch_size = (0.1, 0.2), 16, 8_000, 8
 evaluations, chunk_size = 4, 1
 """
 """32 short runs, one per device in a call; one program, soon compiled."""

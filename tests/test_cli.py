@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-from soap_jax.study import results
+from soap_jax.study import statistics
 
 SMALL = [
     "--methods=bp,fa,sign,frozen",
@@ -22,6 +23,24 @@ SMALL = [
     "--period=1,3",
     "--weight-decay=1e-9",
 ]
+
+TASK = """
+import jax, jax.numpy as jnp
+from soap_jax import Fixed, study
+
+x = jax.random.normal(jax.random.key(0), (64, 4))
+
+def init(key):
+    return {"in": jax.random.normal(key, (4, 6)) / 2, "out": jax.random.normal(key, (6, 1)) / 2}
+
+def loss(params, batch):
+    return jnp.mean((jnp.tanh(batch @ params["in"]) @ params["out"] - batch[:, :1]) ** 2)
+
+task = study.Task(init=init, loss=loss, train=x)
+methods = {"bp": "bp", "mine": study.Method(rule=Fixed(), label="my own")}
+learning_rates, steps, seeds, batch_size = [0.1, 0.2], 40, 3, 16
+claims = [study.Ratio("mine", "bp", within=(0.5, 2.0))]
+"""
 
 
 def soap_jax(*args, cwd, script="from soap_jax.cli import main; main()", **env):
@@ -41,9 +60,10 @@ def test_a_study_prints_a_table_and_writes_results_and_figures(small_study):
     assert done.returncode == 0, done.stderr
     assert "FA, fixed feedback" in done.stdout and "Report: results/digits" in done.stdout
     assert "not testable here" in done.stdout
-    assert "4 methods, weight decay 1e-09, on" in " ".join(done.stdout.split())
+    said = " ".join(done.stdout.split())
+    assert "mlp 64-8-10, relu, sgd with weight decay 1e-09. 20 runs of 16 steps, 4 methods" in said
     out = cwd / "results" / "digits"
-    assert {path.name for path in out.iterdir()} == {
+    assert {path.name for path in out.iterdir()} - {"mediation.csv"} == {
         ".lock",
         "study.json",
         "evaluations.csv",
@@ -53,12 +73,12 @@ def test_a_study_prints_a_table_and_writes_results_and_figures(small_study):
         "losses.parquet",
         "summary.csv",
         "claims.csv",
-        "mediation.csv",
         "report.html",
         "figures",
     }
     facts = json.loads((out / "study.json").read_text())
-    assert facts["config"]["hidden"] == [8] and facts["runs_before"] == 0
+    assert facts["config"]["hidden"] == [8] and facts["command"].startswith("soap-jax study --meth")
+    assert facts["data_source"].startswith("scikit-learn") and facts["title"] == "digits"
     assert len(pd.read_csv(out / "runs.csv")) == (3 + 2) * 2 * 2  # signs at two periods
 
 
@@ -74,7 +94,7 @@ def test_csv_and_parquet_are_the_same_tables(small_study):
 def test_report_draws_the_same_conclusions_again_without_training(small_study):
     cwd, first = small_study
     out = cwd / "results" / "digits"
-    made = ("summary.csv", "claims.csv", "mediation.csv", "report.html")
+    made = ("summary.csv", "claims.csv", "report.html")
     before = {name: (out / name).read_bytes() for name in made}
     for name in made:
         (out / name).unlink()
@@ -89,8 +109,8 @@ def test_report_at_another_target_counts_steps_to_it_and_leaves_the_first_report
     cwd, _ = small_study
     out = cwd / "results" / "digits"
     losses = pd.read_parquet(out / "losses.parquet").set_index(["method", "learning_rate"])
-    curves = losses.loc[("bp", 0.1), "train_loss"].map(results.moving_average)
-    target = round(max(curve.min() for curve in curves) + 0.01, 3)
+    curves = statistics.smooth(np.stack(losses.loc[("bp", 0.1), "train_loss"]))
+    target = round(max(curve[:8].min() for curve in curves) + 0.01, 3)
     before = (out / "report.html").read_bytes()
     done = soap_jax("report", str(out), f"--target-loss={target}", cwd=cwd)
     assert done.returncode == 0, done.stderr
@@ -98,7 +118,8 @@ def test_report_at_another_target_counts_steps_to_it_and_leaves_the_first_report
     assert (out / "report.html").read_bytes() == before
     table = pd.read_csv(out / f"target-{target:g}" / "summary.csv")
     steps = table.set_index(["method", "period"]).loc[("bp", 0), "steps_to_target"]
-    assert steps == pytest.approx(stats.gmean([results.steps_to(c, target) for c in curves]))
+    assert steps == pytest.approx(stats.gmean([np.argmax(c <= target) + 1 for c in curves]))
+    assert "exploratory" in done.stdout
 
 
 READ_ONLY = """
@@ -143,9 +164,9 @@ def test_a_terminal_without_degree_and_plus_minus_signs_gets_the_rest(small_stud
 def test_too_little_memory_is_one_line(tmp_path):
     broken = """
 from soap_jax import cli
-def fail(*args):
+def fail(self):
     raise {}
-cli._run_train = fail
+cli.Train.run = fail
 cli.main()
 """
     for error in ("MemoryError", "RuntimeError('RESOURCE_EXHAUSTED: 9 bytes.\\nat once')"):
@@ -178,7 +199,7 @@ def test_the_same_study_again_shows_what_is_there(small_study):
     before = (cwd / "results" / "digits" / "runs.csv").stat().st_mtime_ns
     again = soap_jax("study", *SMALL, cwd=cwd)
     assert again.returncode == 0, again.stderr
-    assert "already holds the results" in again.stdout
+    assert "20 runs are there already, in results/digits." in again.stdout
     assert (cwd / "results" / "digits" / "runs.csv").stat().st_mtime_ns == before
     table = [line for line in first.stdout.splitlines() if "sign sync" in line and "of 4" in line]
     assert table and all(line in again.stdout for line in table)
@@ -188,7 +209,8 @@ def test_another_study_in_the_same_directory_is_refused(small_study):
     cwd, _ = small_study
     other = soap_jax("study", *SMALL, "--period=2", cwd=cwd)
     assert other.returncode == 2
-    assert "another configuration's results (periods: [1, 3] there, [2] now)" in other.stderr
+    assert "runs that were done otherwise (" in other.stderr
+    assert "periods: [1, 3] there, [2] now" in other.stderr
 
 
 @pytest.mark.parametrize(
@@ -197,7 +219,11 @@ def test_another_study_in_the_same_directory_is_refused(small_study):
         (["--dataset=minst"], "Did you mean 'mnist'?"),
         (["--learning-rates="], "learning_rates is empty"),
         (["--learning-rates=0.1,-1"], "learning_rates has -1.0 at index 1"),
-        (["--learning-rates=0.1;0.2"], "--learning-rates is '0.1;0.2'; expected numbers"),
+        (["--learning-rates=0.1;0.2"], "--learning-rates: could not convert string to float"),
+        (["--seeds=many"], "--seeds: invalid literal for int()"),
+        (["--rates=0.1"], "Unrecognized options: --rates=0.1. Did you mean --learning-rates"),
+        (["--data=mine.npz"], "No such file or directory: 'mine.npz'"),
+        (["my_task.py"], "there is no file my_task.py"),
         (["--methods=bp,pepita"], "methods: 'pepita' is unknown; expected bp, fa"),
         (["--period=0"], "periods has 0 at index 0"),
         (["--memory-limit=0"], "memory_limit is 0.0"),
@@ -207,7 +233,7 @@ def test_another_study_in_the_same_directory_is_refused(small_study):
         (["--seeds=300000000"], "seeds is 300000000; expected at most"),
         (["--epochs=999999999999"], "epochs is 999999999999; expected at most"),
         (["--hidden=99999999999"], "hidden is (99999999999,); expected at most"),
-        ([f"--period={'9' * 5000}"], "expected numbers with commas between them"),
+        ([f"--period={'9' * 5000}"], "Error parsing --period: Exceeds the limit"),
     ],
 )
 def test_bad_input_is_one_line_without_a_traceback(args, message, tmp_path):
@@ -245,8 +271,78 @@ def test_help_says_what_every_option_does_and_its_default(tmp_path):
         "--weight-decay",
     ):
         assert option in done.stdout
-    assert done.stdout.count("default:") == 17
+    assert done.stdout.count("default:") >= 25 and "mlp, or conv" in done.stdout
+    done = soap_jax(cwd=tmp_path)
+    assert done.returncode == 0 and "report" in done.stdout
 
 
 def test_version(tmp_path):
     assert soap_jax("--version", cwd=tmp_path).stdout == "soap_jax 0.1.0\n"
+
+
+def test_own_data_and_a_conv_net_at_a_quick_size(tmp_path):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 255, (60, 6, 6), dtype=np.uint8), np.arange(60) % 3
+    np.savez(tmp_path / "mine.npz", x_train=x, y_train=y, x_test=x[:9], y_test=y[:9])
+    args = ("--data=mine.npz", "--model=conv", "--channels=2,3", "--methods=bp,fa", "--quick")
+    args += ("--steps=6", "--batch-size=16", "--evaluations=2")
+    done = soap_jax("study", *args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "results" / "mine" / "study.json").read_text())
+    assert facts["kernels"] == ["Conv_0/kernel", "Conv_1/kernel", "Dense_0/kernel"]
+    assert facts["data_source"].startswith("mine.npz sha256:") and facts["seeds"] == [0, 1, 2]
+    assert facts["loops"] == {"bp": "python", "fa": "python"}
+
+
+def test_a_task_of_ones_own_is_studied_as_its_file_says_and_options_go_before(tmp_path):
+    (tmp_path / "my_task.py").write_text(TASK)
+    done = soap_jax("study", "my_task.py", "--seeds=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "my_task: 64 training examples. 8 runs of 40 steps, 2 methods" in " ".join(
+        done.stdout.split()
+    )
+    out = tmp_path / "results" / "my_task"
+    facts = json.loads((out / "study.json").read_text())
+    assert facts["seeds"] == [0, 1] and facts["protocol"]["learning_rates"] == [0.1, 0.2]
+    assert facts["methods"]["mine"]["label"] == "my own" and len(facts["claims"]) == 1
+    assert "my own" in (out / "report.html").read_text() and "my own" in done.stdout
+    dry = soap_jax("study", "my_task.py", "--quick", "--dry-run", "--epochs=2", cwd=tmp_path)
+    assert dry.returncode == 0, dry.stderr
+    assert "12 runs of" in " ".join(dry.stdout.split()) and "About 0" in dry.stdout
+    help = soap_jax("study", "my_task.py", "--help", cwd=tmp_path)
+    assert "(default: 0.1,0.2)" in help.stdout and "--hidden" not in help.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("import nowhere", "my_task.py, line 1: ModuleNotFoundError: No module named 'nowhere'"),
+        ("x = (", "my_task.py: SyntaxError: '(' was never closed (my_task.py, line 1)"),
+        ("x = 1\ny = 1 / 0", "my_task.py, line 2: ZeroDivisionError: division by zero"),
+        ("task = 3", "my_task.py defines no `task`; expected task = soap_jax.study.Task("),
+        (TASK.replace("steps, ", "").replace("40, ", ""), "steps is None and epochs is None"),
+        (TASK.replace('"bp": "bp"', '"bp": "pb"'), "methods: 'pb' is unknown"),
+    ],
+)
+def test_a_task_file_that_does_not_work_is_one_line(content, message, tmp_path):
+    (tmp_path / "my_task.py").write_text(content)
+    done = soap_jax("study", "my_task.py", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_programs_are_kept_for_the_next_time_unless_that_is_off(tmp_path):
+    (tmp_path / "my_task.py").write_text(TASK)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    env["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+    code = "from soap_jax.cli import main; main()"
+
+    def kept(*args):
+        command = [sys.executable, "-c", code, "study", "my_task.py", *args]
+        subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True)
+        return {file.name for file in (tmp_path / "cache").rglob("*-cache")}
+
+    assert kept("--no-cache", "--out=a") == set()
+    first = kept("--out=b")
+    assert first and kept("--out=c") == first

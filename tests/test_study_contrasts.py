@@ -56,6 +56,8 @@ def test_a_metric_that_a_run_lacks_is_not_tested():
     study.runs.loc[at(study, "fa", 0.1, seeds=[0]), "test_accuracy"] = np.nan
     part = Difference("fa", within=(-1, 0), metric="test_accuracy").part(again(study))
     assert not part.testable and "test_accuracy of fa or bp is not known for every" in part.note
+    share = Share("fa", over="bp", metric="test_accuracy", within=(0, 1)).part(again(study))
+    assert not share.testable and share.note == "test_accuracy is not known for every run"
 
 
 # Shares of a gain
@@ -227,6 +229,10 @@ def test_where_an_interval_lies(within, numbers, said):
 
 
 def test_what_has_no_interval_in_words():
+    open_ = claims.in_words(contrasts.Part("", "ratio", (0.9, 1.1), 1.0, 0.0, INF, 1, 1))
+    assert open_ == ("1.00", "within 0.9 to 1.1", "the runs give no interval")
+    untested = claims.in_words(contrasts.Part("", "trend", (0, INF), testable=False))
+    assert untested == ("–", "rises", "not testable")
     trend = claims.in_words(
         contrasts.Part("", "trend", (0, INF), 0.9, math.nan, math.nan, 0.001, 1)
     )

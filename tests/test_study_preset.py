@@ -1,4 +1,4 @@
-"""The configuration of a study refuses what it cannot run; the preset's methods are as they were."""
+"""Configurations refuse what cannot be run; the methods of the preset are what they were."""
 
 import dataclasses
 import re
@@ -181,7 +181,7 @@ def test_activity_propagation_begins_as_backprop(digits):
 
 def test_the_original_starts_are_torchs_for_methods_without_feedback(digits):
     for name, torch in (("bp", True), ("frozen", True), ("fa", False), ("dfa", False)):
-        task, method, params, _ = of(digits, name, init="soap")
+        _, method, params, _ = of(digits, name, init="soap")
         assert (method.init is not None) == torch
     drawn = preset.init_as_torch(jax.random.key(0), params)
     assert jax.tree.map(jnp.shape, drawn) == jax.tree.map(jnp.shape, params)

@@ -12,7 +12,7 @@ import study_processes as processes
 
 from soap_jax.study import store
 
-LONG = processes.TASK + "methods, seeds, periods = ['kp', 'sign'], 20, (1, 10)"
+LONG = processes.TASK + "methods, seeds, steps, periods = ['kp', 'sign'], 20, 20_000, (1, 10)"
 """120 runs of two methods: enough for ten kills."""
 
 
@@ -27,14 +27,9 @@ def kept(out):
 
 
 def kill_and_go_on(out, task, devices, seed):
-    """Kills the study once on each number of devices but the last, which finishes it.
-
-    Returns:
-        How many runs each kill cost that were said to be done.
-    """
+    """Kills the study once on each number of devices but the last, which finishes it."""
     rng = random.Random(seed)
     script = processes.SCRIPT, *processes.arguments_of_script(out, task)
-    costs = []
     *killed, last = devices
     for num in killed:
         before = processes.parts(out)
@@ -48,11 +43,9 @@ def kill_and_go_on(out, task, devices, seed):
             assert before.items() < after.items(), "what was kept is not done again"
             # A call does one run per device here. It says so, and its part is written: what was in
             # training when the process was killed is at most the next call's.
-            costs.append(told(study) - kept(out))
-            assert 0 <= costs[-1] <= num
+            assert 0 <= told(study) - kept(out) <= num
     assert processes.run(*script, env=processes.environment(last))[0] == 0
     processes.assert_finished_alike(out, task)
-    return costs
 
 
 @pytest.mark.slow
@@ -61,9 +54,8 @@ def test_a_study_killed_at_random_goes_on_and_gives_the_same_bits(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
-def test_a_study_killed_ten_times_at_random_gives_the_same_bits(seed, tmp_path):
-    print(kill_and_go_on(tmp_path, LONG, devices=[2, 3, 4, 2, 3, 2, 4, 3, 2, 3, 2], seed=seed))
+def test_a_study_killed_ten_times_at_random_gives_the_same_bits(tmp_path):
+    kill_and_go_on(tmp_path, LONG, devices=[2, 3, 4, 2, 3, 2, 4, 3, 2, 3, 2], seed=1)
 
 
 def test_the_command_is_alone_in_its_directory_and_goes_on_after_kill_and_ctrl_c(tmp_path):
@@ -90,10 +82,7 @@ def test_the_command_is_alone_in_its_directory_and_goes_on_after_kill_and_ctrl_c
         code, said, error = processes.ended(second)
     assert (code, error) == (130, "")
     num = kept(out)
-    assert (
-        f"Stopped with {num} of {processes.RUNS} runs kept in {out}. The same command goes on from"
-        in said
-    )
+    assert f"Stopped with {num} of {processes.RUNS} runs kept in {out}. The same command" in said
     assert "Traceback" not in said
 
     code, said, error = processes.run(*command)

@@ -210,9 +210,7 @@ def in_words(part: Part) -> Words:
     holds, fails = part.p_holds < ALPHA, part.p_fails < ALPHA
     beyond = [number(low)] * (has_low and not part.low > low)
     beyond += [number(high)] * (has_high and not part.high < high)
-    if not part.testable:
-        place = "not testable"
-    elif part.measure == "trend":
+    if part.measure == "trend":
         bound, estimate = "rises", f"rank correlation {estimate}"
         place = "it rises" if holds else "it falls" if fails else "no clear trend"
     elif holds:
@@ -220,10 +218,14 @@ def in_words(part: Part) -> Words:
     elif fails:
         side = f"below {number(low)}" if part.high <= low else f"above {number(high)}"
         place = f"the interval lies {side}"
+    elif part.low in (0, -INF) and part.high == INF:
+        place = "the runs give no interval"
     elif beyond:
         place = f"the interval reaches beyond {' and '.join(beyond)}"
     else:
         place = "all runs are alike, and too few for a conclusion"
+    if not part.testable:
+        estimate, place = "–", "not testable"
     return Words(estimate, bound, place)
 
 

@@ -166,14 +166,12 @@ def _count(number, noun):
 def _details(comparison: Comparison) -> dict[str, dict[str, str]]:
     """Configuration and circumstances, as lists of terms."""
     record = comparison.record
-    known = ("data_source", "examples", "kernels", "window", "loops", "versions", "device")
+    protocol = {key: value for key, value in record["protocol"].items() if key != "task"}
+    known = ("data_source", "examples", "kernels", "loops", "versions", "device", "settings")
     lists = {
-        "Protocol": record["protocol"],
-        "Configuration": record.get("config") or {},
+        "Configuration": record.get("config") or protocol,
         "Rules of feedback": {m["label"]: m["description"] for m in comparison.methods.values()},
-        "Circumstances": {
-            key: record[key] for key in (*known, "settings", "seconds") if key in record
-        },
+        "Circumstances": {key: record[key] for key in (*known, "seconds") if record.get(key)},
     }
     return {
         title: {term.replace("_", " "): _said(value) for term, value in terms.items()}

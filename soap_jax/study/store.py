@@ -140,10 +140,10 @@ class Store:
         for i, run in enumerate(runs if "params" in results else ()):
             own = {name: leaf[i] for name, leaf in flattened(results["params"]).items()}
             files.write_atomically(self.params(run), functools.partial(np.savez, **own))
-        names = json.dumps([list(run) for run in runs])
-        name = hashlib.sha256(names.encode()).hexdigest()[:16]
+        facts = json.dumps([[list(run) for run in runs], sorted(flat)])
+        name = hashlib.sha256(facts.encode()).hexdigest()[:16]
         path = self.path / "parts" / f"{runs[0].method}-{name}.npz"
-        files.write_atomically(path, lambda file: np.savez(file, runs=np.array(names), **flat))
+        files.write_atomically(path, lambda file: np.savez(file, facts=np.array(facts), **flat))
 
     def params(self, run: Run) -> pathlib.Path:
         """The file with a run's final params, by their paths."""
@@ -238,9 +238,12 @@ class Store:
     def _parts(self) -> Iterator[tuple[list[Run], dict[str, Any]]]:
         for file in sorted((self.path / "parts").glob("*.npz")):
             try:
-                with np.load(file) as arrays:
+                with file.open("rb") as opened, np.load(opened) as arrays:
                     flat = dict(arrays)
-                runs = [Run(*run) for run in json.loads(str(flat.pop("runs")))]
+                names, columns = json.loads(str(flat.pop("facts")))
+                if sorted(flat) != columns:
+                    raise ValueError(f"it has not {', '.join(columns)}")
+                runs = [Run(*run) for run in names]
                 results: dict[str, Any] = {"evaluations": {}, "test": {}}
                 for name, leaf in flat.items():
                     part, _, column = name.partition("/")
