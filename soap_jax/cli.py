@@ -22,7 +22,7 @@ import traceback
 import types
 import typing
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 try:
     import tyro
@@ -105,7 +105,7 @@ class TaskStudy(_Running, preset.Protocol):
     task: tyro.conf.Positional[pathlib.Path]
     select: str | None = None
     maximise: bool = False
-    module: tyro.conf.Suppress[Any] = None
+    module: ClassVar[dict[str, Any]] = {}
 
     def run(self):
         """Compares."""
@@ -340,13 +340,14 @@ def _imported(path: str, args: list[str]) -> TaskStudy:
         raise ValueError(said) from error
     if not isinstance(module.get("task"), Task):
         raise ValueError(f"{path} defines no `task`; expected task = soap_jax.study.Task(...).")
-    fields = {field.name for field in dataclasses.fields(TaskStudy)} - {"task", "module"}
+    fields = {field.name for field in dataclasses.fields(TaskStudy)} - {"task"}
     given: dict[str, Any] = {name: module[name] for name in fields & module.keys()}
     if any(arg.partition("=")[0] == "--epochs" for arg in args):
         given.pop("steps", None)
     for name in {"learning_rates", "periods"} & given.keys():
         given[name] = tuple(given[name])
-    return TaskStudy(task=pathlib.Path(path), module=module, **given)
+    TaskStudy.module = module
+    return TaskStudy(task=pathlib.Path(path), **given)
 
 
 def _as(kind, options):
