@@ -17,11 +17,11 @@ import time
 
 import jax
 from matplotlib.figure import Figure
+from soap_jax.study.config import StudyConfig
 
 from benchmarks import common
 from soap_jax import data
 from soap_jax.study import experiment
-from soap_jax.study.config import StudyConfig
 
 
 def measure(config, dataset, rounds):

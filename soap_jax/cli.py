@@ -22,7 +22,7 @@ import traceback
 import types
 import typing
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 try:
     import tyro
@@ -105,7 +105,7 @@ class TaskStudy(_Running, preset.Protocol):
     task: tyro.conf.Positional[pathlib.Path]
     select: str | None = None
     maximise: bool = False
-    module: ClassVar[dict[str, Any]] = {}
+    module: tyro.conf.Suppress[Any] = None
 
     def run(self):
         """Compares."""
@@ -113,10 +113,10 @@ class TaskStudy(_Running, preset.Protocol):
 
         options = self.smaller() if self.quick else self
         arguments = options.arguments() | {
-            "task": self.module["task"],
-            "methods": self.module.get("methods", preset.DEFAULT_METHODS),
-            "claims": self.module.get("claims", ()),
-            "optimizer": self.module.get("optimizer", optax.sgd),
+            "task": self.module.task,
+            "methods": getattr(self.module, "methods", preset.DEFAULT_METHODS),
+            "claims": getattr(self.module, "claims", ()),
+            "optimizer": getattr(self.module, "optimizer", optax.sgd),
             "select": self.select,
             "maximise": self.maximise,
         }
@@ -340,14 +340,14 @@ def _imported(path: str, args: list[str]) -> TaskStudy:
         raise ValueError(said) from error
     if not isinstance(module.get("task"), Task):
         raise ValueError(f"{path} defines no `task`; expected task = soap_jax.study.Task(...).")
-    fields = {field.name for field in dataclasses.fields(TaskStudy)} - {"task"}
+    fields = {field.name for field in dataclasses.fields(TaskStudy)} - {"task", "module"}
     given: dict[str, Any] = {name: module[name] for name in fields & module.keys()}
     if any(arg.partition("=")[0] == "--epochs" for arg in args):
         given.pop("steps", None)
     for name in {"learning_rates", "periods"} & given.keys():
         given[name] = tuple(given[name])
-    TaskStudy.module = module
-    return TaskStudy(task=pathlib.Path(path), **given)
+    known = types.SimpleNamespace(**module)  # tyro would look for options in a dict
+    return TaskStudy(task=pathlib.Path(path), module=known, **given)
 
 
 def _as(kind, options):

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from soap_jax.study import claims, mediation, preset_claims
+from soap_jax.study import claims, contrasts, mediation, preset_claims
 from soap_jax.study.comparison import Comparison
 from soap_jax.study.store import TABLES
 
@@ -148,7 +148,7 @@ def make_part(label, estimate, low, high, within, **changes):
     """One test within a claim, made up."""
     usual = {"measure": "ratio", "p_holds": 0.001, "p_fails": 1.0, "censored": 0, "runs": 20}
     usual |= {"note": "", "testable": True}
-    return claims.Part(
+    return contrasts.Part(
         label=label, estimate=estimate, low=low, high=high, within=within, **usual | changes
     )
 
@@ -177,7 +177,7 @@ def make_findings():
         ("7", "Alignment emerges.", claims.HOLDS, "61 is below 75.", 0.01, (angle,)),
         ("7b", "Most near the output.", claims.NOT_TESTABLE, "One hidden layer.", nan, (none,)),
     ]
-    return [claims.Finding(p_words="", **dict(zip(keys, row, strict=True))) for row in rows]
+    return [claims.Finding(family=6, **dict(zip(keys, row, strict=True))) for row in rows]
 
 
 def make_mediation():

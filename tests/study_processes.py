@@ -1,9 +1,7 @@
 """Studies in processes of their own, which the tests of survival stop in all the ways there are."""
 
 import contextlib
-import dataclasses
 import functools
-import json
 import os
 import pathlib
 import subprocess
@@ -11,57 +9,66 @@ import sys
 import tempfile
 import time
 
-from soap_jax.study.config import StudyConfig
+TASK = """
+import jax, jax.numpy as jnp
+from soap_jax import study
 
-CONFIG = StudyConfig(
-    methods=("bp",),
-    learning_rates=(0.1, 0.2),
-    seeds=16,
-    epochs=120,
-    hidden=(16,),
-    evaluations=4,
-    chunk_size=1,
-)
+def init(key):
+    a, b = jax.random.split(key)
+    return {"a": jax.random.normal(a, (1, 16)), "b": jax.random.normal(b, (16, 1)) / 4}
+
+def loss(params, x):
+    return jnp.mean((jnp.tanh(x @ params["a"]) @ params["b"] - jnp.sin(3 * x)) ** 2)
+
+task = study.Task(init=init, loss=loss, train=jnp.linspace(-1, 1, 64)[:, None])
+methods = ["kp"]
+learning_rates, seeds, steps, batch_size = (0.1, 0.2), 16, 8_000, 8
+evaluations, chunk_size = 4, 1
+"""
 """32 short runs, one per device in a call; one program, soon compiled."""
+RUNS = 32
 
 TABLES = ("runs.parquet", "runs.csv", "evaluations.parquet", "evaluations.csv", "losses.parquet")
 
 STUDY = "from soap_jax.cli import main; main()"
 """The real command."""
 
-WITHOUT_REPORT = "from soap_jax import cli; cli._report = lambda *_: None; cli.main()"
+WITHOUT_REPORT = "from soap_jax import cli; cli._show = lambda *_: None; cli.main()"
 """The same without conclusions, which have tests of their own and take seconds."""
 
-TELLING = """
-import json, sys
-from soap_jax import data
-from soap_jax.study import config, directory, files, results, runner
+SCRIPT = """
+import runpy, sys
+from soap_jax import study
 
-out, settings = sys.argv[1], config.StudyConfig(**json.loads(sys.argv[2]))
-dataset = data.load("digits")
-with files.locked(out):
-    into = directory.ResultsDir(out, settings)
-    into.begin(results.provenance(settings, dataset))
-    runner.train(settings, dataset, into, on_progress=lambda *told: print(*told, flush=True))
-    into.finish()
+own = runpy.run_path(sys.argv[2])
+names = "learning_rates seeds steps batch_size evaluations chunk_size periods".split()
+study.compare(
+    own["task"],
+    own["methods"],
+    **{name: own[name] for name in names if name in own},
+    out=sys.argv[1],
+    on_progress=lambda *told: print(*told, flush=True),
+)
 """
 """What the command does between start and report, saying after each call how far it is."""
 
 
-def arguments(out, config=CONFIG):
-    """The command's arguments for a configuration."""
-    fields = dataclasses.asdict(config)
-    fields["period"] = fields.pop("periods")
-    yield from ("study", f"--out={out}")
-    for name, value in fields.items():
-        if value is not None:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            yield f"--{name.replace('_', '-')}={text}"
+@functools.cache
+def file(task=TASK):
+    """A file of its own for a task."""
+    path = pathlib.Path(_scratch().name, f"task{abs(hash(task))}.py")
+    path.write_text(task)
+    return path
 
 
-def telling(out, config=CONFIG):
-    """The arguments of `TELLING`."""
-    return str(out), json.dumps(dataclasses.asdict(config))
+def arguments(out, task=TASK):
+    """The command's arguments."""
+    return "study", str(file(task)), f"--out={out}"
+
+
+def arguments_of_script(out, task=TASK):
+    """The arguments of `SCRIPT`."""
+    return str(out), str(file(task))
 
 
 @functools.cache
@@ -132,10 +139,10 @@ def await_parts(process, out, more_than=0, timeout=90):
 
 
 @functools.cache
-def reference(config=CONFIG):
+def reference(task=TASK):
     """The files of tables of a study that nothing disturbed, on two devices."""
-    out = pathlib.Path(_scratch().name, f"reference-{hash(config)}")
-    code, _, said = run(TELLING, *telling(out, config))
+    out = pathlib.Path(_scratch().name, f"{file(task).stem}-undisturbed")
+    code, _, said = run(SCRIPT, *arguments_of_script(out, task))
     assert code == 0, said
     return tables(out)
 
@@ -145,9 +152,9 @@ def tables(out):
     return {name: pathlib.Path(out, name).read_bytes() for name in TABLES}
 
 
-def assert_finished_alike(out, config=CONFIG):
+def assert_finished_alike(out, task=TASK):
     """The tables are the reference's to the byte, and nothing unfinished is left."""
-    assert tables(out) == reference(config)
+    assert tables(out) == reference(task)
     left = {path.name for path in pathlib.Path(out).rglob("*")}
     assert not [name for name in left if name.endswith(".unfinished")]
     assert not left & {"parts", "progress.json"}

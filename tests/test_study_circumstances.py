@@ -5,10 +5,10 @@ import contextlib
 import jax
 import numpy as np
 import pytest
+from soap_jax.study.config import StudyConfig
 
 from soap_jax import data
 from soap_jax.study import circumstances, experiment
-from soap_jax.study.config import StudyConfig
 
 CONFIG = StudyConfig(
     learning_rates=(0.1,), seeds=1, epochs=1, hidden=(5,), evaluations=1, periods=(1,)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from synthetic import again, at, make_study
 
-from soap_jax.study import claims, comparison
+from soap_jax.study import comparison, contrasts
 from soap_jax.study.comparison import Comparison, NotTestable
 from soap_jax.study.store import KEYS, TABLES
 
@@ -144,6 +144,19 @@ def test_without_a_target_it_is_what_every_seed_of_the_reference_reaches_in_an_e
     assert np.isfinite(fa).all() and not made.exploratory
 
 
+def test_added_rates_do_not_move_the_target():
+    made = made_up.comparison(("bp", "fa"), target_loss=None, seeds=3)
+    best, rates = made.best_rate("bp"), list(made.rates)
+    made.record["extended"] = [best]
+    made.record["protocol"]["learning_rates"] = [rate for rate in rates if rate != best]
+    other = again(made)
+    without = made_up.comparison(
+        ("bp", "fa"), target_loss=None, seeds=3, rates=[rate for rate in rates if rate != best]
+    )
+    assert other.best_rate("bp") == best
+    assert other.target_loss == without.target_loss != made.target_loss
+
+
 def test_a_target_near_the_start_is_none():
     made = made_up.comparison(("bp",), target_loss=None, seeds=2, rates=(0.001, 0.002))
     assert math.isnan(made.target_loss) and math.isnan(made.shared_rate)
@@ -160,7 +173,7 @@ def test_steps_can_be_counted_to_another_loss_which_is_exploratory():
     assert other.target_loss == 1.0 and made.target_loss == 0.5
     faster = other.rows("runs", "bp", 0.1)["steps_to_target"].to_numpy()
     assert (faster < made.rows("runs", "bp", 0.1)["steps_to_target"].to_numpy()).all()
-    test = claims.Ratio("fa", within=(1.0, 3.0))
+    test = contrasts.Ratio("fa", within=(1.0, 3.0))
     assert other.judge([test])[0].exploratory
 
 

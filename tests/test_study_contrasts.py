@@ -56,6 +56,8 @@ def test_a_metric_that_a_run_lacks_is_not_tested():
     study.runs.loc[at(study, "fa", 0.1, seeds=[0]), "test_accuracy"] = np.nan
     part = Difference("fa", within=(-1, 0), metric="test_accuracy").part(again(study))
     assert not part.testable and "test_accuracy of fa or bp is not known for every" in part.note
+    share = Share("fa", over="bp", metric="test_accuracy", within=(0, 1)).part(again(study))
+    assert not share.testable and share.note == "test_accuracy is not known for every run"
 
 
 # Shares of a gain
@@ -212,26 +214,32 @@ def test_regions_that_are_none_are_refused(make):
 @pytest.mark.parametrize(
     ("within", "numbers", "said"),
     [
-        ((1.5, 3), (1.8, 1.7, 1.9, 0.001, 1), ("within 1.5 to 3", "lies within 1.5 to 3")),
+        ((1.5, 3), (1.8, 1.7, 1.9, 0.001, 1), ("1.5 to 3", "lies within 1.5 to 3")),
         ((0, 0.8), (0.5, 0.4, 0.6, 0.001, 1), ("below 0.8", "lies below 0.8")),
         ((0.9, INF), (1.0, 0.95, 1.1, 0.001, 1), ("above 0.9", "lies above 0.9")),
-        ((1.5, 3), (1.8, 1.4, 1.9, 0.1, 1), ("within 1.5 to 3", "reaches beyond 1.5")),
-        ((1.5, 3), (1.8, 1.4, INF, 1, 1), ("within 1.5 to 3", "reaches beyond 1.5 and 3")),
-        ((1.5, 3), (1.2, 1.1, 1.3, 1, 0.001), ("within 1.5 to 3", "lies below 1.5")),
+        ((1.5, 3), (1.8, 1.4, 1.9, 0.1, 1), ("1.5 to 3", "reaches beyond 1.5")),
+        ((1.5, 3), (1.8, 1.4, INF, 1, 1), ("1.5 to 3", "reaches beyond 1.5 and 3")),
+        ((1.5, 3), (1.2, 1.1, 1.3, 1, 0.001), ("1.5 to 3", "lies below 1.5")),
         ((0, 1), (1.2, 1.1, INF, 1, 0.001), ("below 1", "lies above 1")),
     ],
 )
 def test_where_an_interval_lies(within, numbers, said):
-    words = claims.in_words(claims.Part("", "ratio", within, *numbers))
+    words = claims.in_words(contrasts.Part("", "ratio", within, *numbers))
     assert (words.bound, words.place) == (said[0], f"the interval {said[1]}")
 
 
 def test_what_has_no_interval_in_words():
-    trend = claims.in_words(claims.Part("", "trend", (0, INF), 0.9, math.nan, math.nan, 0.001, 1))
+    open_ = claims.in_words(contrasts.Part("", "ratio", (0.9, 1.1), 1.0, 0.0, INF, 1, 1))
+    assert open_ == ("1.00", "0.9 to 1.1", "the runs give no interval")
+    untested = claims.in_words(contrasts.Part("", "trend", (0, INF), testable=False))
+    assert untested == ("–", "rises", "not testable")
+    trend = claims.in_words(
+        contrasts.Part("", "trend", (0, INF), 0.9, math.nan, math.nan, 0.001, 1)
+    )
     assert trend == ("rank correlation 0.900", "rises", "it rises")
-    alike = claims.in_words(claims.Part("", "ratio", (0.9, 1.1), 1.0, 1.0, 1.0, 0.25, 1))
+    alike = claims.in_words(contrasts.Part("", "ratio", (0.9, 1.1), 1.0, 1.0, 1.0, 0.25, 1))
     assert alike.place == "all runs are alike, and too few for a conclusion"
-    none = claims.in_words(claims.Part("", "degrees", (-INF, 75.0), testable=False))
+    none = claims.in_words(contrasts.Part("", "degrees", (-INF, 75.0), testable=False))
     assert none == ("–", "below 75", "not testable")
-    angle = claims.in_words(claims.Part("", "degrees", (-INF, 75.0), 62.2, 61.0, 63.4, 0.001, 1))
+    angle = claims.in_words(contrasts.Part("", "degrees", (-INF, 75.0), 62.2, 61.0, 63.4, 0.001, 1))
     assert angle.estimate == "62.2° [61.0, 63.4]"

@@ -1,7 +1,6 @@
 """Several processes are one study: the same tables, written once, and they end together."""
 
 import contextlib
-import dataclasses
 import pathlib
 import socket
 import time
@@ -57,8 +56,8 @@ def cwds(tmp_path):
     return places
 
 
-def assert_first_wrote_everything(cwds, said, config=processes.CONFIG):
-    processes.assert_finished_alike(cwds[0] / "out", config)
+def assert_first_wrote_everything(cwds, said, task=processes.TASK):
+    processes.assert_finished_alike(cwds[0] / "out", task)
     assert not list(cwds[1].iterdir()), "the second wrote something"
     assert "runs" not in said[1], "the second said something"  # of its own: Gloo does
 
@@ -92,14 +91,14 @@ def test_two_processes_killed_and_started_again_give_one_processs_bits(cwds):
 
 @pytest.mark.slow
 def test_two_processes_report_once_and_find_their_results_again(cwds):
-    config = dataclasses.replace(processes.CONFIG, methods=("bp", "sign"), periods=(1, 10))
+    task = processes.TASK + "methods, periods = ['kp', 'sign'], (1, 10)"
     for again in (False, True):
-        with together(processes.STUDY, *processes.arguments("out", config), cwds=cwds) as group:
+        with together(processes.STUDY, *processes.arguments("out", task), cwds=cwds) as group:
             codes, said, errors = end(group, within=120)
         assert codes == [0, 0], errors
-        assert ("already holds the results" in said[0]) == again
+        assert ("96 runs are there already" in said[0]) == again
         assert (cwds[0] / "out" / "report.html").exists()
-        assert_first_wrote_everything(cwds, said, config)
+        assert_first_wrote_everything(cwds, said, task)
 
 
 def test_all_processes_end_at_once_when_the_first_finds_its_directory_taken(cwds):
@@ -116,7 +115,7 @@ def test_all_processes_end_at_once_when_the_first_finds_its_directory_taken(cwds
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("problem", ["another configuration", "no data for the second", "full"])
+@pytest.mark.parametrize("problem", ["another configuration", "no task for the second", "full"])
 def test_all_processes_end_at_once_when_one_of_them_cannot_go_on(problem, cwds):
     args = list(processes.arguments("out"))
     script = processes.WITHOUT_REPORT
@@ -124,24 +123,22 @@ def test_all_processes_end_at_once_when_one_of_them_cannot_go_on(problem, cwds):
         case "another configuration":
             with processes.started(script, *args, cwd=cwds[0]) as alone:
                 processes.await_parts(alone, cwds[0] / "out")
-            args.append("--seeds=3")
+            args.append("--steps=8")
             ends_in_words = 0
-        case "no data for the second":
-            trouble = "from soap_jax import data; import os\n"
-            trouble += "if os.environ['SLURM_PROCID'] == '1': data.NAMES = data.load = None\n"
-            script = trouble + script
-            ends_in_words = None
+        case "no task for the second":
+            trouble = "import os\nassert os.environ['SLURM_PROCID'] == '0', 'no data'\n"
+            args = list(processes.arguments("out", trouble + processes.TASK))
+            ends_in_words = 1
         case "full":
-            trouble = "from soap_jax.study import directory\nimport errno\n"
+            trouble = "from soap_jax.study import store\nimport errno\n"
             trouble += "def add(*_): raise OSError(errno.ENOSPC, 'cannot write: no space')\n"
-            trouble += "directory.ResultsDir.add = add\n"
+            trouble += "store.Store.add = add\n"
             script = trouble + script
             ends_in_words = 0
     with together(script, *args, cwds=cwds) as group:
         codes, _, errors = end(group, within=40)
     assert 0 not in codes
-    if ends_in_words is not None:
-        assert codes[ends_in_words] == 2 and errors[ends_in_words].startswith("error: ")
+    assert codes[ends_in_words] == 2 and errors[ends_in_words].startswith("error: ")
 
 
 @pytest.mark.slow

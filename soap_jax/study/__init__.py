@@ -17,10 +17,10 @@ _HOMES = {
     "Comparison": "soap_jax.study.comparison",
     "load": "soap_jax.study.comparison",
     "Claim": "soap_jax.study.claims",
-    "Difference": "soap_jax.study.claims",
-    "Ratio": "soap_jax.study.claims",
-    "Share": "soap_jax.study.claims",
-    "Trend": "soap_jax.study.claims",
+    "Difference": "soap_jax.study.contrasts",
+    "Ratio": "soap_jax.study.contrasts",
+    "Share": "soap_jax.study.contrasts",
+    "Trend": "soap_jax.study.contrasts",
     "judge": "soap_jax.study.claims",
 }
 __all__ = sorted(_HOMES)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +14,7 @@ from soap_jax.study import claims, drawing, statistics
 from soap_jax.study.comparison import Comparison
 from soap_jax.study.drawing import Mark
 from soap_jax.study.figures import Figure
+from soap_jax.study.statistics import number
 
 PALETTE = ("#707070", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#B87A00", "#2F93C9", "#8E6FC4")
 """Colours by place, for methods that have none: Okabe and Ito's, some of them darkened."""
@@ -26,6 +29,7 @@ VERDICTS: dict[str, Mark] = {
     claims.UNDECIDED: ("#8A8A8A", "diamond", [1, 0]),
     claims.NOT_TESTABLE: ("#707070", "cross", [1, 0]),  # though one of its tests was possible
 }
+RANGE = "Lines are means over seeds, bands reach from the lowest seed to the highest."
 ROW = ["label", "mark", "x", "low", "high", "least", "most", "note"]
 """The columns of estimates with intervals."""
 
@@ -37,30 +41,25 @@ def describe(comparison: Comparison, findings: Sequence[claims.Finding]) -> list
         comparison: what was trained.
         findings: the verdicts on its claims.
     """
-    figures = [loss_curves(comparison), steps_to_loss(comparison), angles(comparison)]
-    if len(comparison.hidden) > 1:
-        figures.append(error_angles(comparison))
+    by_layer = [error_angles(comparison)] if len(comparison.hidden) > 1 else []
     return [
-        *figures,
-        effective_learning_rate(comparison),
-        claim_ratios(findings),
-        final_metric(comparison),
+        *(loss_curves(comparison), steps_to_loss(comparison), angles(comparison), *by_layer),
+        *(effective_learning_rate(comparison), claim_ratios(findings), final_metric(comparison)),
     ]
 
 
 def loss_curves(comparison: Comparison) -> Figure:
     """Training loss against steps at the rate that all methods share, with the seeds' range."""
     rate, why = _rate_for_curves(comparison)
-    return drawing.curves(
+    return _curves(
+        comparison,
         _over_training(comparison, "train_loss", dict.fromkeys(comparison.methods, rate)),
-        marks(comparison),
         name="loss_curves",
         title=f"Loss at learning rate {rate:g}",
         x="parameter updates",
         y="training loss (moving average)",
-        caption=f"Training loss while training at learning rate {rate:g}, {why}. Lines are means "
-        "over seeds, bands reach from the lowest seed to the highest. The dotted line is the "
-        f"target, loss {comparison.target_loss:.3g}.",
+        caption=f"Training loss while training at learning rate {rate:g}, {why}. {RANGE} The "
+        f"dotted line is the target, loss {number(comparison.target_loss)}.",
         empty="Every run broke off before its loss was measured.",
         y_log=True,
         line=comparison.target_loss,
@@ -69,7 +68,7 @@ def loss_curves(comparison: Comparison) -> Figure:
 
 def steps_to_loss(comparison: Comparison) -> Figure:
     """Steps to the target loss against the learning rate: geometric mean and t interval."""
-    target, points = f"{comparison.target_loss:.3g}", []
+    target, points = number(comparison.target_loss), []
     for method, name in names(comparison).items():
         grid = comparison.grid(method)
         for rate, *of in zip(comparison.rates, *grid[:3], strict=True):
@@ -80,9 +79,9 @@ def steps_to_loss(comparison: Comparison) -> Figure:
             mean = [math.nan] * 3 if late.any() else mean
             points.append((name, rate, *mean, note))
     budget = float(comparison.runs["steps"].max())
-    return drawing.curves(
-        _frame(points),
-        marks(comparison),
+    return _curves(
+        comparison,
+        points,
         name="steps_to_loss",
         title=f"Steps to loss {target} at every learning rate",
         x="learning rate",
@@ -102,9 +101,9 @@ def steps_to_loss(comparison: Comparison) -> Figure:
 def angles(comparison: Comparison) -> Figure:
     """Angle of the first kernel's gradient to the true one, at each method's best rate."""
     first = comparison.hidden[0] if comparison.hidden else ""
-    return drawing.curves(
+    return _curves(
+        comparison,
         _over_training(comparison, f"gradient_angle/{first}", _inexact(comparison)),
-        marks(comparison),
         name="angles",
         title="First kernel, each method at its best rate",
         x="parameter updates",
@@ -112,7 +111,7 @@ def angles(comparison: Comparison) -> Figure:
         caption=f"Angle between a method's gradient of {first} and the true gradient, while "
         "training at the method's best learning rate. At 90 degrees (dotted) the two have nothing "
         "in common; methods that follow the true gradient, backprop among them, have no curve. "
-        "Lines are means over seeds, bands reach from the lowest seed to the highest.",
+        + RANGE,
         empty="No method here has a gradient other than the true one.",
         degrees=True,
         line=90.0,
@@ -127,16 +126,15 @@ def error_angles(comparison: Comparison) -> Figure:
             values = comparison.measured(f"error_angle/{kernel}", method, rate, end=True)
             if len(values) and np.isfinite(values).all():
                 points.append((names(comparison)[method], i + 1, *_range(values), kernel))
-    return drawing.curves(
-        _frame(points),
-        marks(comparison),
+    return _curves(
+        comparison,
+        points,
         name="error_angles",
         title="Error at the end of training, by layer",
         x="hidden layer (1 is nearest to the input)",
         y="angle to the true error (degrees)",
         caption="Angle between the error that arrives at a hidden layer through feedback and the "
-        "true error there, at the end of training at each method's best learning rate. Means over "
-        "seeds, bands reach from the lowest seed to the highest.",
+        "true error there, at the end of training at each method's best learning rate. " + RANGE,
         empty="No method here has feedback weights whose errors could be compared.",
         degrees=True,
         ticks=range(1, len(comparison.hidden) + 1),
@@ -149,18 +147,17 @@ def effective_learning_rate(comparison: Comparison) -> Figure:
     rate, why = _rate_for_curves(comparison)
     first = comparison.hidden[0] if comparison.hidden else ""
     rates = dict.fromkeys(comparison.methods, rate)
-    return drawing.curves(
+    return _curves(
+        comparison,
         _over_training(comparison, f"effective_learning_rate/{first}", rates),
-        marks(comparison),
         name="effective_learning_rate",
         title=f"Effective learning rate of the first kernel at rate {rate:g}",
         x="parameter updates",
         y="effective learning rate",
         caption=f"How fast {first} learns along the true gradient at learning rate {rate:g} "
         f"(dotted), {why}: the rate times the length of the method's gradient along the true one, "
-        "relative to that. Lines are means over seeds, bands reach from the lowest seed to the "
-        "highest. Values of zero and below (frozen kernels, feedback at a right angle) have no "
-        "place on a logarithmic axis.",
+        f"relative to that. {RANGE} Values of zero and below (frozen kernels, feedback at a right "
+        "angle) have no place on a logarithmic axis.",
         empty="No effective learning rate was measured at this rate.",
         y_log=True,
         line=rate,
@@ -171,16 +168,11 @@ def effective_learning_rate(comparison: Comparison) -> Figure:
 def claim_ratios(findings: Sequence[claims.Finding]) -> Figure:
     """The ratios behind the claims, with intervals and the bounds written beforehand."""
     rows = [
-        {
-            "label": f"{finding.key}. {part.label}",
-            "mark": f"claim {finding.verdict}",
-            "x": part.estimate,
-            "low": part.low,
-            "high": part.high,
-            "least": part.within[0],
-            "most": part.within[1],
-            "note": part.note,
-        }
+        (
+            f"{finding.key}. {part.label}",
+            f"claim {finding.verdict}",
+            *(part.estimate, part.low, part.high, *part.within, part.note),
+        )
         for finding in findings
         for part in finding.parts
         if part.measure == "ratio" and part.testable and math.isfinite(part.estimate)
@@ -237,18 +229,23 @@ def names(comparison: Comparison) -> dict[str, str]:
 
 def marks(comparison: Comparison) -> dict[str, Mark]:
     """How methods are drawn, by what they are called."""
-    colors = [record["color"] for record in comparison.methods.values()]
+    given = [record["color"] for record in comparison.methods.values()]
+    spare = itertools.cycle([color for color in PALETTE if color not in given] or PALETTE)
+    dashes = (of for of in itertools.cycle(DASHES) for _ in SHAPES)
+    looks = zip(given, itertools.cycle(SHAPES), dashes, strict=False)
+    called = names(comparison).values()
     return {
-        name: (
-            colors[i] or PALETTE[i % len(PALETTE)],
-            SHAPES[i % len(SHAPES)],
-            DASHES[i // len(SHAPES) % len(DASHES)],
-        )
-        for i, name in enumerate(names(comparison).values())
+        name: (color or next(spare), shape, dash)
+        for name, (color, shape, dash) in zip(called, looks, strict=True)
     }
 
 
-def _over_training(comparison: Comparison, column: str, rates: Mapping[str, float]) -> pd.DataFrame:
+def _curves(comparison: Comparison, points: list[tuple], **options: Any) -> Figure:
+    rows = pd.DataFrame(points, columns=["method", "x", "y", "low", "high", "note"])
+    return drawing.curves(rows, marks(comparison), **options)
+
+
+def _over_training(comparison: Comparison, column: str, rates: Mapping[str, float]) -> list[tuple]:
     """A column of evaluations against steps: mean and range over seeds; ends where one broke."""
     points = []
     for method, rate in rates.items():
@@ -257,11 +254,7 @@ def _over_training(comparison: Comparison, column: str, rates: Mapping[str, floa
             by_step = rows.pivot(index="step", columns="seed", values=column).dropna()
             name, note = names(comparison)[method], f"{by_step.shape[1]} seeds at rate {rate:g}"
             points += [(name, step, *_range(of), note) for step, *of in by_step.itertuples()]
-    return _frame(points)
-
-
-def _frame(points: list[tuple]) -> pd.DataFrame:
-    return pd.DataFrame(points, columns=["method", "x", "y", "low", "high", "note"])
+    return points
 
 
 def _range(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
@@ -279,13 +272,14 @@ def _inexact(comparison: Comparison) -> dict[str, float]:
 
 def _rate_for_curves(comparison: Comparison) -> tuple[float, str]:
     """The shared rate, or where there is none the reference's best."""
-    who = comparison.label(comparison.reference) if comparison.reference else "every method"
+    leader = comparison.reference or next(iter(comparison.methods))
+    who = comparison.label(leader) if comparison.reference else "every method"
     if math.isfinite(comparison.shared_rate):
         return comparison.shared_rate, (
-            f"the smallest at which every run of {who} reaches loss {comparison.target_loss:.3g} "
-            "within half the steps"
+            f"the smallest at which every run of {who} reaches loss "
+            f"{number(comparison.target_loss)} within half the steps"
         )
-    best = comparison.best_rate(comparison.reference or next(iter(comparison.methods)))
+    best = comparison.best_rate(leader)
     if math.isfinite(best):
-        return best, "the best of " + who
+        return best, f"the best of {comparison.label(leader)}"
     return comparison.rates[0], "the smallest"

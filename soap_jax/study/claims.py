@@ -27,21 +27,8 @@ import pandas as pd
 
 from soap_jax.study import statistics
 from soap_jax.study.comparison import Comparison, joined
-from soap_jax.study.contrasts import (
-    INF,
-    Difference,
-    ErrorAngleTrend,
-    FinalAngle,
-    Part,
-    Ratio,
-    Share,
-    Test,
-    Trend,
-)
+from soap_jax.study.contrasts import INF, Part, Test
 from soap_jax.study.statistics import ALPHA, Estimate, number
-
-__all__ = ["Claim", "Difference", "ErrorAngleTrend", "FinalAngle", "Finding", "Part", "Ratio"]
-__all__ += ["Share", "Test", "Trend", "Words", "as_claims", "in_words", "judge", "tabulate"]
 
 HOLDS, FAILS, UNDECIDED, NOT_TESTABLE = "holds", "fails", "undecided", "not testable here"
 
@@ -181,16 +168,16 @@ def _verdict(parts, p, union, family):
 
 def tabulate(findings: Sequence[Finding]) -> pd.DataFrame:
     """One row per part, with the verdict on the claim that it belongs to."""
-    rows = []
-    for finding in findings:
-        names = ("key", "statement", "verdict", "exploratory", "p")
-        of_claim = {name: getattr(finding, name) for name in names}
-        for part in finding.parts:
-            bounds = dict(zip(("within_low", "within_high"), part.within, strict=True))
-            rows.append(of_claim | bounds | vars(part))
-    return (
-        pd.DataFrame(rows).drop(columns="within", errors="ignore").rename(columns={"key": "claim"})
-    )
+    names = ("key", "statement", "verdict", "exploratory", "p")
+    rows = [
+        {name: getattr(finding, name) for name in names} | vars(part)
+        for finding in findings
+        for part in finding.parts
+    ]
+    table = pd.DataFrame(rows, columns=[*names, *(f.name for f in dataclasses.fields(Part))])
+    for i, end in enumerate(("within_low", "within_high")):
+        table.insert(len(names) + i, end, table["within"].str[i])
+    return table.drop(columns="within").rename(columns={"key": "claim"})
 
 
 class Words(NamedTuple):
@@ -217,26 +204,28 @@ def in_words(part: Part) -> Words:
     low, high = part.within
     has_low = low > (0 if part.measure == "ratio" else -INF)
     has_high = high < INF
-    bound = f"within {number(low)} to {number(high)}" if has_low else f"below {number(high)}"
+    bound = f"{number(low)} to {number(high)}" if has_low else f"below {number(high)}"
     bound = bound if has_high else f"above {number(low)}"
     estimate = Estimate(part.estimate, part.low, part.high).words("°" * (part.measure == "degrees"))
     holds, fails = part.p_holds < ALPHA, part.p_fails < ALPHA
     beyond = [number(low)] * (has_low and not part.low > low)
     beyond += [number(high)] * (has_high and not part.high < high)
-    if not part.testable:
-        place = "not testable"
-    elif part.measure == "trend":
+    if part.measure == "trend":
         bound, estimate = "rises", f"rank correlation {estimate}"
         place = "it rises" if holds else "it falls" if fails else "no clear trend"
     elif holds:
-        place = f"the interval lies {bound}"
+        place = f"the interval lies {'within ' * (has_low and has_high)}{bound}"
     elif fails:
         side = f"below {number(low)}" if part.high <= low else f"above {number(high)}"
         place = f"the interval lies {side}"
+    elif part.low in (0, -INF) and part.high == INF:
+        place = "the runs give no interval"
     elif beyond:
         place = f"the interval reaches beyond {' and '.join(beyond)}"
     else:
         place = "all runs are alike, and too few for a conclusion"
+    if not part.testable:
+        estimate, place = "–", "not testable"
     return Words(estimate, bound, place)
 
 

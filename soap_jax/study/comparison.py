@@ -90,8 +90,8 @@ class Comparison:
         self.methods: dict[str, dict[str, Any]] = self.record["methods"]
         self.kernels: list[str] = list(self.record["kernels"])
         self.hidden = self.kernels[:-1]
-        extended = self.record.get("extended", [])
-        self.rates: tuple[float, ...] = tuple(sorted([*self.protocol["learning_rates"], *extended]))
+        self.extended: list[float] = self.record["extended"]
+        self.rates = tuple(sorted([*self.protocol["learning_rates"], *self.extended]))
         self.seeds: tuple[int, ...] = tuple(self.record["seeds"])
         self.runs, self.evaluations, self.losses = (
             tables[name].sort_values([c for c in ORDER if c in tables[name]], kind="stable")
@@ -213,10 +213,9 @@ class Comparison:
                 raise NotTestable(self.why)
             return self.shared_rate
         if at == "best":
-            tuned = self.grid(method, period, self.protocol["select"]).tuned
-            if tuned is None:
+            if math.isnan(best := self.best_rate(method, period)):
                 raise NotTestable(f"some run of {method} diverged at every rate")
-            return self.rates[tuned]
+            return best
         if at not in self.rates:
             rates = ", ".join(f"{rate:g}" for rate in self.rates)
             raise ValueError(f'at is {at!r}; expected "shared", "best" or one of {rates}.')
@@ -224,10 +223,8 @@ class Comparison:
 
     def best_rate(self, method: str, period: int | None = None) -> float:
         """The rate with the best mean score; NaN if some run diverged at every rate."""
-        try:
-            return self.rate(method, "best", period)
-        except NotTestable:
-            return math.nan
+        tuned = self.grid(method, period, self.protocol["select"]).tuned
+        return math.nan if tuned is None else self.rates[tuned]
 
     def at_edge(self, rate: float) -> bool:
         """Whether a best rate is the grid's first or last: a better one may lie beyond."""
@@ -399,19 +396,20 @@ class Comparison:
         return [self.reference] if self.reference else list(self.methods)
 
     def _target(self):
-        window, steps = self.record["window"], self.protocol["steps"] // 8
+        own = [rate not in self.extended for rate in self.rates]
         reached, starts = [], []
         for method in self._leaders():
-            rate = self.best_rate(method)
-            losses = _array(self.rows("losses", method, rate))
-            if not losses.size:
+            runs = Runs(*(of[own] for of in self.grid(method, metric=self.protocol["select"])))
+            if runs.tuned is None:
                 self.why = f"some run of {method} diverged at every rate"
                 return math.nan
-            reached.append(statistics.smooth(losses, window)[:, :steps].min(axis=1).max())
+            rate = np.array(self.rates)[own][runs.tuned]
+            losses = _array(self.rows("losses", method, rate))
+            early = statistics.smooth(losses, self.record["window"])
+            reached.append(early[:, : self.protocol["steps"] // 8].min(axis=1).max())
             starts.append(losses[:, 0].mean())
-        target = float(max(reached))
-        if target < 0.9 * min(starts):
-            return target
+        if max(reached) < 0.9 * min(starts):
+            return float(max(reached))
         self.why = (
             "within an eighth of the steps the reference does not reach 0.9 of the loss that it "
             "starts from with every seed: train longer"
@@ -421,7 +419,7 @@ class Comparison:
     def _shared(self):
         rows = self.base(self.runs)
         rows = rows[rows["method"].isin(self._leaders())]
-        rows = rows[~rows["learning_rate"].isin(self.record.get("extended", []))]
+        rows = rows[~rows["learning_rate"].isin(self.extended)]
         arrived = ~rows["diverged"] & (2 * rows["steps_to_target"] <= self.protocol["steps"])
         reached = arrived.groupby(rows["learning_rate"]).all()
         if reached.any():
@@ -453,12 +451,10 @@ def _censoring(mean, censored, missing):
     """What censored runs make of a mean, in words; "" where there are none."""
     if mean.has_low and mean.has_high:
         return ""
+    bound = "a lower bound" if mean.has_low else "an upper bound"
+    bound = bound if mean.has_low or mean.has_high else "neither a lower nor an upper bound"
     if any(map(statistics.too_many, censored)):
         bound = "more than a tenth of a method's runs are censored, which leaves no conclusion"
-    elif mean.has_low or mean.has_high:
-        bound = "a lower bound" if mean.has_low else "an upper bound"
-    else:
-        bound = "neither a lower nor an upper bound"
     return f"{bound}: {missing or 'runs were censored at rates that resamples chose'}"
 
 

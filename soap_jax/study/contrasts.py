@@ -224,8 +224,10 @@ class Share(Test):
             grid.values[comparison.rates.index(rate)]
             for grid, rate in zip(grids, rates, strict=True)
         )
+        if np.isnan([method, reference, over]).any():
+            raise NotTestable(f"{self.metric} is not known for every run")
         gain = statistics.student(reference - over)
-        if not gain.interval[0] * gain.interval[1] > 0:  # also where it is NaN
+        if gain.interval[0] * gain.interval[1] <= 0:
             said = Estimate(gain.estimate, *gain.interval)
             raise NotTestable(f"the reference may gain nothing over the control: {said}")
         result = statistics.fieller(method - over, reference - over).judge(self.within)
@@ -336,7 +338,7 @@ def _at(at, *rates):
 
 
 def _listed(numbers):
-    return ", ".join(f"{number:.3g}" for number in numbers)
+    return ", ".join(f"{round(float(number), 4):.3g}" for number in numbers)
 
 
 def _check_inside(comparison, at, methods, periods=(None, None, None)):

@@ -61,7 +61,7 @@ def describe(comparison: Comparison, effects: mediation.Mediation) -> Diagram | 
     first = f"error_angle/{comparison.hidden[0]}"
     turned = comparison.measured(first, method, effects.learning_rate, end=False).mean()
     name = comparison.label(method)
-    target = f"{comparison.target_loss:.3g}"
+    target = number(comparison.target_loss)
     boxes = (
         (f"*{name}*", f"in place of {comparison.label(reference)}"),
         ("effective learning rate", "of the hidden layers"),

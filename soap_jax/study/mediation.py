@@ -44,7 +44,8 @@ _CONTRASTS: tuple[
 _FIXED = "rate first, fixed at the start"
 
 
-class Effect(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Effect:
     """A factor on the steps to the target loss, and its share of the total on the log scale.
 
     Attributes:
@@ -78,7 +79,7 @@ class EffectiveRate(NamedTuple):
     end: float
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Mediation:
     """The effect of raw sign sync on steps, taken apart.
 
@@ -136,7 +137,8 @@ def mediate(
 
 def tabulate(mediation: Mediation) -> pd.DataFrame:
     """One row per effect; no rows where it is not testable."""
-    return pd.DataFrame(mediation.effects, columns=Effect._fields)
+    columns = [field.name for field in dataclasses.fields(Effect)]
+    return pd.DataFrame(map(vars, mediation.effects), columns=columns)
 
 
 def _mediate(comparison, core, fixed):
@@ -168,25 +170,22 @@ def _mediate(comparison, core, fixed):
     elif math.isnan(effects[0].share_low):
         notes.append("the total effect is not clearly other than none: shares have no interval")
     column = f"effective_learning_rate/{comparison.hidden[0]}"
-    effective = [
-        [comparison.measured(column, method, rate, end=end).mean() for end in (False, True)]
+    effective = tuple(
+        EffectiveRate(
+            method,
+            *(
+                float(np.mean(comparison.measured(column, method, rate, end=end)))
+                for end in (False, True)
+            ),
+        )
         for method in methods
-    ]
-    return Mediation(
-        testable=True,
-        note=joined(*notes),
-        learning_rate=rate,
-        effects=tuple(effects),
-        effective_rates=tuple(
-            EffectiveRate(method, float(start), float(end))
-            for method, (start, end) in zip(methods, effective, strict=True)
-        ),
     )
+    return Mediation(True, joined(*notes), rate, tuple(effects), effective)
 
 
 def _effect(contrast, logs, flags):
     """One effect; a censored run leaves the side open on which its steps might be more."""
-    *names, weights = contrast
+    order, path, term, weights = contrast
     lost = flags.any(axis=1)
     above, below = (bool(np.any(lost & (np.multiply(s, weights) > 0))) for s in (1, -1))
     part = weights @ logs
@@ -197,4 +196,4 @@ def _effect(contrast, logs, flags):
     if above or below or lost[:2].any():
         shares = [math.nan] * 3
     ratio = math.nan if above and below else ratio
-    return Effect(*names, ratio, *ends, *shares)
+    return Effect(order, path, term, ratio, *ends, *shares)

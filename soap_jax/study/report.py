@@ -51,6 +51,8 @@ def write(
     tables = {"summary": comparison.summary(), "claims": claims.tabulate(findings)}
     if effects.testable:
         tables["mediation"] = mediation.tabulate(effects)
+    else:
+        (path / "mediation.csv").unlink(missing_ok=True)
     for name, table in tables.items():
         files.write_text(path / f"{name}.csv", table.to_csv(index=False))
     files.write_text(path / "report.html", _page(comparison, findings, shown, effects))
@@ -127,13 +129,13 @@ def summarise(comparison: Comparison, findings: Sequence[claims.Finding]) -> str
 
 
 def _glossary(comparison):
-    return {
-        label: ". ".join(filter(None, (record.get("isolates"), record.get("paper"))))
-        or record["description"]
-        for label, record in zip(
-            charts.names(comparison).values(), comparison.methods.values(), strict=True
-        )
-    }
+    """What each method isolates, and the paper that it is from."""
+    said = {}
+    for method, label in charts.names(comparison).items():
+        record = comparison.methods[method]
+        paper = f" ({record['paper']})" if record["paper"] else ""
+        said[label] = (record["isolates"] or record["description"]) + paper
+    return said
 
 
 def _cells(table: pd.DataFrame) -> figures.Cells:
@@ -147,13 +149,13 @@ def _setting(comparison: Comparison) -> str:
     """What was trained, in a line."""
     protocol, rates = comparison.record["protocol"], comparison.rates
     examples = comparison.record.get("examples", {}).get("train")
+    seen = [f"{number(examples)} training examples"] if examples else []
+    seen += [_count(len(comparison.kernels), "kernel"), protocol["optimizer"]]
+    seen += [f"batch {protocol['batch_size']}", f"{protocol['steps']:,} steps"]
     return (
-        f"{number(examples)} training examples, "
-        * bool(examples)
-        + f"{_count(len(comparison.kernels), 'kernel')}, {protocol['optimizer']}, batch "
-        f"{protocol['batch_size']}, {protocol['steps']:,} steps; "
-        f"{_count(len(comparison.methods), 'method')}, {_count(len(rates), 'learning rate')} from "
-        f"{rates[0]:g} to {rates[-1]:g}, {_count(len(comparison.seeds), 'paired seed')}."
+        f"{', '.join(seen)}; {_count(len(comparison.methods), 'method')}, "
+        f"{_count(len(rates), 'learning rate')} from {rates[0]:g} to {rates[-1]:g}, "
+        f"{_count(len(comparison.seeds), 'paired seed')}."
     )
 
 
@@ -164,19 +166,15 @@ def _count(number, noun):
 def _details(comparison: Comparison) -> dict[str, dict[str, str]]:
     """Configuration and circumstances, as lists of terms."""
     record = comparison.record
-    known = ("data_source", "examples", "kernels", "window", "loops", "versions", "device")
+    protocol = {key: value for key, value in record["protocol"].items() if key != "task"}
+    known = ("data_source", "examples", "kernels", "loops", "versions", "device", "settings")
     lists = {
-        "Protocol": record["protocol"],
-        "Configuration": record.get("config") or {},
+        "Configuration": record.get("config") or protocol,
         "Rules of feedback": {m["label"]: m["description"] for m in comparison.methods.values()},
-        "Circumstances": {
-            key: record[key] for key in (*known, "settings", "seconds") if key in record
-        },
+        "Circumstances": {key: record[key] for key in (*known, "seconds") if record.get(key)},
     }
     return {
-        title: {
-            term.replace("_", " "): _said(value) for term, value in terms.items() if value != ""
-        }
+        title: {term.replace("_", " "): _said(value) for term, value in terms.items()}
         for title, terms in lists.items()
         if terms
     }
@@ -184,4 +182,6 @@ def _details(comparison: Comparison) -> dict[str, dict[str, str]]:
 
 def _said(value: Any) -> str:
     """A value as a list of words, without the marks of Python."""
+    if isinstance(value, str):
+        return value
     return "default" if value is None else re.sub(r"[{}\[\]()'\"]", "", str(value))

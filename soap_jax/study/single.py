@@ -44,7 +44,6 @@ from soap_jax.study import (
     figures,
     files,
     preset,
-    protocol,
     store,
     trial,
 )

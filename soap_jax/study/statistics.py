@@ -486,7 +486,7 @@ def paired_ratio(above: ArrayLike, below: ArrayLike, *, budget: float | None = N
 
     Example:
         >>> print(paired_ratio([20.0, 40.0, 84.0], [10.0, 20.0, 40.0]))
-        2.03 [1.90, 2.17]
+        2.03 [1.90, 2.18]
     """
     pair = [np.asarray(steps, float) for steps in (above, below)]
     missing = [np.isnan(steps) for steps in pair]

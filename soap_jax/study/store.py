@@ -92,12 +92,14 @@ class Store:
         """
         now: dict[str, Any] = json.loads(json.dumps(record))
         before, there = self.record, self.done()
+        if there and not before:
+            raise ValueError(
+                f"{self.path} holds runs, but not progress.json, which says how they were done. "
+                "Name another directory as out, or delete this one."
+            )
         if there:
-            differ = [
-                f"{part}.{said}"
-                for part in SAME
-                for said in circumstances.differences(before.get(part, {}), now[part])
-            ]
+            were, are = ({part: of[part] for part in SAME} for of in (before, now))
+            differ = circumstances.differences(_comparable(were), _comparable(are))
             for name, method in now["methods"].items():
                 was = before["methods"].get(name, method)
                 differ += [
@@ -116,8 +118,13 @@ class Store:
             now["methods"] = before["methods"] | now["methods"]
             now["seeds"] = sorted({*before["seeds"], *now["seeds"]})
             now["claims"] = before["claims"]  # what is claimed after the first run is exploratory
-            missing = _expected(now) - there.union(runs)
-            if missing:
+            expected = _expected(now)
+            if foreign := there - expected:
+                raise ValueError(
+                    f"{self.path} holds {min(foreign)}, which is no run of this comparison. Delete "
+                    "the part of it, and what is missing then is done again."
+                )
+            if missing := expected - there.union(runs):
                 raise ValueError(
                     f"{self.path} would lack {min(missing)} and {len(missing) - 1} other runs; "
                     "expected every method with every seed. Ask for all methods when you add "
@@ -133,10 +140,10 @@ class Store:
         for i, run in enumerate(runs if "params" in results else ()):
             own = {name: leaf[i] for name, leaf in flattened(results["params"]).items()}
             files.write_atomically(self.params(run), functools.partial(np.savez, **own))
-        names = json.dumps([list(run) for run in runs])
-        name = hashlib.sha256(names.encode()).hexdigest()[:16]
+        facts = json.dumps([[list(run) for run in runs], sorted(flat)])
+        name = hashlib.sha256(facts.encode()).hexdigest()[:16]
         path = self.path / "parts" / f"{runs[0].method}-{name}.npz"
-        files.write_atomically(path, lambda file: np.savez(file, runs=np.array(names), **flat))
+        files.write_atomically(path, lambda file: np.savez(file, facts=np.array(facts), **flat))
 
     def params(self, run: Run) -> pathlib.Path:
         """The file with a run's final params, by their paths."""
@@ -146,14 +153,7 @@ class Store:
         """The runs that are there, in the tables or in parts."""
         found = [run for runs, _ in self._parts() for run in runs]
         if (self.path / "study.json").exists():
-            table = self._table("runs")
-            found += [Run(*row) for row in table[KEYS].itertuples(index=False, name=None)]
-        if len(set(found)) < len(found):
-            twice = next(run for run in found if found.count(run) > 1)
-            raise ValueError(
-                f"{self.path} holds {twice} twice. Delete its directory parts, and what is missing "
-                "then is done again."
-            )
+            found += _runs(self._table("runs"))
         return set(found)
 
     def finish(self, complete: Callable[[Tables], tuple[Tables, dict[str, Any]]]) -> None:
@@ -166,16 +166,15 @@ class Store:
         if (self.path / "study.json").exists():
             pieces.append({name: self._table(name) for name in TABLES})
         order = {method: i for i, method in enumerate(self.record["methods"])}
-        joined = {name: pd.concat([p[name] for p in pieces], ignore_index=True) for name in TABLES}
+        joined = {}
+        for name in TABLES:
+            table = pd.concat([piece[name] for piece in pieces], ignore_index=True)
+            # A process that was killed here has left what is in a table in its part, too.
+            joined[name] = table.drop_duplicates([*KEYS, *table.columns.intersection(["step"])])
         tables, facts = complete(joined)
         for name, table in tables.items():
-            by = [
-                "method",
-                "period",
-                "learning_rate",
-                "seed",
-                *(["step"] if "step" in table else []),
-            ]
+            by = ["method", "period", "learning_rate", "seed"]
+            by += table.columns.intersection(["step"]).tolist()
             table = table.sort_values(
                 by, key=lambda column: column.map(order) if column.name == "method" else column
             ).reset_index(drop=True)
@@ -208,7 +207,19 @@ class Store:
                 f"{self.path} holds {len(self.done())} runs: the comparison is not finished. The "
                 "same command or call goes on where it stopped."
             )
-        return {name: self._table(name) for name in TABLES}
+        tables = {name: self._table(name) for name in TABLES}
+        runs = set(_runs(tables["runs"]))
+        for name, rows in (
+            ("evaluations", self.record["protocol"]["evaluations"] + 1),
+            ("losses", 1),
+        ):
+            found = tables[name].groupby(KEYS).size().to_dict()
+            if found != dict.fromkeys(runs, rows):
+                raise ValueError(
+                    f"{self.path / name}.parquet has not {rows} of each run in runs.parquet. Run "
+                    "the comparison again, into another directory."
+                )
+        return tables
 
     def _table(self, name):
         file = self.path / f"{name}.parquet"
@@ -227,9 +238,12 @@ class Store:
     def _parts(self) -> Iterator[tuple[list[Run], dict[str, Any]]]:
         for file in sorted((self.path / "parts").glob("*.npz")):
             try:
-                with np.load(file) as arrays:
+                with file.open("rb") as opened, np.load(opened) as arrays:
                     flat = dict(arrays)
-                runs = [Run(*run) for run in json.loads(str(flat.pop("runs")))]
+                names, columns = json.loads(str(flat.pop("facts")))
+                if sorted(flat) != columns:
+                    raise ValueError(f"it has not {', '.join(columns)}")
+                runs = [Run(*run) for run in names]
                 results: dict[str, Any] = {"evaluations": {}, "test": {}}
                 for name, leaf in flat.items():
                     part, _, column = name.partition("/")
@@ -237,7 +251,8 @@ class Store:
                         results[part][column] = leaf
                     else:
                         results[part] = leaf
-                assert len(runs) == len(results["train_loss"])
+                if {len(runs)} != {len(leaf) for leaf in jax.tree.leaves(results)}:
+                    raise ValueError("its arrays are not of one length")
             except Exception as error:  # NumPy raises what not
                 raise ValueError(
                     f"{file} is damaged ({error!r}). Delete it, and its runs are done again."
@@ -275,6 +290,21 @@ def flattened(tree: chex.ArrayTree) -> dict[str, Any]:
     """The leaves of a tree by their paths, such as "Dense_0/kernel"."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {"/".join(trees.path_of(keys)): leaf for keys, leaf in leaves}
+
+
+def _runs(table) -> list[Run]:
+    """The runs of a table of them."""
+    return [Run(*row) for row in table[KEYS].itertuples(index=False, name=None)]
+
+
+def _comparable(record):
+    """A record without what does not bear on results: CPU runs are alike on two devices or more."""
+    device = record["device"]
+    if device.get("platform") != "cpu":
+        return record
+    rest = {name: value for name, value in device.items() if name not in ("count", "processes")}
+    several = "several" if device.get("count") != 1 else 1  # XLA compiles otherwise for one
+    return record | {"device": rest | {"count": several}}
 
 
 def _expected(record) -> set[Run]:

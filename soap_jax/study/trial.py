@@ -310,7 +310,7 @@ def make(
         true, true_errors = gradient_and_errors(plain, has_aux=True)(params, None, *args)
         if method.gradient is not None:
             pseudo = value_and_grad(params, weights, *args, train.step, learning_rate)[1]
-            true_errors = errors = {}
+            errors: dict[str, jax.Array] = {}
         elif method.loss is not None:
             of_params = gradient_and_errors(
                 lambda params, *args: of_method(params, weights, *args), has_aux=True

@@ -4,7 +4,7 @@ function draw(name, linear) {
   const place = document.getElementById("plot-" + name);
   const text = JSON.stringify(specs[name]);
   const spec = JSON.parse(linear ? text.replaceAll('"type":"log"', '"type":"linear"') : text);
-  spec.width = "container";
+  spec.width = "container"; // and follows it
   spec.config.legend.columns = Math.max(1, Math.floor((place.clientWidth - 60) / (30 + 6 * longest)));
   vegaEmbed(place, spec, {
     renderer: "svg",
@@ -15,16 +15,16 @@ function draw(name, linear) {
 }
 
 for (const name of Object.keys(specs)) {
-  draw(name, false);
-  if (JSON.stringify(specs[name]).includes('"type":"log"')) {
-    const button = document.createElement("button");
-    button.textContent = "Linear axes";
-    button.setAttribute("aria-pressed", "false");
-    button.onclick = () => {
-      const linear = button.getAttribute("aria-pressed") === "false";
-      button.setAttribute("aria-pressed", linear);
-      draw(name, linear);
-    };
-    document.getElementById("plot-" + name).before(button);
-  }
+  const logs = JSON.stringify(specs[name]).includes('"type":"log"');
+  const button = document.createElement("button");
+  button.textContent = "Linear axes";
+  button.setAttribute("aria-pressed", "false");
+  const redraw = () => draw(name, button.getAttribute("aria-pressed") === "true");
+  button.onclick = () => {
+    button.setAttribute("aria-pressed", button.getAttribute("aria-pressed") === "false");
+    redraw();
+  };
+  if (logs) document.getElementById("plot-" + name).before(button);
+  matchMedia("(max-width: 40rem)").addEventListener("change", redraw); // a phone is turned
+  redraw();
 }

@@ -1,0 +1,121 @@
+"""Your model in the study: a Flax conv net with batch norm and dropout, and a rule of your own.
+
+`study.compare` needs a `Task` (how the model starts, its loss, its data) and methods. Batch
+norm has running statistics and dropout draws, so this task has an `init_state`, and its loss takes
+the state and a key and returns the new state. Which kernels get feedback, the study finds itself.
+
+The question: does feedback have to know every sign of W? `FlipSigns` is a rule of ten lines that
+corrects a few signs at each step. It stands beside the library's own methods: same learning rates,
+same seeds (initial weights, feedback and order of examples), same measures, intervals and figures.
+
+    python examples/compare_conv.py
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+import soap_jax
+from soap_jax import study
+
+
+class FlipSigns(soap_jax.Rule):
+    """Gives a share of the feedback weights, drawn anew at every sync, the signs of W."""
+
+    share: float = 0.01
+
+    def __call__(self, kernel, feedback, key):
+        """Returns the new feedback."""
+        chosen = jax.random.bernoulli(key, self.share, kernel.shape)
+        return jnp.where(chosen, jnp.copysign(feedback, kernel), feedback)
+
+
+class Net(nn.Module):
+    """Two convolutions, two dense layers: `(batch, 8, 8, 1) -> (batch, 10)`."""
+
+    @nn.compact
+    def __call__(self, x, train):  # noqa: D102
+        for features in (8, 16):
+            x = nn.Conv(features, (3, 3), strides=2, use_bias=False)(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+        x = nn.relu(nn.Dense(32)(x.reshape(len(x), -1)))
+        return nn.Dense(10)(nn.Dropout(0.1, deterministic=not train)(x))
+
+
+model = Net()
+
+
+def start(key):
+    """The model's variables."""
+    return model.init(key, jnp.zeros((1, 8, 8, 1)), train=False)
+
+
+def loss(params, state, batch, key):
+    """Cross-entropy, and the new running statistics; written for backprop."""
+    x, labels = batch
+    variables = {"params": params, "batch_stats": state}
+    logits, new = model.apply(
+        variables, x, train=True, mutable="batch_stats", rngs={"dropout": key}
+    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.mean(), new["batch_stats"]
+
+
+def accuracy(params, state, batch):
+    """The share of images whose largest logit is their label's."""
+    x, labels = batch
+    logits = model.apply({"params": params, "batch_stats": state}, x, train=False)
+    return jnp.mean(logits.argmax(-1) == labels)
+
+
+def make_task():
+    """Digits, of which 300 are kept apart to choose learning rates by."""
+    digits = soap_jax.data.load("digits")
+    (x, labels), test = (
+        (part.images.astype("float32") / digits.max_value, part.labels)
+        for part in (digits.train, digits.test)
+    )
+    return study.Task(
+        init=lambda key: start(key)["params"],
+        init_state=lambda key: start(key)["batch_stats"],
+        loss=loss,
+        metrics={"accuracy": accuracy},
+        train=(x[300:], labels[300:]),
+        validation=(x[:300], labels[:300]),
+        test=test,
+    )
+
+
+METHODS = {
+    "bp": "bp",
+    "fa": "fa",
+    "signs": "sign_preserve",  # the signs of W, all and at every step
+    "flip": study.Method(rule=FlipSigns(), label="1 % of the signs", isolates="signs, few by few"),
+}
+
+
+def main(seeds=5, epochs=6, out=None):
+    """Compares the methods; with `out` the results stay there, and a second call goes on."""
+    result = study.compare(
+        make_task(),
+        METHODS,
+        learning_rates=(0.03, 0.1, 0.3),
+        seeds=seeds,
+        epochs=epochs,
+        batch_size=64,
+        optimizer=lambda rate: optax.sgd(rate, momentum=0.9),
+        select="validation_accuracy",
+        maximise=True,
+        evaluations=6,
+        out=out,
+    )
+    print(result.summary().to_string())
+    for method in ("fa", "signs", "flip"):
+        ratio = result.ratio(method, "bp")
+        print(f"{method}: {ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] times bp's steps")
+    return result
+
+
+if __name__ == "__main__":
+    main()
