@@ -19,8 +19,8 @@ from soap_jax.tasks import Task
 def check(task: Task, batch_size: int) -> trial.Layers:
     """Tries the task's functions with one seed, and finds its kernels."""
     key = jax.random.key(0)
-    params = task.init(key)
-    state = task.init_state and task.init_state(key)
+    params = jax.jit(task.init)(key)
+    state = task.init_state and jax.jit(task.init_state)(key)
     if task.generated:
         batch = task.train(key)
     else:
@@ -53,16 +53,20 @@ def check(task: Task, batch_size: int) -> trial.Layers:
             "the loss does not use its batch; expected loss(params, batch). What it closes over is "
             "constant to it: pass the examples as train."
         )
-    given = args[:1] + args[2:3] if task.init_state is None else args[:3]
-    for name, metric in task.metrics.items():
-        try:
-            value = jax.eval_shape(metric, *given)
-        except Exception as error:
-            raise ValueError(
-                f"the metric {name!r} raises {type(error).__name__}: {error}"
-            ) from error
-        if getattr(value, "shape", None) != ():
-            raise ValueError(f"the metric {name!r} is {value}; expected a scalar.")
+    own = args[:1] if task.init_state is None else args[:2]
+    functions = {"the loss": lambda *given: fun(params, state, given[-1], key)[0]}
+    functions |= {f"the metric {name!r}": metric for name, metric in task.metrics.items()}
+    held_out = {p: _types(getattr(task, p), batch_size) for p in task.examples if p != "train"}
+    for part, examples in {"train": batch, **held_out}.items():
+        for name, function in functions.items():
+            try:
+                value = jax.eval_shape(function, *own, examples)
+            except Exception as error:
+                raise ValueError(
+                    f"{name} raises {type(error).__name__} on examples of {part}: {error}"
+                ) from error
+            if getattr(value, "shape", None) != ():
+                raise ValueError(f"{name} is {value}; expected a scalar.")
     return trial.layers_of(task, params, state, batch)
 
 

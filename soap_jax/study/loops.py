@@ -63,6 +63,16 @@ def scanned(trial: Trial) -> Callable[..., dict[str, Any]]:
     return run
 
 
+def batched(trial: Trial) -> Trial:
+    """The same training of many runs at once, compiled once for all methods that share it."""
+    return trial._replace(
+        init=jax.jit(jax.vmap(trial.init, (0, 0, None, None, None))),
+        step=jax.jit(jax.vmap(trial.step, (0, 0, 0, None, None, None)), donate_argnums=0),
+        measure=jax.jit(jax.vmap(trial.measure, (0, 0, 0, None, None))),
+        test=jax.jit(jax.vmap(trial.test, (0, None))),
+    )
+
+
 def stepwise(
     of_method: Trial,
     points: Sequence[sweeps.Point],
@@ -75,7 +85,7 @@ def stepwise(
     """As `soap_jax.sweeps.iterate` of `scanned`, step by step from Python, runs as a batch.
 
     Args:
-        of_method: the training.
+        of_method: the training, from `batched`.
         points: the runs.
         args: the method's index and the data.
         done: runs not to do again.
@@ -86,10 +96,7 @@ def stepwise(
         As there.
     """
     index, data = args
-    init = jax.jit(jax.vmap(of_method.init, (0, 0, None, None, None)))
-    step = jax.jit(jax.vmap(of_method.step, (0, 0, 0, None, None, None)), donate_argnums=0)
-    measure = jax.jit(jax.vmap(of_method.measure, (0, 0, 0, None, None)))
-    test = jax.jit(jax.vmap(of_method.test, (0, None)))
+    init, step, measure, test = of_method[:4]
     every = of_method.steps // of_method.marks
     finished, known = len(done), set(done)
     if on_progress:

@@ -249,7 +249,7 @@ class Program:
     """A training that one or several methods share.
 
     Attributes:
-        trial: its functions.
+        trial: its functions; of many runs at once, if it goes step by step.
         run: the whole of it as one function.
         stepwise: whether it goes step by step from Python.
     """
@@ -299,7 +299,7 @@ def _program(task, name, members, layers, settings, keep_params) -> Program:
             f"the method {name!r} does not fit the task: {type(error).__name__}: {error}"
         ) from error
     stepwise = jax.devices()[0].platform == "cpu" and loops.convolves(jaxpr.jaxpr)
-    return Program(of_method, run, stepwise)
+    return Program(loops.batched(of_method) if stepwise else of_method, run, stepwise)
 
 
 def _train(task, programs, points, chunk_size, memory_limit, on_progress, into):
@@ -313,11 +313,13 @@ def _train(task, programs, points, chunk_size, memory_limit, on_progress, into):
     data = trial.data_of(task)
     for name, (program, index) in programs.items():
         mine = points[name]
-        before = int(sum(map(sum, finished.values())) - sum(finished[name]))
+        there = int(sum(finished[name]))
+        others = int(sum(map(sum, finished.values()))) - there
 
-        def progress(done, in_all, name=name, before=before):
+        def progress(done, in_all, name=name, there=there, others=others):
             if on_progress:
-                on_progress(name, done, in_all, before + (done or 0), total)
+                so_far = others + (there if done is None else done)
+                on_progress(name, done, in_all, so_far, total)
 
         progress(None, len(mine))
         keywords = {
