@@ -108,6 +108,7 @@ def test_a_task_of_ones_own_runs_as_a_study(tmp_path, monkeypatch, capsys):
     assert len(content.strip().splitlines()) <= 30
     (tmp_path / "my_task.py").write_text(content)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_start_jax", lambda **options: None)
     monkeypatch.setattr("sys.argv", ["soap-jax", "study", "my_task.py", "--quick", "--no-cache"])
     cli.main()
     printed = capsys.readouterr().out

@@ -19,7 +19,7 @@ import pandas as pd
 import vl_convert
 
 from soap_jax.study import charts, claims, diagram, figures, files, mediation, screen
-from soap_jax.study.comparison import Comparison
+from soap_jax.study.results import Results
 from soap_jax.study.statistics import number
 
 VERDICTS = {  # symbol, class in the style sheet, what one claim does, what several do
@@ -31,7 +31,7 @@ VERDICTS = {  # symbol, class in the style sheet, what one claim does, what seve
 
 
 def write(
-    comparison: Comparison, findings: Sequence[claims.Finding], path: str | os.PathLike[str]
+    comparison: Results, findings: Sequence[claims.Finding], path: str | os.PathLike[str]
 ) -> None:
     """Writes report.html, figures/, summary.csv, claims.csv and, where testable, mediation.csv.
 
@@ -59,7 +59,7 @@ def write(
     files.write_text(path / "report.html", _page(comparison, findings, shown, effects))
 
 
-def render(comparison: Comparison, findings: Sequence[claims.Finding]) -> str:
+def render(comparison: Results, findings: Sequence[claims.Finding]) -> str:
     """The report as an HTML page that needs no other file.
 
     Args:
@@ -114,7 +114,7 @@ def vega() -> str:
     )
 
 
-def summarise(comparison: Comparison, findings: Sequence[claims.Finding]) -> str:
+def summarise(comparison: Results, findings: Sequence[claims.Finding]) -> str:
     """One sentence about all verdicts, and no more than they say."""
     study = f"On {comparison.record['title']}, over {_count(len(comparison.seeds), 'seed')}"
     if not findings:
@@ -146,7 +146,7 @@ def _cells(table: pd.DataFrame) -> figures.Cells:
     return [str(column).replace("_", " ") for column in table], said
 
 
-def _setting(comparison: Comparison) -> str:
+def _setting(comparison: Results) -> str:
     """What was trained, in a line."""
     protocol, rates = comparison.record["protocol"], comparison.rates
     examples = comparison.record.get("examples", {}).get("train")
@@ -164,7 +164,7 @@ def _count(number, noun):
     return f"{number} {noun}" + "s" * (number != 1)
 
 
-def _details(comparison: Comparison) -> dict[str, dict[str, str]]:
+def _details(comparison: Results) -> dict[str, dict[str, str]]:
     """Configuration and circumstances, as lists of terms."""
     record = comparison.record
     protocol = {key: value for key, value in record["protocol"].items() if key != "task"}
