@@ -33,7 +33,7 @@ VERDICTS = {  # symbol, class in the style sheet, what one claim does, what seve
 def write(
     comparison: Results, findings: Sequence[claims.Finding], path: str | os.PathLike[str]
 ) -> None:
-    """Writes report.html, figures/, summary.csv, claims.csv and, where testable, mediation.csv.
+    """Writes report.html, figures/, summary.csv and, where there are some, claims.csv and mediation.csv.
 
     Args:
         comparison: what was trained.
@@ -49,13 +49,16 @@ def write(
     figures.save(shown, path / "figures")
     causes = diagram.describe(comparison, effects)
     figures.save_svg(causes.svg if causes else "", path / "figures" / "mediation")
-    tables = {"summary": comparison.summary(), "claims": claims.tabulate(findings)}
-    if effects.testable:
-        tables["mediation"] = mediation.tabulate(effects)
-    else:
-        (path / "mediation.csv").unlink(missing_ok=True)
+    tables = {
+        "summary": comparison.summary(),
+        "claims": claims.tabulate(findings) if findings else None,
+        "mediation": mediation.tabulate(effects) if effects.testable else None,
+    }
     for name, table in tables.items():
-        files.write_text(path / f"{name}.csv", table.to_csv(index=False))
+        if table is None:
+            (path / f"{name}.csv").unlink(missing_ok=True)
+        else:
+            files.write_text(path / f"{name}.csv", table.to_csv(index=False))
     files.write_text(path / "report.html", _page(comparison, findings, shown, effects))
 
 
