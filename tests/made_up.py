@@ -177,7 +177,7 @@ def make_findings():
         ("7", "Alignment emerges.", claims.HOLDS, "61 is below 75.", 0.01, (angle,)),
         ("7b", "Most near the output.", claims.NOT_TESTABLE, "One hidden layer.", nan, (none,)),
     ]
-    return [claims.Finding(p_words="", **dict(zip(keys, row, strict=True))) for row in rows]
+    return [claims.Finding(family=6, **dict(zip(keys, row, strict=True))) for row in rows]
 
 
 def make_mediation():

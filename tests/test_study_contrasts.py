@@ -214,12 +214,12 @@ def test_regions_that_are_none_are_refused(make):
 @pytest.mark.parametrize(
     ("within", "numbers", "said"),
     [
-        ((1.5, 3), (1.8, 1.7, 1.9, 0.001, 1), ("within 1.5 to 3", "lies within 1.5 to 3")),
+        ((1.5, 3), (1.8, 1.7, 1.9, 0.001, 1), ("1.5 to 3", "lies within 1.5 to 3")),
         ((0, 0.8), (0.5, 0.4, 0.6, 0.001, 1), ("below 0.8", "lies below 0.8")),
         ((0.9, INF), (1.0, 0.95, 1.1, 0.001, 1), ("above 0.9", "lies above 0.9")),
-        ((1.5, 3), (1.8, 1.4, 1.9, 0.1, 1), ("within 1.5 to 3", "reaches beyond 1.5")),
-        ((1.5, 3), (1.8, 1.4, INF, 1, 1), ("within 1.5 to 3", "reaches beyond 1.5 and 3")),
-        ((1.5, 3), (1.2, 1.1, 1.3, 1, 0.001), ("within 1.5 to 3", "lies below 1.5")),
+        ((1.5, 3), (1.8, 1.4, 1.9, 0.1, 1), ("1.5 to 3", "reaches beyond 1.5")),
+        ((1.5, 3), (1.8, 1.4, INF, 1, 1), ("1.5 to 3", "reaches beyond 1.5 and 3")),
+        ((1.5, 3), (1.2, 1.1, 1.3, 1, 0.001), ("1.5 to 3", "lies below 1.5")),
         ((0, 1), (1.2, 1.1, INF, 1, 0.001), ("below 1", "lies above 1")),
     ],
 )
@@ -230,7 +230,7 @@ def test_where_an_interval_lies(within, numbers, said):
 
 def test_what_has_no_interval_in_words():
     open_ = claims.in_words(contrasts.Part("", "ratio", (0.9, 1.1), 1.0, 0.0, INF, 1, 1))
-    assert open_ == ("1.00", "within 0.9 to 1.1", "the runs give no interval")
+    assert open_ == ("1.00", "0.9 to 1.1", "the runs give no interval")
     untested = claims.in_words(contrasts.Part("", "trend", (0, INF), testable=False))
     assert untested == ("–", "rises", "not testable")
     trend = claims.in_words(

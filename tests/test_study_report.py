@@ -32,7 +32,8 @@ def study():
 
 @pytest.fixture(scope="module")
 def page(study):
-    return report.render(study, make_findings())
+    told = [dataclasses.replace(f, p_words="p of the verdict") for f in make_findings()]
+    return report.render(study, told)
 
 
 class Text(html.parser.HTMLParser):
@@ -60,7 +61,7 @@ def test_verdicts_come_first_and_in_words(page):
     text = Text(page).text
     for finding in make_findings():
         assert finding.statement in text and finding.why in text
-        assert finding.p_words in text
+    assert text.count(" (p of the verdict)") == 7
     assert (
         text.index("of 7 claims 4 hold") < text.index("Verdicts") < text.index("Loss at learning")
     )
@@ -213,6 +214,12 @@ def test_the_report_lies_beside_its_figures_and_tables(tmp_path):
     made.report(tmp_path)
     assert not list((tmp_path / "figures").glob("mediation.*"))
     assert not (tmp_path / "mediation.csv").exists()
+
+
+def test_the_page_alone_is_written_to_a_file(study, tmp_path):
+    report.write(study, [], tmp_path / "mine.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.html"]
+    assert "No claim was looked at." in (tmp_path / "mine.html").read_text()
 
 
 # In a browser

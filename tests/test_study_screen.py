@@ -32,6 +32,13 @@ def test_tables_fit_a_terminal(study):
         assert "…" not in said and max(map(len, said.splitlines())) <= 80
 
 
+def test_a_long_name_takes_nothing_from_the_numbers():
+    made = comparison(("bp", "fa"), seeds=2, metric="perplexity")
+    made.methods["fa"]["label"] = "a method of my own with a rather long name"
+    said = shown(screen.summary_table(made))
+    assert "…" not in said and "perplexity" in said and max(map(len, said.splitlines())) <= 80
+
+
 def test_the_table_of_methods_has_each_methods_numbers(study):
     columns, rows = screen.summary_cells(study, full=False)
     row = study.base(study.summary()).set_index("method").loc["fa"]

@@ -204,7 +204,7 @@ def in_words(part: Part) -> Words:
     low, high = part.within
     has_low = low > (0 if part.measure == "ratio" else -INF)
     has_high = high < INF
-    bound = f"within {number(low)} to {number(high)}" if has_low else f"below {number(high)}"
+    bound = f"{number(low)} to {number(high)}" if has_low else f"below {number(high)}"
     bound = bound if has_high else f"above {number(low)}"
     estimate = Estimate(part.estimate, part.low, part.high).words("°" * (part.measure == "degrees"))
     holds, fails = part.p_holds < ALPHA, part.p_fails < ALPHA
@@ -214,7 +214,7 @@ def in_words(part: Part) -> Words:
         bound, estimate = "rises", f"rank correlation {estimate}"
         place = "it rises" if holds else "it falls" if fails else "no clear trend"
     elif holds:
-        place = f"the interval lies {bound}"
+        place = f"the interval lies {'within ' * (has_low and has_high)}{bound}"
     elif fails:
         side = f"below {number(low)}" if part.high <= low else f"above {number(high)}"
         place = f"the interval lies {side}"

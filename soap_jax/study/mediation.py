@@ -44,7 +44,8 @@ _CONTRASTS: tuple[
 _FIXED = "rate first, fixed at the start"
 
 
-class Effect(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Effect:
     """A factor on the steps to the target loss, and its share of the total on the log scale.
 
     Attributes:
@@ -136,7 +137,8 @@ def mediate(
 
 def tabulate(mediation: Mediation) -> pd.DataFrame:
     """One row per effect; no rows where it is not testable."""
-    return pd.DataFrame(mediation.effects, columns=Effect._fields)
+    columns = [field.name for field in dataclasses.fields(Effect)]
+    return pd.DataFrame(map(vars, mediation.effects), columns=columns)
 
 
 def _mediate(comparison, core, fixed):

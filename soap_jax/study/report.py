@@ -31,18 +31,19 @@ VERDICTS = {  # symbol, class in the style sheet, what one claim does, what seve
 
 
 def write(
-    comparison: Comparison,
-    findings: Sequence[claims.Finding],
-    directory: str | os.PathLike[str],
+    comparison: Comparison, findings: Sequence[claims.Finding], path: str | os.PathLike[str]
 ) -> None:
     """Writes report.html, figures/, summary.csv, claims.csv and, where testable, mediation.csv.
 
     Args:
         comparison: what was trained.
         findings: the verdicts on its claims.
-        directory: where to; made if it is not there.
+        path: a directory, made if it is not there; or a file NAME.html, for the page alone.
     """
-    path = pathlib.Path(directory)
+    path = pathlib.Path(path)
+    if path.suffix == ".html":
+        files.write_text(path, render(comparison, findings))
+        return
     effects = mediation.mediate(comparison)
     shown = charts.describe(comparison, findings)
     figures.save(shown, path / "figures")

@@ -23,8 +23,8 @@ def summary_table(comparison: Comparison) -> Table:
     columns, rows = summary_cells(comparison, full=False)
     table = _table(title, summary_notes(comparison, full=False))
     for i, column in enumerate(columns):
-        head = "\n".join(textwrap.wrap(column, 8))
-        table.add_column(head, justify="right" if i else "left", no_wrap=True)
+        head = "\n".join(textwrap.wrap(column, 8, break_long_words=False))
+        table.add_column(head, justify="right" if i else "left", no_wrap=i > 0)
     for row in rows:
         table.add_row(*map(Text, row))
     return table
@@ -38,34 +38,35 @@ def summary_cells(comparison: Comparison, *, full: bool) -> tuple[list[str], lis
         full: whether to show every period and metric, and the fewest steps at any rate.
     """
     table = comparison.summary()
-    metrics = comparison.metrics if full else comparison.metrics[:1]
-    several = full and bool((table["period"] > 0).any())
-    diverged = full or bool(table["diverged"].any())
-    columns = ["method"] + ["period"] * several + ["best rate"]
-    columns += [metric.replace("_", " ") + " %" * _is_share(metric) for metric in metrics]
-    columns += [f"steps to {number(comparison.target_loss)}", "ratio"]
-    columns += ["fewest steps"] * full + ["diverged"] * diverged
+    several, diverged = (table[column].to_numpy().any() for column in ("period", "diverged"))
     rows = []
     for row in (table if full else comparison.base(table)).to_dict("records"):
-        censored = "> " * bool(row["censored"])
-        steps, ratio, fewest = row["steps_to_target"], _estimate(row, "ratio"), row["fewest_steps"]
-        is_reference = comparison.methods[row["method"]]["reference"] == row["method"]
-        said = [comparison.label(row["method"])] + [str(row["period"] or "–")] * several
-        said.append(number(row["best_rate"]) + "*" * bool(row["best_rate_at_edge"]))
-        for metric in metrics:
-            found = _estimate(row, metric, 100 if _is_share(metric) else 1)
+        bound, steps, fewest = "> " * bool(row["censored"]), row["steps_to_target"], "–"
+        cells = {"method": comparison.label(row["method"])}
+        if full and several:
+            cells["period"] = str(row["period"] or "–")
+        cells["best rate"] = number(row["best_rate"]) + "*" * bool(row["best_rate_at_edge"])
+        for metric in comparison.metrics if full else comparison.metrics[:1]:
+            scale, unit = (100, " %") if "accuracy" in metric else (1, "")
+            found = _estimate(row, metric, scale)
             half = found.high - found.value
             short = number(found.value) + f" ± {half:.2g}" * math.isfinite(half)
-            said.append(str(found) if full else short)
-        said.append("–" if math.isnan(steps) else censored + number(steps))
-        is_one = is_reference and not math.isnan(steps)
-        said.append("1" if is_one else "–" if math.isnan(ratio.value) else censored + str(ratio))
+            cells[metric.replace("_", " ") + unit] = str(found) if full else short
+        known = not math.isnan(steps)
+        cells[f"steps to {number(comparison.target_loss)}"] = bound * known + number(steps)
+        ratio = _estimate(row, "ratio")
+        is_reference = comparison.methods[row["method"]]["reference"] == row["method"]
+        cells["ratio"] = "1" if is_reference and known else str(ratio)
+        if not math.isnan(ratio.value):
+            cells["ratio"] = bound + cells["ratio"]
         if full:
-            where = "" if math.isnan(fewest) else f" at {number(row['fastest_rate'])}"
-            said.append(number(fewest) + where)
-        said += [f"{row['diverged']} of {row['runs']}"] * diverged
-        rows.append(said)
-    return columns, rows
+            if not math.isnan(row["fewest_steps"]):
+                fewest = f"{number(row['fewest_steps'])} at {number(row['fastest_rate'])}"
+            cells["fewest steps"] = fewest
+        if full or diverged:
+            cells["diverged"] = f"{row['diverged']} of {row['runs']}"
+        rows.append(cells)
+    return list(rows[0]), [list(cells.values()) for cells in rows]
 
 
 def summary_notes(comparison: Comparison, *, full: bool) -> str:
@@ -114,10 +115,6 @@ def claims_table(findings: Sequence[claims.Finding]) -> Table:
         cells = finding.key, finding.statement, verdict, found, "\n".join(w.bound for w in said)
         table.add_row(*map(Text, cells), end_section=True)
     return table
-
-
-def _is_share(metric):
-    return "accuracy" in metric
 
 
 def _estimate(row, name, scale=1.0):
