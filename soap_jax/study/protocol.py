@@ -133,7 +133,7 @@ def compare(
     seeds = range(seeds) if isinstance(seeds, int) else seeds
     learning_rates = sorted(map(float, learning_rates))
     grids.check(seeds=list(seeds), learning_rates=learning_rates, periods=list(periods or (1,)))
-    steps, batch_size = _steps(task, steps, epochs, batch_size)
+    steps, batch_size = steps_of(task, steps, epochs, batch_size)
     grids.check_count("evaluations", evaluations)
     evaluations = min(evaluations, steps)
     steps -= steps % evaluations
@@ -342,7 +342,8 @@ def _run(name, point) -> store.Run:
     return store.Run(name, point.learning_rate, point.seed, point.period)
 
 
-def _steps(task, steps, epochs, batch_size) -> tuple[int, int]:
+def steps_of(task, steps, epochs, batch_size) -> tuple[int, int]:
+    """The steps of a run, and the batch size, checked."""
     if (steps is None) == (epochs is None):
         raise ValueError(f"steps is {steps} and epochs is {epochs}; expected one of the two.")
     grids.check_count("batch_size", batch_size)
