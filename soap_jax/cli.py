@@ -237,9 +237,10 @@ class Train(preset.TrainConfig):
             epoch = int(row["epoch"])
             bar.update(task, completed=epoch)
             if epoch % math.ceil(config.epochs / 10) == 0 or epoch == config.epochs:
+                loss = f"{row['train_loss']:.4f}" if epoch else "-"
                 angle = next(v for name, v in row.items() if name.startswith("gradient_angle/"))
                 console.print(
-                    f"  {epoch:>5}   {row['train_loss']:>13.4f}   {row['validation_loss']:>15.4f}"
+                    f"  {epoch:>5}   {loss:>13}   {row['validation_loss']:>15.4f}"
                     f"   {100 * row['validation_accuracy']:>10.1f}   {angle:>13.1f}°"
                 )
 
