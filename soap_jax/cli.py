@@ -394,6 +394,7 @@ def _start_jax(*, cache: bool, distributed: bool = False):
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if distributed:
         jax.distributed.initialize()
+        jax.devices()  # all meet here: later they see at once when one of them ends
 
 
 def _console(quiet: bool = False):

@@ -87,3 +87,31 @@ def test_the_rules_table_names_rules_that_exist():
     assert len(calls) == 7
     for call in calls:
         eval(call, {**vars(soap_jax.rules), "T": 10, "r": 0.5})
+
+
+def test_the_table_of_methods_is_the_registry():
+    from soap_jax.study import METHODS
+
+    table = README.split("<!-- methods -->")[1].split("\n\n")[0].strip().splitlines()[2:]
+    cells = [re.split(r" (?<!\\)\| ", line.strip("| ").replace("`", "")) for line in table]
+    shown = {name: tuple(w.replace("\\|", "|") for w in words) for name, *words in cells}
+    assert shown == {
+        name: (method.label, method.isolates, method.paper or "here")
+        for name, method in METHODS.items()
+    }
+
+
+def test_a_task_of_ones_own_runs_as_a_study(tmp_path, monkeypatch, capsys):
+    from soap_jax import cli
+
+    (content,) = re.findall(r"<!-- file: my_task.py -->\n```python\n(.*?)```", README, re.DOTALL)
+    assert len(content.strip().splitlines()) <= 30
+    (tmp_path / "my_task.py").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_start_jax", lambda **options: None)
+    monkeypatch.setattr("sys.argv", ["soap-jax", "study", "my_task.py", "--quick", "--no-cache"])
+    cli.main()
+    printed = capsys.readouterr().out
+    for words in ("FA, fixed feedback", "signs, every 20 updates", "report.html"):
+        assert words in printed
+    assert (tmp_path / "results" / "my_task" / "report.html").exists()

@@ -175,7 +175,8 @@ def test_activity_propagation_begins_as_backprop(digits):
     def gradient(step):
         return method.gradient(params, None, batch, None, jnp.int32(step), 0.1)[1]
 
-    np.testing.assert_allclose(gradient(4)["Dense_0"]["kernel"], true["Dense_0"]["kernel"])
+    first, exact = gradient(4)["Dense_0"]["kernel"], true["Dense_0"]["kernel"]
+    np.testing.assert_allclose(first, exact, rtol=1e-4, atol=1e-7)
     assert not np.allclose(gradient(5)["Dense_0"]["kernel"], true["Dense_0"]["kernel"], atol=1e-6)
 
 

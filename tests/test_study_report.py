@@ -32,7 +32,8 @@ def study():
 
 @pytest.fixture(scope="module")
 def page(study):
-    return report.render(study, make_findings())
+    told = [dataclasses.replace(f, p_words="p of the verdict") for f in make_findings()]
+    return report.render(study, told)
 
 
 class Text(html.parser.HTMLParser):
@@ -60,7 +61,7 @@ def test_verdicts_come_first_and_in_words(page):
     text = Text(page).text
     for finding in make_findings():
         assert finding.statement in text and finding.why in text
-        assert finding.p_words in text
+    assert text.count(" (p of the verdict)") == 7
     assert (
         text.index("of 7 claims 4 hold") < text.index("Verdicts") < text.index("Loss at learning")
     )
@@ -215,6 +216,12 @@ def test_the_report_lies_beside_its_figures_and_tables(tmp_path):
     assert not (tmp_path / "mediation.csv").exists()
 
 
+def test_the_page_alone_is_written_to_a_file(study, tmp_path):
+    report.write(study, [], tmp_path / "mine.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.html"]
+    assert "No claim was looked at." in (tmp_path / "mine.html").read_text()
+
+
 # In a browser
 
 
@@ -296,13 +303,15 @@ def test_a_click_on_the_legend_shows_a_method_alone_and_another_all(opened):
     tab.wait_for_function(f"{there} == {all_of_them}")
 
 
-def test_pointing_at_a_figure_shows_values(opened):
-    tab = opened()
+def test_pointing_at_a_figure_shows_values_inside_a_phone(opened):
+    tab = opened(viewport={"width": 360, "height": 800})
     tab.locator("#plot-steps_to_loss").scroll_into_view_if_needed()
     tab.locator(MARKERS).first.hover()
     shown = tab.locator("#vg-tooltip-element.visible")
     shown.wait_for()
     assert re.search(r"backprop.*3 of 3 runs reach loss 0\.5", shown.inner_text(), re.DOTALL)
+    box = shown.bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 360
 
 
 def test_a_button_makes_axes_linear_and_logarithmic(opened):

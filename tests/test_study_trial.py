@@ -11,13 +11,15 @@ import pytest
 
 import soap_jax
 from soap_jax import data, study, sweeps
-from soap_jax.study import METHODS, checks, loops, methods, preset, trial
+from soap_jax.study import METHODS, loops, methods, preset, store, trial
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(48, 6)).astype(np.float32)
 Y = np.sin(X[:, :2]).astype(np.float32)
 SHAPES = {"a": (6, 5), "b": (5, 4), "c": (4, 2)}
 RATE = 0.2
+TWICE = {"kp": "kp", "again": "kp"}
+"""Two methods of one small program, which the second finds in JAX's cache."""
 BY_NAME = [name for name, method in METHODS.items() if not method.needs]
 OWN_B = {"fa", "sign_preserve", "weight_mirror", "kp"} | {n for n in METHODS if "alignment" in n}
 """Those that begin with B0 itself."""
@@ -81,9 +83,9 @@ def moved(started, **how):
     return jax.tree.map(jnp.subtract, started.step(**how).params, before)
 
 
-def compare(names=("bp", "fa"), task=TASK, **options):
+def compare(names=TWICE, **options):
     short = {"learning_rates": (0.05, RATE), "seeds": 2, "steps": 8, "batch_size": 8}
-    return study.compare(task, names, **short | {"evaluations": 2} | options)
+    return study.compare(TASK, names, **short | {"evaluations": 2} | options)
 
 
 def all_losses(result, name, **at):
@@ -126,23 +128,19 @@ def test_feedback_is_measured_as_the_next_step_uses_it():
 
 
 def test_effective_learning_rates_are_what_each_method_makes_of_the_rate():
-    names = ["bp", "frozen", "sign", "bp_scaled", "bp_scaled_live"]
-    linear = dataclasses.replace(
-        SHALLOW, loss=lambda p, b: jnp.mean((b[0] @ p["a"] @ p["b"] - b[1]) ** 2)
-    )
-    whole = dataclasses.replace(linear, train=(X[:, :], Y), validation=None)
-    result = compare(names, whole, learning_rates=(0.02,))
-    column = "effective_learning_rate/a"
-    share = {
-        name: np.stack([result.measured(column, name, 0.02, end=end) for end in (False, True)])
-        / 0.02
-        for name in names
-    }
-    np.testing.assert_allclose(share["bp"], 1, rtol=1e-5)
-    assert (share["frozen"] == 0).all()
-    np.testing.assert_allclose(share["bp_scaled"][0], share["bp_scaled"][1], rtol=1e-5)
-    np.testing.assert_allclose(share["bp_scaled_live"][0], share["bp_scaled"][0], rtol=1e-5)
-    assert (abs(share["bp_scaled_live"][1] / share["bp_scaled"][1] - 1) > 1e-4).all()
+    shares = {}
+    for name in ("bp", "frozen", "sign", "bp_scaled", "bp_scaled_live"):
+        started = Started(name, SHALLOW)
+        rows = started.measure(), started.step(8).measure()
+        shares[name] = np.stack([row["effective_learning_rate/a"] for row in rows]) / RATE
+        along = [row["norm_ratio/b"] * np.cos(np.radians(row["weight_angle/b"])) for row in rows]
+        if name == "sign":
+            np.testing.assert_allclose(shares[name], along, rtol=0.3)  # through tanh
+    np.testing.assert_allclose(shares["bp"], 1, rtol=1e-5)
+    assert (shares["frozen"] == 0).all()
+    scaled, live = shares["bp_scaled"], shares["bp_scaled_live"]
+    np.testing.assert_allclose([scaled[1], live[0]], scaled[0], rtol=1e-4)
+    assert abs(live[1] / live[0] - 1) > 1e-3
 
 
 def test_scaled_backprop_multiplies_gradients_by_the_amplification_of_all_layers_above():
@@ -186,50 +184,36 @@ def test_local_losses_teach_feedback_at_a_rate_of_their_own():
 
 @pytest.fixture(scope="module")
 def of_preset():
-    """The task and methods of the preset, with one hidden layer and with two."""
-    digits = data.load("digits")
-    names = ("fa", "dfa", "drtp")
-    found = {}
-    for hidden in ((7,), (7, 6)):
-        config = preset.StudyConfig(hidden=hidden, methods=names, inputs="unit")
-        found[len(hidden)] = preset.comparison_arguments(config, digits)
-    return found
+    """How the preset compares, with one hidden layer."""
+    config = preset.StudyConfig(hidden=(7,), methods=("fa", "dfa", "drtp"), inputs="unit")
+    return preset.comparison_arguments(config, data.load("digits"))
 
 
-def started_by_preset(of_preset, name, layers):
-    arguments = of_preset[layers]
-    return Started(arguments["methods"][name], arguments["task"], size=9)
+def started_by_preset(of_preset, name):
+    return Started(of_preset["methods"][name], of_preset["task"], size=9)
 
 
 def test_dfa_with_one_hidden_layer_is_fa_with_the_same_feedback(of_preset):
     """Its step, and all that is measured of both."""
-    fa, dfa = (started_by_preset(of_preset, name, 1) for name in ("fa", "dfa"))
+    fa, dfa = (started_by_preset(of_preset, name) for name in ("fa", "dfa"))
     (projection,) = jax.tree.leaves(dfa.weights)
     feedback = fa.state.train.feedback
     weights = jax.tree.map(lambda leaf: projection.T, feedback.feedback)
     feedback = dataclasses.replace(feedback, feedback=weights)
     fa.state = fa.state._replace(train=fa.state.train._replace(feedback=feedback))
     rows = fa.measure(), dfa.measure()
-    assert set(rows[0]) - set(rows[1]) == {"weight_angle/Dense_1/kernel", "norm_ratio/Dense_1/kernel"}
+    assert set(rows[0]) - set(rows[1]) == {
+        "weight_angle/Dense_1/kernel",
+        "norm_ratio/Dense_1/kernel",
+    }
     chex.assert_trees_all_close({k: rows[0][k] for k in rows[1]}, rows[1], rtol=1e-4)
     chex.assert_trees_all_close(fa.step().params, dfa.step().params, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_equal(jax.tree.leaves(dfa.weights), [projection])  # it stays
 
 
-def test_the_effective_rate_of_dfa_is_the_projections_share_along_the_path(of_preset):
-    dfa = started_by_preset(of_preset, "dfa", 2)
-    row = dfa.measure()
-    w1, w2 = (np.asarray(dfa.params[f"Dense_{i}"]["kernel"]) for i in (1, 2))
-    for name, path in (("Dense_0", w1 @ w2), ("Dense_1", w2)):
-        projection = np.asarray(dfa.weights["DirectFeedback_0"]["projection"][name])
-        expected = RATE * (projection.T * path).sum() / (path**2).sum()
-        found = row[f"effective_learning_rate/{name}/kernel"]
-        np.testing.assert_allclose(found, expected, rtol=1e-3)
-
-
 def test_drtp_sends_the_target(of_preset):
     """The hidden layer's gradient by hand: `xᵀ (t P / n * (1 - h²))`."""
-    drtp = started_by_preset(of_preset, "drtp", 1)
+    drtp = started_by_preset(of_preset, "drtp")
     (projection,) = jax.tree.leaves(drtp.weights)
     images, labels = map(np.asarray, drtp.batch)
     x = images.reshape(9, 64) / 16.0
@@ -273,22 +257,23 @@ def assert_same(one, other):
 
 
 def test_a_run_alone_is_bit_identical_to_its_place_in_the_comparison(unbroken):
-    """As plain JAX does it, without any sweep, and with who shares its program."""
-    layers = checks.check_task(TASK, 8) if hasattr(checks, "check_task") else None
-    alone = compare(["fa"], seeds=[1], learning_rates=(RATE,))
-    np.testing.assert_array_equal(
-        all_losses(alone, "fa", rate=RATE)[0], all_losses(unbroken, "fa", rate=RATE)[1]
-    )
+    """And many in one vmapped program, as accelerators do them, are the same to rounding."""
+    data = trial.data_of(TASK)
+    run = jax.jit(loops.scanned(Started("kp").of))
+    expected = all_losses(unbroken, "kp", rate=RATE)
+    seeds, args = jnp.arange(2), (jnp.float32(RATE), jnp.int32(0), jnp.int32(0), data)
+    np.testing.assert_array_equal(run(seeds[1], *args)["train_loss"], expected[1])
+    many = jax.jit(jax.vmap(run, (0, None, None, None, None)))
+    np.testing.assert_allclose(many(seeds, *args)["train_loss"], expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("num", [2, 3])
-def test_another_number_of_cpu_devices_gives_the_same_bits(num, unbroken, monkeypatch):
+def test_another_number_of_cpu_devices_gives_the_same_bits(unbroken, monkeypatch):
     devices = jax.devices()
     if jax.default_backend() != "cpu" or len(devices) < 4:
         pytest.skip("needs four CPU devices")
-    monkeypatch.setattr(sweeps.jax, "devices", lambda *_: devices[:num])
+    monkeypatch.setattr(sweeps.jax, "devices", lambda *_: devices[:3])
     found = compare()
-    assert found.record["device"]["count"] == num
+    assert found.record["device"]["count"] == 3
     assert_same(found, unbroken)
 
 
@@ -303,7 +288,7 @@ def test_nothing_is_compiled_where_nothing_is_missing(unbroken, tmp_path, monkey
     monkeypatch.setattr(sweeps, "_compile", None)
     told = []
     again = compare(out=tmp_path, on_progress=lambda *call: told.append(call))
-    assert told == [("bp", None, 4, 4, 8), ("fa", None, 4, 8, 8)]
+    assert told == [(name, None, 4, 8, 8) for name in TWICE]
     assert_same(again, unbroken)
 
 
@@ -312,24 +297,13 @@ def test_every_part_is_kept_before_the_next_is_trained(tmp_path):
 
     def note(method, done, in_all, done_of_all, total):
         told.append(done_of_all)
-        kept.append(len(study.store.Store(tmp_path).done()))
+        kept.append(len(store.Store(tmp_path).done()))
 
-    compare(out=tmp_path, on_progress=note, chunk_size=1, seeds=6)
-    assert len(told) > 8 and told[-1] == 24
+    compare(["kp"], out=tmp_path, on_progress=note, chunk_size=1, seeds=6)
+    assert len(told) > 3 and told[-1] == 12
     # At the start of a method, when it is compiled, and after each call, before its part is kept.
     assert all(k <= t for k, t in zip(kept, told, strict=True))
     assert all(now >= before for before, now in zip(told, kept[1:], strict=False))
-
-
-@pytest.mark.parametrize("name", ["kp", "sign", "bp_scaled_live"])
-def test_many_runs_in_one_vmapped_program_are_as_one_by_one(name):
-    """As accelerators do them."""
-    started = Started(name)
-    run = loops.scanned(started.of)
-    alone = [run(seed, RATE, 1, 0, started.data)["train_loss"] for seed in (0, 1)]
-    many = jax.jit(jax.vmap(run, (0, None, None, None, None)))
-    together = many(jnp.arange(2), jnp.float32(RATE), jnp.int32(1), jnp.int32(0), started.data)
-    np.testing.assert_allclose(together["train_loss"], alone, rtol=1e-4)  # another order of sums
 
 
 # Each learns

@@ -313,11 +313,13 @@ def _train(task, programs, points, chunk_size, memory_limit, on_progress, into):
     data = trial.data_of(task)
     for name, (program, index) in programs.items():
         mine = points[name]
-        before = int(sum(map(sum, finished.values())) - sum(finished[name]))
+        there = int(sum(finished[name]))
+        others = int(sum(map(sum, finished.values()))) - there
 
-        def progress(done, in_all, name=name, before=before):
+        def progress(done, in_all, name=name, there=there, others=others):
             if on_progress:
-                on_progress(name, done, in_all, before + (done or 0), total)
+                so_far = others + (there if done is None else done)
+                on_progress(name, done, in_all, so_far, total)
 
         progress(None, len(mine))
         keywords = {

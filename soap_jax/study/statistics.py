@@ -24,6 +24,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
+from statsmodels.stats import multitest
 
 ALPHA = 0.05
 WINDOW = 11
@@ -534,7 +535,7 @@ def intersection_union(p_holds: Sequence[float], p_fails: Sequence[float]) -> tu
 
 
 def holm(p_holds: ArrayLike, p_fails: ArrayLike) -> np.ndarray:
-    """Holm-adjusted p-values of "this claim is decided", one per claim, along the last axis.
+    """Holm-adjusted p-values of "this claim is decided", one per claim.
 
     Of each claim exactly one is true, that it holds or that it does not, so a claim is decided by
     the smaller of its two-sided p-values, in the direction that this names; the doubling in each
@@ -547,7 +548,4 @@ def holm(p_holds: ArrayLike, p_fails: ArrayLike) -> np.ndarray:
         1980.
     """
     smaller = np.minimum(p_holds, p_fails)
-    order = smaller.argsort(axis=-1)
-    steps = np.take_along_axis(smaller, order, -1) * np.arange(smaller.shape[-1], 0, -1)
-    adjusted = np.minimum(np.maximum.accumulate(steps, axis=-1), 1.0)
-    return np.take_along_axis(adjusted, order.argsort(axis=-1), -1)
+    return multitest.multipletests(smaller, method="holm")[1] if smaller.size else smaller
