@@ -345,8 +345,13 @@ def _imported(path: str, args: list[str]) -> TaskStudy:
     given: dict[str, Any] = {name: module[name] for name in fields & module.keys()}
     if any(arg.partition("=")[0] == "--epochs" for arg in args):
         given.pop("steps", None)
-    for name in {"learning_rates", "periods"} & given.keys():
-        given[name] = tuple(given[name])
+    try:
+        for name, kind in {"learning_rates": float, "periods": int}.items():
+            given |= {name: tuple(map(kind, given[name]))} if name in given else {}
+        given |= {"seeds": int(given["seeds"])} if "seeds" in given else {}
+    except TypeError as error:
+        said = f"{path}: expected learning_rates and periods as lists, seeds as how many: {error}."
+        raise ValueError(said) from error
     known = types.SimpleNamespace(**module)  # tyro would look for options in a dict
     return TaskStudy(task=pathlib.Path(path), module=known, **given)
 
@@ -421,7 +426,7 @@ def _compare(arguments, out, record, *, about="", dry_run=False):
         steps = (arguments["epochs"] or 0) * (
             task.examples.get("train", 0) // arguments["batch_size"]
         )
-    steps -= steps % min(arguments["evaluations"], steps or 1)
+    steps -= steps % max(1, min(arguments["evaluations"], steps))
     console.print(
         f"{record['title']}: {task.examples.get('train', 'made')} training examples{about}. "
         f"{sum(runs.values())} runs of {steps} steps, {len(runs)} methods, on "
