@@ -33,7 +33,7 @@ VERDICTS = {  # symbol, class in the style sheet, what one claim does, what seve
 def write(
     comparison: Results, findings: Sequence[claims.Finding], path: str | os.PathLike[str]
 ) -> None:
-    """Writes report.html, figures/, summary.csv and, where there are some, claims.csv and mediation.csv.
+    """Writes report.html, figures/, summary.csv and, if there are any, claims and mediation.csv.
 
     Args:
         comparison: what was trained.
