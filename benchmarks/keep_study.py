@@ -69,7 +69,8 @@ def main():
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     facts = json.loads((args.study / "study.json").read_text())
-    tables = {name: pd.read_csv(args.study / f"{name}.csv") for name in TABLES}
+    files = {name: args.study / f"{name}.csv" for name in TABLES}  # not all are there
+    tables = {name: pd.read_csv(file) for name, file in files.items() if file.exists()}
     kept = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
     kept["final"] = json.loads(final(args.study).to_json(orient="records"))
     (args.out / "summary.json").write_text(json.dumps({"study": facts, **kept}, indent=1) + "\n")

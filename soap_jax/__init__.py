@@ -1,9 +1,9 @@
 """Feedback alignment for JAX and Flax.
 
 The public names below, and the modules `ops`, `direct`, `activity`, `rules`, `local`, `optimizers`,
-`initializers`, `trees`, `linen`, `nnx`, `metrics`, `recording`, `models`, `data`, `training` and
-`sweeps`. Everything loads on first use, so that
-`import soap_jax` and `soap-jax --help` are quick.
+`initializers`, `trees`, `linen`, `nnx`, `metrics`, `recording`, `models`, `data`, `training`,
+`sweeps`, `tasks` and `study`. Everything loads on first use, so that `import soap_jax` and
+`soap-jax --help` are quick.
 """
 
 import importlib
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
         optimizers,
         recording,
         rules,
+        study,
         sweeps,
+        tasks,
         training,
         trees,
     )
@@ -81,8 +83,10 @@ __all__ = [
     "record_alignment",
     "recording",
     "rules",
+    "study",
     "sweeps",
     "sync_feedback",
+    "tasks",
     "training",
     "trees",
     "with_feedback",

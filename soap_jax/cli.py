@@ -237,9 +237,10 @@ class Train(preset.TrainConfig):
             epoch = int(row["epoch"])
             bar.update(task, completed=epoch)
             if epoch % math.ceil(config.epochs / 10) == 0 or epoch == config.epochs:
+                loss = f"{row['train_loss']:.4f}" if epoch else "-"
                 angle = next(v for name, v in row.items() if name.startswith("gradient_angle/"))
                 console.print(
-                    f"  {epoch:>5}   {row['train_loss']:>13.4f}   {row['validation_loss']:>15.4f}"
+                    f"  {epoch:>5}   {loss:>13}   {row['validation_loss']:>15.4f}"
                     f"   {100 * row['validation_accuracy']:>10.1f}   {angle:>13.1f}°"
                 )
 
@@ -344,8 +345,13 @@ def _imported(path: str, args: list[str]) -> TaskStudy:
     given: dict[str, Any] = {name: module[name] for name in fields & module.keys()}
     if any(arg.partition("=")[0] == "--epochs" for arg in args):
         given.pop("steps", None)
-    for name in {"learning_rates", "periods"} & given.keys():
-        given[name] = tuple(given[name])
+    try:
+        for name, kind in {"learning_rates": float, "periods": int}.items():
+            given |= {name: tuple(map(kind, given[name]))} if name in given else {}
+        given |= {"seeds": int(given["seeds"])} if "seeds" in given else {}
+    except TypeError as error:
+        said = f"{path}: expected learning_rates and periods as lists, seeds as how many: {error}."
+        raise ValueError(said) from error
     known = types.SimpleNamespace(**module)  # tyro would look for options in a dict
     return TaskStudy(task=pathlib.Path(path), module=known, **given)
 
@@ -393,6 +399,7 @@ def _start_jax(*, cache: bool, distributed: bool = False):
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if distributed:
         jax.distributed.initialize()
+        jax.devices()  # all meet here: later they see at once when one of them ends
 
 
 def _console(quiet: bool = False):
@@ -419,7 +426,7 @@ def _compare(arguments, out, record, *, about="", dry_run=False):
         steps = (arguments["epochs"] or 0) * (
             task.examples.get("train", 0) // arguments["batch_size"]
         )
-    steps -= steps % min(arguments["evaluations"], steps or 1)
+    steps -= steps % max(1, min(arguments["evaluations"], steps))
     console.print(
         f"{record['title']}: {task.examples.get('train', 'made')} training examples{about}. "
         f"{sum(runs.values())} runs of {steps} steps, {len(runs)} methods, on "

@@ -142,10 +142,7 @@ def _check_data(name, part):
 
 
 def classification(
-    model: nn.Module,
-    dataset: data.Dataset,
-    *,
-    scale: Scaling | None = None,
+    model: nn.Module, dataset: data.Dataset, *, scale: Scaling | None = None
 ) -> Task:
     """The task of telling classes apart, by cross-entropy.
 
@@ -190,10 +187,8 @@ def classification(
 
 def split(dataset: data.Dataset) -> tuple[data.Split, data.Split, data.Split]:
     """Training, validation and test examples; a fifth of the first, at most 5,000, validate."""
-    train, validation = data.split_validation(
-        dataset.train, min(len(dataset.train.labels) // 5, 5000)
-    )
-    return train, validation, dataset.test
+    num = min(len(dataset.train.labels) // 5, 5000)
+    return *data.split_validation(dataset.train, num), dataset.test
 
 
 class Scaling(NamedTuple):
@@ -236,45 +231,47 @@ def read(path: str | os.PathLike[str]) -> data.Dataset:
         OSError: if it cannot be read.
         ValueError: if something lacks, does not fit, or is no number.
     """
-    path = pathlib.Path(path).expanduser()
-    read_arrays = _read_idx if path.is_dir() else _read_npz
-    x_train, y_train, x_test, y_test = arrays = read_arrays(path)
-    for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
-        said = f"{path}: x_{part} has the shape {x.shape} and y_{part} {y.shape}"
-        if x.ndim < 2 or y.shape != x.shape[:1] or not x.size:
-            raise ValueError(f"{said}; expected (examples, ...) and (examples,), as many of each.")
-        if x.shape[1:] != x_train.shape[1:]:
-            raise ValueError(f"{said}; expected examples of the shape {x_train.shape[1:]}.")
-        if x.dtype.kind not in "biuf" or not np.isfinite(x).all():
-            raise ValueError(
-                f"{path}: x_{part} is of {x.dtype}, or has values that are not finite; expected "
-                "numbers, and no NaN among them."
-            )
-        if y.dtype.kind not in "iu" or y.min() < 0:
-            raise ValueError(f"{path}: y_{part} is of {y.dtype}; expected integers from 0.")
-    if len(y_train) < 5 or np.ptp(x_train) == 0:
-        raise ValueError(f"{path}: x_train has {len(y_train)} examples; expected 5, not all alike.")
-    digest = hashlib.sha256()
+    path, digest = pathlib.Path(path).expanduser(), hashlib.sha256()
+    arrays = (_read_idx if path.is_dir() else _read_npz)(path)
     for array in arrays:
         digest.update(repr((array.shape, array.dtype.str)).encode())
         digest.update(np.ascontiguousarray(array).data)
-    train, test = (
-        data.Split(
-            (x[..., None] if x.ndim == 3 else x).astype(
-                np.uint8 if x.dtype == np.uint8 else np.float32
-            ),
-            y.astype(np.int32),
+    train = _checked(f"{path}: x_train and y_train", *arrays[:2])
+    test = _checked(f"{path}: x_test and y_test", *arrays[2:])
+    x, labels = train
+    if x.shape[1:] != test.images.shape[1:] or len(x) < 5 or np.ptp(x) == 0:
+        raise ValueError(
+            f"{path}: x_train has the shape {x.shape} and x_test {test.images.shape}; expected "
+            "examples alike in shape, and at least 5 to train on that differ."
         )
-        for x, y in ((x_train, y_train), (x_test, y_test))
-    )
     return data.Dataset(
         path.name.removesuffix(".npz"),
         train,
         test,
-        num_classes=int(max(y_train.max(), y_test.max())) + 1,
-        max_value=255 if x_train.dtype == np.uint8 else np.abs(x_train).max(),
+        num_classes=int(max(labels.max(), test.labels.max())) + 1,
+        max_value=255 if x.dtype == np.uint8 else np.abs(x).max(),
         source=f"{path.name} sha256:{digest.hexdigest()[:16]}",
     )
+
+
+def _checked(who, x, y) -> data.Split:
+    """Inputs as uint8 or float32, images with their channels, and int32 labels."""
+    if x.ndim < 2 or y.shape != x.shape[:1] or not x.size:
+        raise ValueError(
+            f"{who} have the shapes {x.shape} and {y.shape}; expected (examples, ...) and "
+            "(examples,), as many of each."
+        )
+    numbers = x.dtype.kind in "biuf"
+    with np.errstate(over="ignore"):  # refused below
+        images = x.astype(np.uint8 if x.dtype == np.uint8 else np.float32) if numbers else x
+    if not numbers or not np.isfinite(images).all():
+        raise ValueError(
+            f"{who}: inputs are of {x.dtype}, or not finite as float32; expected numbers, and no "
+            "NaN among them."
+        )
+    if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= 2**16:
+        raise ValueError(f"{who}: labels are of {y.dtype}; expected integers from 0 to 65535.")
+    return data.Split(images[..., None] if x.ndim == 3 else images, y.astype(np.int32))
 
 
 def _read_npz(path):

@@ -322,6 +322,8 @@ def test_a_task_of_ones_own_is_studied_as_its_file_says_and_options_go_before(tm
         ("task = 3", "my_task.py defines no `task`; expected task = soap_jax.study.Task("),
         (TASK.replace("steps, ", "").replace("40, ", ""), "steps is None and epochs is None"),
         (TASK.replace('"bp": "bp"', '"bp": "pb"'), "methods: 'pb' is unknown"),
+        (f"{TASK}seeds = [1, 2]", "expected learning_rates and periods as lists, seeds as how"),
+        (f"{TASK}evaluations = 0", "evaluations is 0; expected at least 1"),
     ],
 )
 def test_a_task_file_that_does_not_work_is_one_line(content, message, tmp_path):

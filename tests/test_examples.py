@@ -38,7 +38,8 @@ def assert_picture(path):
 def test_all_examples_are_tested():
     loops = {"linen_loop", "nnx_loop", "sign_sync_sweep", "bump_regression"}
     transformed = {"conv_batchnorm", "equinox_mlp", "lstm_sequences", "transformer"}
-    assert set(NAMES) == loops | transformed | {
+    compared = {"compare_conv", "compare_regression", "my_task"}
+    assert set(NAMES) == loops | transformed | compared | {
         "new_rule",
         "activity_propagation",
         "direct_feedback",
@@ -49,7 +50,7 @@ def test_all_examples_are_tested():
 def test_examples_are_short_and_say_how_to_run_them(name):
     text = (EXAMPLES / f"{name}.py").read_text()
     assert len(text.splitlines()) < 120
-    assert f"python examples/{name}.py" in text
+    assert f"{'soap-jax study' if name == 'my_task' else 'python'} examples/{name}.py" in text
     assert not re.search(r"\.value\b", text)  # on its way out of NNX
 
 
@@ -246,3 +247,28 @@ def test_activity_propagation_is_slower_than_backprop_and_no_better_for_longer_m
     assert bump["activity"] > 5 * bump["backprop"]
     assert digits["resized"] < digits["rate x 1000"] < digits["activity"] - 0.2
     assert len(capsys.readouterr().out.splitlines()) == 11
+
+
+@pytest.mark.slow
+def test_compare_conv_places_a_rule_of_ones_own_among_the_librarys():
+    result = load("compare_conv").main(seeds=2, epochs=2)
+    assert list(result.summary().method) == ["bp", "fa", "signs", "flip"]
+    rows = result.evaluations.query("method == 'flip'").groupby("step")
+    angles = rows["weight_angle/Dense_0/kernel"].mean()
+    assert angles.iloc[-1] < angles.iloc[0] - 10
+
+
+@pytest.mark.slow
+def test_compare_regression_judges_its_claims(tmp_path):
+    result = load("compare_regression").main(seeds=3, report=tmp_path / "report.html")
+    fa, kp = result.judge()
+    assert fa.verdict != "fails" and kp.verdict != "fails"
+    page = (tmp_path / "report.html").read_text()
+    assert "Learned feedback helps" in page and "DFA" in page
+
+
+def test_my_task_is_a_task():
+    task = load("my_task").task
+    assert task.examples == {"train": 1138, "validation": 300, "test": 359}
+    params = task.init(jax.random.key(0))
+    assert np.isfinite(task.loss(params, task.train))

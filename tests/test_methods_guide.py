@@ -218,3 +218,10 @@ def test_slips_do_what_the_guide_says():
 def close(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)  # float32: sums of two gradients
+
+
+def test_the_guide_knows_every_method_of_the_study():
+    from soap_jax.study import METHODS
+
+    papers = {paper for method in METHODS.values() for paper in method.paper.split("; ") if paper}
+    assert {paper for paper in papers if paper not in GUIDE} == set()

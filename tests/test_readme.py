@@ -104,11 +104,14 @@ def test_the_table_of_methods_is_the_registry():
 def test_a_task_of_ones_own_runs_as_a_study(tmp_path, monkeypatch, capsys):
     from soap_jax import cli
 
-    (content,) = re.findall(r"<!-- file: my_task.py -->\n```python\n(.*?)```", README, re.DOTALL)
-    assert len(content.strip().splitlines()) <= 30
-    (tmp_path / "my_task.py").write_text(content)
+    shown = re.findall(r"<!-- file: (.*) -->\n```python\n(.*?)```", README, re.DOTALL)
+    ((name, content),) = shown
+    assert (ROOT / name).read_text() == content
+    assert len(content.splitlines()) < 30
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["soap-jax", "study", "my_task.py", "--quick", "--no-cache"])
+    monkeypatch.setattr(cli, "_start_jax", lambda **options: None)
+    command = ["soap-jax", "study", str(ROOT / name), "--quick", "--no-cache"]
+    monkeypatch.setattr("sys.argv", command)
     cli.main()
     printed = capsys.readouterr().out
     for words in ("FA, fixed feedback", "signs, every 20 updates", "report.html"):

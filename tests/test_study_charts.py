@@ -17,7 +17,8 @@ from made_up import (
 )
 
 from soap_jax.study import charts, claims, figures, methods
-from soap_jax.study.comparison import TABLES, Comparison
+from soap_jax.study.comparison import Comparison
+from soap_jax.study.store import TABLES
 
 RATES = (0.02, 0.05, 0.1, 0.2, 2.0)
 NAMES = ["loss_curves", "steps_to_loss", "angles", "effective_learning_rate", "claims"]

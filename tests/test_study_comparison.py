@@ -10,7 +10,8 @@ import pytest
 from synthetic import again, at, make_study
 
 from soap_jax.study import comparison, contrasts
-from soap_jax.study.comparison import Comparison, NotTestable
+from soap_jax.study.comparison import Comparison
+from soap_jax.study.results import NotTestable
 from soap_jax.study.store import KEYS, TABLES
 
 NAN = np.nan

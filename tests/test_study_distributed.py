@@ -108,7 +108,7 @@ def test_all_processes_end_at_once_when_the_first_finds_its_directory_taken(cwds
         filelock.FileLock(cwds[0] / "out" / ".lock"),
         together(*command, cwds=cwds) as group,
     ):
-        codes, _, errors = end(group, within=25)
+        codes, _, errors = end(group, within=60)
     assert codes[0] == 2 and codes[1] != 0
     assert errors[0].startswith("error: another process is writing to out.")
     assert not list(cwds[1].iterdir())
@@ -136,7 +136,7 @@ def test_all_processes_end_at_once_when_one_of_them_cannot_go_on(problem, cwds):
             script = trouble + script
             ends_in_words = 0
     with together(script, *args, cwds=cwds) as group:
-        codes, _, errors = end(group, within=40)
+        codes, _, errors = end(group, within=80)
     assert 0 not in codes
     assert codes[ends_in_words] == 2 and errors[ends_in_words].startswith("error: ")
 
@@ -149,7 +149,7 @@ def test_all_processes_end_when_one_is_killed_and_the_next_start_goes_on(cwds):
         with together(*command, cwds=cwds) as group:
             processes.await_parts(group[0], cwds[0] / "out", more_than=len(before))
             group[victim].kill()
-            codes, _, _ = end(group, within=40)
+            codes, _, _ = end(group, within=80)
             assert 0 not in codes
         assert before.items() < processes.parts(cwds[0] / "out").items()
     with together(*command, cwds=cwds) as group:

@@ -175,7 +175,8 @@ def test_activity_propagation_begins_as_backprop(digits):
     def gradient(step):
         return method.gradient(params, None, batch, None, jnp.int32(step), 0.1)[1]
 
-    np.testing.assert_allclose(gradient(4)["Dense_0"]["kernel"], true["Dense_0"]["kernel"])
+    first, exact = gradient(4)["Dense_0"]["kernel"], true["Dense_0"]["kernel"]
+    np.testing.assert_allclose(first, exact, rtol=1e-4, atol=1e-7)
     assert not np.allclose(gradient(5)["Dense_0"]["kernel"], true["Dense_0"]["kernel"], atol=1e-6)
 
 
@@ -209,7 +210,10 @@ def test_a_conv_net_needs_images_and_has_no_taps(digits):
     assert params["Conv_1"]["kernel"].shape == (3, 3, 3, 4) and jnp.isfinite(
         task.loss(params, batch)
     )
-    assert of(digits, "dfa", model="conv")[1].needs
+    with pytest.raises(
+        ValueError, match="methods has dfa, which need what only model='mlp' offers"
+    ):
+        StudyConfig(methods=("bp", "dfa"), model="conv")
     flat = [split._replace(images=split.images.reshape(-1, 64)) for split in digits[1:3]]
     with pytest.raises(ValueError, match=r"model is 'conv', and examples have the shape \(64,\)"):
         of(digits._replace(train=flat[0], test=flat[1]), "fa", model="conv")

@@ -303,13 +303,15 @@ def test_a_click_on_the_legend_shows_a_method_alone_and_another_all(opened):
     tab.wait_for_function(f"{there} == {all_of_them}")
 
 
-def test_pointing_at_a_figure_shows_values(opened):
-    tab = opened()
+def test_pointing_at_a_figure_shows_values_inside_a_phone(opened):
+    tab = opened(viewport={"width": 360, "height": 800})
     tab.locator("#plot-steps_to_loss").scroll_into_view_if_needed()
     tab.locator(MARKERS).first.hover()
     shown = tab.locator("#vg-tooltip-element.visible")
     shown.wait_for()
     assert re.search(r"backprop.*3 of 3 runs reach loss 0\.5", shown.inner_text(), re.DOTALL)
+    box = shown.bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 360
 
 
 def test_a_button_makes_axes_linear_and_logarithmic(opened):

@@ -215,7 +215,7 @@ def test_more_steps_than_an_int32_counts_are_refused(digits, tmp_path):
     many = digits._replace(
         train=data.Split(np.zeros((5000, 8, 8, 1), np.uint8), np.arange(5000) % 10)
     )
-    with pytest.raises(ValueError, match="1000000 epochs are 4000000000 steps; expected at most"):
+    with pytest.raises(ValueError, match="epochs is 1000000; expected at most"):
         train(tmp_path, many, epochs=10**6, batch_size=1)
 
 

@@ -66,19 +66,24 @@ def test_labels_of_strange_integer_types_and_idx_files_of_any_size(tmp_path):
     ("changes", "message"),
     [
         ({"y_test": None}, "it lacks y_test"),
-        ({"y_train": np.arange(19)}, r"x_train has the shape \(20, 4, 3\) and y_train \(19,\)"),
-        ({"x_test": np.zeros((7, 4, 2))}, r"expected examples of the shape \(4, 3\)"),
-        ({"y_train": np.arange(20.0)}, "y_train is of float64; expected integers"),
-        ({"y_test": np.arange(7) - 1}, "y_test is of int64; expected integers from 0"),
+        ({"y_train": np.arange(19)}, r"y_train have the shapes \(20, 4, 3\) and \(19,\)"),
+        ({"x_test": np.zeros((7, 4, 2))}, r"shape \(20, 4, 3, 1\) and x_test \(7, 4, 2, 1\)"),
+        ({"y_train": np.arange(20.0)}, "labels are of float64; expected integers"),
+        ({"y_test": np.arange(7) - 1}, "labels are of int64; expected integers from 0"),
+        (
+            {"y_test": np.arange(7) + 10**9},
+            "labels are of int64; expected integers from 0 to 65535",
+        ),
         (
             {"x_test": np.full((7, 4, 3), np.nan)},
-            "x_test is of float64, or has values that are not",
+            "x_test and y_test: inputs are of float64, or not",
         ),
-        ({"x_train": np.full((20, 4, 3), "a")}, "x_train is of <U1"),
+        ({"x_test": np.full((7, 4, 3), 1e300)}, "or not finite as float32"),
+        ({"x_train": np.full((20, 4, 3), "a")}, "inputs are of <U1"),
         ({"x_train": np.full((20, 4, 3), None)}, "cannot be read"),
         ({"x_train": np.zeros(20)}, "expected .examples, ...."),
-        ({"x_train": np.ones((20, 4, 3))}, "not all alike"),
-        ({"x_train": ARRAYS["x_train"][:4], "y_train": np.arange(4)}, "has 4 examples; expected 5"),
+        ({"x_train": np.ones((20, 4, 3), bool)}, "to train on that differ"),
+        ({"x_train": ARRAYS["x_train"][:4], "y_train": np.arange(4)}, "at least 5 to train on"),
     ],
 )
 def test_what_is_wrong_with_arrays_is_said(changes, message, tmp_path):

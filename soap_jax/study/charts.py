@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 from soap_jax.study import claims, drawing, statistics
-from soap_jax.study.comparison import Comparison
 from soap_jax.study.drawing import Mark
 from soap_jax.study.figures import Figure
+from soap_jax.study.results import Results
 from soap_jax.study.statistics import number
 
 PALETTE = ("#707070", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#B87A00", "#2F93C9", "#8E6FC4")
@@ -34,7 +34,7 @@ ROW = ["label", "mark", "x", "low", "high", "least", "most", "note"]
 """The columns of estimates with intervals."""
 
 
-def describe(comparison: Comparison, findings: Sequence[claims.Finding]) -> list[Figure]:
+def describe(comparison: Results, findings: Sequence[claims.Finding]) -> list[Figure]:
     """Every figure of a comparison but the causal diagram.
 
     Args:
@@ -48,7 +48,7 @@ def describe(comparison: Comparison, findings: Sequence[claims.Finding]) -> list
     ]
 
 
-def loss_curves(comparison: Comparison) -> Figure:
+def loss_curves(comparison: Results) -> Figure:
     """Training loss against steps at the rate that all methods share, with the seeds' range."""
     rate, why = _rate_for_curves(comparison)
     return _curves(
@@ -66,7 +66,7 @@ def loss_curves(comparison: Comparison) -> Figure:
     )
 
 
-def steps_to_loss(comparison: Comparison) -> Figure:
+def steps_to_loss(comparison: Results) -> Figure:
     """Steps to the target loss against the learning rate: geometric mean and t interval."""
     target, points = number(comparison.target_loss), []
     for method, name in names(comparison).items():
@@ -98,7 +98,7 @@ def steps_to_loss(comparison: Comparison) -> Figure:
     )
 
 
-def angles(comparison: Comparison) -> Figure:
+def angles(comparison: Results) -> Figure:
     """Angle of the first kernel's gradient to the true one, at each method's best rate."""
     first = comparison.hidden[0] if comparison.hidden else ""
     return _curves(
@@ -118,7 +118,7 @@ def angles(comparison: Comparison) -> Figure:
     )
 
 
-def error_angles(comparison: Comparison) -> Figure:
+def error_angles(comparison: Results) -> Figure:
     """Angle of the error that arrives at each hidden layer to the true one, after training."""
     points = []
     for method, rate in _inexact(comparison).items():
@@ -142,7 +142,7 @@ def error_angles(comparison: Comparison) -> Figure:
     )
 
 
-def effective_learning_rate(comparison: Comparison) -> Figure:
+def effective_learning_rate(comparison: Results) -> Figure:
     """Rate at which the first kernel learns along the true gradient, at the shared rate."""
     rate, why = _rate_for_curves(comparison)
     first = comparison.hidden[0] if comparison.hidden else ""
@@ -194,7 +194,7 @@ def claim_ratios(findings: Sequence[claims.Finding]) -> Figure:
     )
 
 
-def final_metric(comparison: Comparison) -> Figure:
+def final_metric(comparison: Results) -> Figure:
     """The metric that counts, at each method's best rate: every seed, mean and t interval."""
     column = comparison.metrics[0]
     words, unit = column.replace("_", " "), 100 if "accuracy" in column else 1
@@ -220,14 +220,14 @@ def final_metric(comparison: Comparison) -> Figure:
     )
 
 
-def names(comparison: Comparison) -> dict[str, str]:
+def names(comparison: Results) -> dict[str, str]:
     """What each method is called: its label, and its key too where labels are alike."""
     labels = {method: record["label"] for method, record in comparison.methods.items()}
     several = [label for label in labels.values() if list(labels.values()).count(label) > 1]
     return {m: f"{label} ({m})" if label in several else label for m, label in labels.items()}
 
 
-def marks(comparison: Comparison) -> dict[str, Mark]:
+def marks(comparison: Results) -> dict[str, Mark]:
     """How methods are drawn, by what they are called."""
     given = [record["color"] for record in comparison.methods.values()]
     spare = itertools.cycle([color for color in PALETTE if color not in given] or PALETTE)
@@ -240,12 +240,12 @@ def marks(comparison: Comparison) -> dict[str, Mark]:
     }
 
 
-def _curves(comparison: Comparison, points: list[tuple], **options: Any) -> Figure:
+def _curves(comparison: Results, points: list[tuple], **options: Any) -> Figure:
     rows = pd.DataFrame(points, columns=["method", "x", "y", "low", "high", "note"])
     return drawing.curves(rows, marks(comparison), **options)
 
 
-def _over_training(comparison: Comparison, column: str, rates: Mapping[str, float]) -> list[tuple]:
+def _over_training(comparison: Results, column: str, rates: Mapping[str, float]) -> list[tuple]:
     """A column of evaluations against steps: mean and range over seeds; ends where one broke."""
     points = []
     for method, rate in rates.items():
@@ -261,7 +261,7 @@ def _range(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
     return float(np.mean(values)), min(values), max(values)
 
 
-def _inexact(comparison: Comparison) -> dict[str, float]:
+def _inexact(comparison: Results) -> dict[str, float]:
     """The best rate of each method that does not follow the true gradient."""
     return {
         method: comparison.best_rate(method)
@@ -270,7 +270,7 @@ def _inexact(comparison: Comparison) -> dict[str, float]:
     }
 
 
-def _rate_for_curves(comparison: Comparison) -> tuple[float, str]:
+def _rate_for_curves(comparison: Results) -> tuple[float, str]:
     """The shared rate, or where there is none the reference's best."""
     leader = comparison.reference or next(iter(comparison.methods))
     who = comparison.label(leader) if comparison.reference else "every method"

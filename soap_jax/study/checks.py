@@ -103,7 +103,12 @@ def fingerprint(task: Task, batch_size: int) -> dict[str, Any]:
 
 
 def _types(part, batch_size):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), part)
+    def of(x):  # a 64-bit array is a 32-bit one to JAX, unless told otherwise
+        return jax.ShapeDtypeStruct(
+            (batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype)
+        )
+
+    return jax.tree.map(of, part)
 
 
 def _text(fun, args) -> str:

@@ -26,8 +26,8 @@ import numpy as np
 import pandas as pd
 
 from soap_jax.study import statistics
-from soap_jax.study.comparison import Comparison, joined
 from soap_jax.study.contrasts import INF, Part, Test
+from soap_jax.study.results import Results, joined
 from soap_jax.study.statistics import ALPHA, Estimate, number
 
 HOLDS, FAILS, UNDECIDED, NOT_TESTABLE = "holds", "fails", "undecided", "not testable here"
@@ -59,7 +59,7 @@ class Claim:
         """The claim that `to_dict` stored."""
         return Claim(**{**stored, "tests": tuple(map(Test.from_dict, stored["tests"]))})
 
-    def parts(self, comparison: Comparison) -> tuple[Part, ...]:
+    def parts(self, comparison: Results) -> tuple[Part, ...]:
         """Its tests, evaluated."""
         optimizer = comparison.protocol["optimizer"]
         if self.sgd_only and optimizer != "sgd":
@@ -109,7 +109,7 @@ def as_claims(claims: Sequence[Claim | Test]) -> list[Claim]:
     return found
 
 
-def judge(comparison: Comparison, claims: Sequence[Claim | Test] | None = None) -> list[Finding]:
+def judge(comparison: Results, claims: Sequence[Claim | Test] | None = None) -> list[Finding]:
     """Judges claims on a comparison.
 
     Args:

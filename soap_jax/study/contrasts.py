@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from soap_jax.study import statistics
-from soap_jax.study.comparison import Comparison, NotTestable, Periods, joined
+from soap_jax.study.results import NotTestable, Periods, Results, joined
 from soap_jax.study.statistics import Estimate, Result
 
 INF = math.inf
@@ -73,15 +73,15 @@ class Test:
         if not low < high or (self.measure == "ratio" and low < 0):
             raise ValueError(f"within is {self.within}; expected (low, high), of ratios from 0 on.")
 
-    def label(self, comparison: Comparison) -> str:
+    def label(self, comparison: Results) -> str:
         """What is measured, in words."""
         raise NotImplementedError
 
-    def evaluate(self, comparison: Comparison) -> Part:
+    def evaluate(self, comparison: Results) -> Part:
         """Measures it; raises `NotTestable` where the comparison cannot."""
         raise NotImplementedError
 
-    def part(self, comparison: Comparison) -> Part:
+    def part(self, comparison: Results) -> Part:
         """The test, evaluated, or why it cannot be."""
         try:
             if len(comparison.seeds) < 2:
@@ -90,12 +90,12 @@ class Test:
         except NotTestable as reason:
             return self.untested(comparison, str(reason))
 
-    def untested(self, comparison: Comparison, why: str) -> Part:
+    def untested(self, comparison: Results, why: str) -> Part:
         """The test where it cannot be evaluated."""
         label = self.label(comparison)
         return Part(label, self.measure, self.within, note=why, testable=False)
 
-    def found(self, comparison: Comparison, where: str, result: Result, *more: Any) -> Part:
+    def found(self, comparison: Results, where: str, result: Result, *more: Any) -> Part:
         """The test with its numbers; `more` are runs, note and censored of `Part`."""
         label = f"{self.label(comparison)}, {where}"
         return Part(label, self.measure, self.within, *result, *more)
@@ -144,12 +144,12 @@ class Ratio(Test):
     measure: ClassVar[str] = "ratio"
     sign: ClassVar[str] = " / "
 
-    def label(self, comparison: Comparison) -> str:
+    def label(self, comparison: Results) -> str:
         """The methods, with their periods if these are what differs."""
         names = zip((self.method, self.reference), self.periods, strict=True)
         return self.sign.join(comparison.label(m) + (f", T = {t}" if t else "") for m, t in names)
 
-    def evaluate(self, comparison: Comparison) -> Part:
+    def evaluate(self, comparison: Results) -> Part:
         """Measures it; raises `NotTestable` where the comparison cannot."""
         metric = getattr(self, "metric", None)
         pair = self.method, self.reference
@@ -210,12 +210,12 @@ class Share(Test):
     metric: str
     measure: ClassVar[str] = "share"
 
-    def label(self, comparison: Comparison) -> str:
+    def label(self, comparison: Results) -> str:
         """The gain, in words."""
         method, reference, over = map(comparison.label, (self.method, self.reference, self.over))
         return f"{method}: share of the gain of {reference} over {over}"
 
-    def evaluate(self, comparison: Comparison) -> Part:
+    def evaluate(self, comparison: Results) -> Part:
         """Measures it; raises `NotTestable` where the comparison cannot."""
         methods = self.method, self.reference, self.over
         rates = _check_inside(comparison, "best", methods)
@@ -250,11 +250,11 @@ class Trend(Test):
     within: Region = (0.0, INF)
     measure: ClassVar[str] = "trend"
 
-    def label(self, comparison: Comparison) -> str:
+    def label(self, comparison: Results) -> str:
         """The methods in order."""
         return "steps grow from " + " to ".join(map(comparison.label, self.methods))
 
-    def evaluate(self, comparison: Comparison) -> Part:
+    def evaluate(self, comparison: Results) -> Part:
         """Measures it; raises `NotTestable` where the comparison cannot."""
         grids = [comparison.grid(method) for method in self.methods]
         if starts := comparison.different_starts(*self.methods):
@@ -289,11 +289,11 @@ class FinalAngle(Test):
     method: str
     measure: ClassVar[str] = "degrees"
 
-    def label(self, comparison: Comparison) -> str:
+    def label(self, comparison: Results) -> str:
         """The method's."""
         return f"{comparison.label(self.method)}, final error angle at the last hidden layer"
 
-    def evaluate(self, comparison: Comparison) -> Part:
+    def evaluate(self, comparison: Results) -> Part:
         """Measures it; raises `NotTestable` where the comparison cannot."""
         where, angles = _final_error_angles(comparison, self.method, comparison.hidden[-1:])
         result = statistics.student(angles[:, 0]).judge(self.within)
@@ -313,12 +313,12 @@ class ErrorAngleTrend(Test):
     within: Region = (0.0, INF)
     measure: ClassVar[str] = "trend"
 
-    def label(self, comparison: Comparison) -> str:
+    def label(self, comparison: Results) -> str:
         """The method's."""
         name = comparison.label(self.method)
         return f"{name}, final error angle grows with distance from the output"
 
-    def evaluate(self, comparison: Comparison) -> Part:
+    def evaluate(self, comparison: Results) -> Part:
         """Measures it; raises `NotTestable` where the comparison cannot."""
         depth = len(comparison.hidden)
         if depth < 3:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from soap_jax.study import figures, mediation
-from soap_jax.study.comparison import Comparison
+from soap_jax.study.results import Results
 from soap_jax.study.statistics import Estimate, number
 
 WIDTH, HEIGHT = 380, 430
@@ -42,7 +42,7 @@ class Diagram(NamedTuple):
     caption: str
 
 
-def describe(comparison: Comparison, effects: mediation.Mediation) -> Diagram | None:
+def describe(comparison: Results, effects: mediation.Mediation) -> Diagram | None:
     """What raw sign sync changes, and how much of its effect on speed goes through what.
 
     Args:

@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 
 from soap_jax.study import statistics
-from soap_jax.study.comparison import Comparison, NotTestable, joined
+from soap_jax.study.results import NotTestable, Results, joined
 
 _CONTRASTS: tuple[
     tuple[Any, ...], ...
@@ -111,7 +111,7 @@ class Mediation:
 
 
 def mediate(
-    comparison: Comparison,
+    comparison: Results,
     *,
     method: str = "sign",
     reference: str = "bp",

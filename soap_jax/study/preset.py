@@ -176,6 +176,12 @@ class StudyConfig(Protocol, Network):
         for name, known in CHOICES.items():
             _check_names(name, (getattr(self, name),), known)
         _check_names("methods", self.methods, METHODS)
+        tapped = [name for name in self.methods if METHODS[name].needs]
+        if tapped and self.model != "mlp":
+            raise ValueError(
+                f"methods has {', '.join(tapped)}, which need what only model='mlp' offers here: "
+                f"{METHODS[tapped[0]].needs}."
+            )
         grids.check_count("seeds", self.seeds, most=MAX_RUNS)
         grids.check_count("epochs", self.epochs, most=MAX_EPOCHS)
         for name in ("steps", "batch_size", "evaluations", "chunk_size"):
@@ -395,7 +401,7 @@ def _method(config: StudyConfig, name: str, model: Any, scale: tasks.Scaling) ->
     errors: dict[str, Any] = {"dfa": "exact", "sdfa": "sign", "drtp": "target"}
     if config.init == "soap" and method.rule is None and name not in errors:
         changes["init"] = init_as_torch
-    if isinstance(model, models.MLP) and name in errors:
+    if name in errors:
         direct = models.DirectMLP(model.features, activation=model.activation, error=errors[name])
 
         def loss(params, projections, batch):
@@ -411,7 +417,7 @@ def _method(config: StudyConfig, name: str, model: Any, scale: tasks.Scaling) ->
 
         loss.__qualname__ = f"DirectMLP(error={errors[name]!r})"
         changes |= {"loss": loss, "init_feedback": init_feedback}
-    if isinstance(model, models.MLP) and name == "activity_propagation":
+    if name == "activity_propagation":
 
         def tapped(tap, params, batch):
             logits: Any = model.apply({"params": params}, scale(batch[0]), tap)

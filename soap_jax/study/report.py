@@ -19,7 +19,7 @@ import pandas as pd
 import vl_convert
 
 from soap_jax.study import charts, claims, diagram, figures, files, mediation, screen
-from soap_jax.study.comparison import Comparison
+from soap_jax.study.results import Results
 from soap_jax.study.statistics import number
 
 VERDICTS = {  # symbol, class in the style sheet, what one claim does, what several do
@@ -31,9 +31,9 @@ VERDICTS = {  # symbol, class in the style sheet, what one claim does, what seve
 
 
 def write(
-    comparison: Comparison, findings: Sequence[claims.Finding], path: str | os.PathLike[str]
+    comparison: Results, findings: Sequence[claims.Finding], path: str | os.PathLike[str]
 ) -> None:
-    """Writes report.html, figures/, summary.csv, claims.csv and, where testable, mediation.csv.
+    """Writes report.html, figures/, summary.csv and, if there are any, claims and mediation.csv.
 
     Args:
         comparison: what was trained.
@@ -49,17 +49,20 @@ def write(
     figures.save(shown, path / "figures")
     causes = diagram.describe(comparison, effects)
     figures.save_svg(causes.svg if causes else "", path / "figures" / "mediation")
-    tables = {"summary": comparison.summary(), "claims": claims.tabulate(findings)}
-    if effects.testable:
-        tables["mediation"] = mediation.tabulate(effects)
-    else:
-        (path / "mediation.csv").unlink(missing_ok=True)
+    tables = {
+        "summary": comparison.summary(),
+        "claims": claims.tabulate(findings) if findings else None,
+        "mediation": mediation.tabulate(effects) if effects.testable else None,
+    }
     for name, table in tables.items():
-        files.write_text(path / f"{name}.csv", table.to_csv(index=False))
+        if table is None:
+            (path / f"{name}.csv").unlink(missing_ok=True)
+        else:
+            files.write_text(path / f"{name}.csv", table.to_csv(index=False))
     files.write_text(path / "report.html", _page(comparison, findings, shown, effects))
 
 
-def render(comparison: Comparison, findings: Sequence[claims.Finding]) -> str:
+def render(comparison: Results, findings: Sequence[claims.Finding]) -> str:
     """The report as an HTML page that needs no other file.
 
     Args:
@@ -114,7 +117,7 @@ def vega() -> str:
     )
 
 
-def summarise(comparison: Comparison, findings: Sequence[claims.Finding]) -> str:
+def summarise(comparison: Results, findings: Sequence[claims.Finding]) -> str:
     """One sentence about all verdicts, and no more than they say."""
     study = f"On {comparison.record['title']}, over {_count(len(comparison.seeds), 'seed')}"
     if not findings:
@@ -146,7 +149,7 @@ def _cells(table: pd.DataFrame) -> figures.Cells:
     return [str(column).replace("_", " ") for column in table], said
 
 
-def _setting(comparison: Comparison) -> str:
+def _setting(comparison: Results) -> str:
     """What was trained, in a line."""
     protocol, rates = comparison.record["protocol"], comparison.rates
     examples = comparison.record.get("examples", {}).get("train")
@@ -164,7 +167,7 @@ def _count(number, noun):
     return f"{number} {noun}" + "s" * (number != 1)
 
 
-def _details(comparison: Comparison) -> dict[str, dict[str, str]]:
+def _details(comparison: Results) -> dict[str, dict[str, str]]:
     """Configuration and circumstances, as lists of terms."""
     record = comparison.record
     protocol = {key: value for key, value in record["protocol"].items() if key != "task"}

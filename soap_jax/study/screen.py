@@ -13,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from soap_jax.study import claims, statistics
-from soap_jax.study.comparison import Comparison
+from soap_jax.study.results import Results
 from soap_jax.study.statistics import Estimate, number
 
 
-def summary_table(comparison: Comparison) -> Table:
+def summary_table(comparison: Results) -> Table:
     """The table of methods at their smallest periods."""
     title = f"{comparison.record['title']}, {len(comparison.seeds)} seeds, 95 % intervals"
     columns, rows = summary_cells(comparison, full=False)
@@ -30,7 +30,7 @@ def summary_table(comparison: Comparison) -> Table:
     return table
 
 
-def summary_cells(comparison: Comparison, *, full: bool) -> tuple[list[str], list[list[str]]]:
+def summary_cells(comparison: Results, *, full: bool) -> tuple[list[str], list[list[str]]]:
     """The table of methods, in words: its head and its rows.
 
     Args:
@@ -69,7 +69,7 @@ def summary_cells(comparison: Comparison, *, full: bool) -> tuple[list[str], lis
     return list(rows[0]), [list(cells.values()) for cells in rows]
 
 
-def summary_notes(comparison: Comparison, *, full: bool) -> str:
+def summary_notes(comparison: Results, *, full: bool) -> str:
     """What the numbers in the table of methods are."""
     select = comparison.record["protocol"]["select"].replace("_", " ")
     shared, target = comparison.shared_rate, number(comparison.target_loss)

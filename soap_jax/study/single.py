@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import logging
 import math
@@ -27,6 +26,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import altair as alt
 import chex
 import jax
 import jax.numpy as jnp
@@ -38,9 +38,7 @@ from jax import lax
 
 from soap_jax import data, grids, tasks, training
 from soap_jax.study import (
-    charts,
     circumstances,
-    drawing,
     figures,
     files,
     preset,
@@ -100,8 +98,9 @@ def train(
         ValueError: if the directory holds another training, or the batch size is more than all
             examples; or if the last checkpoint cannot be read, or one cannot be written.
     """
-    path, facts = pathlib.Path(path), _begin(path, config, dataset)
-    task, of_method = _trial(config, dataset)
+    path, (task, of_method) = pathlib.Path(path), _trial(config, dataset)
+    grids.check_count("epochs", config.epochs, most=grids.MOST // of_method.steps)
+    facts = _begin(path, config, dataset)
     arrays = jax.device_put(trial.data_of(task))
     rate = np.float32(config.learning_rate)
     state, plan = jax.jit(of_method.init)(*_start(config), arrays)
@@ -247,23 +246,10 @@ def kept(path: pathlib.Path) -> list[int]:
 def _begin(path, config, dataset) -> dict[str, Any]:
     """Notes under which circumstances training begins or goes on."""
     before = read(path, config)
-    method = METHODS[config.method]
-    num = len(tasks.split(dataset)[0].labels)
-    if config.batch_size > num:
-        raise ValueError(
-            f"batch_size is {config.batch_size}; expected 1 to {num}, the number of training "
-            "examples."
-        )
-    steps = config.epochs * (num // config.batch_size)
-    if steps > grids.MOST:
-        raise ValueError(
-            f"{config.epochs} epochs are {steps} steps; expected at most {grids.MOST}. Ask for "
-            "fewer epochs."
-        )
     facts = {
         "format": FORMAT,
         "config": dataclasses.asdict(config),
-        "feedback": method.describe(),
+        "feedback": METHODS[config.method].describe(),
         "network": {
             "image_shape": dataset.train.images.shape[1:],
             "num_classes": dataset.num_classes,
@@ -291,10 +277,9 @@ def _begin(path, config, dataset) -> dict[str, Any]:
                 "of epochs and training cannot be extended. Name another directory with --out."
             )
         now = {name: facts[name] for name in ("versions", "device")}
-        resumed = before["resumed"]
-        if now != {name: (resumed or [before])[-1][name] for name in now}:
-            resumed = [*resumed, {"after_epoch": max(kept(path), default=0), **now}]
-        facts |= {name: before[name] for name in now} | {"resumed": resumed}
+        last = {name: (before["resumed"] or [before])[-1][name] for name in now}
+        more = [{"after_epoch": max(kept(path), default=0), **now}] if now != last else []
+        facts |= {name: before[name] for name in now} | {"resumed": before["resumed"] + more}
     _write_facts(path, facts)
     return facts
 
@@ -303,15 +288,17 @@ def _trial(config, dataset, scale=None) -> tuple[tasks.Task, trial.Trial]:
     """The task, and the functions of one epoch's training."""
     arguments = preset.comparison_arguments(config.as_study(), dataset, scale=scale)
     task = arguments["task"]
-    batch = jax.tree.map(lambda leaf: leaf[: config.batch_size], task.train)
+    num, size = task.examples["train"], config.batch_size
+    jax.eval_shape(lambda key: training.epoch_order(key, num, size), jax.random.key(0))  # raises
+    batch = jax.tree.map(lambda leaf: leaf[:size], task.train)
     layers = trial.layers_of(task, task.init(jax.random.key(0)), None, batch)
     of_method = trial.make(
         task,
         (arguments["methods"][config.method],),
         layers,
         optimizer=arguments["optimizer"],
-        batch_size=config.batch_size,
-        steps=task.examples["train"] // config.batch_size,
+        batch_size=size,
+        steps=num // size,
         evaluations=1,
     )
     return task, of_method
@@ -439,42 +426,31 @@ def _write_facts(path, facts):
 
 def _draw(path, config, curves):
     """Draws the curves as SVG, PNG and PDF; lines break where numbers are not finite."""
-    curves = curves.replace([np.inf, -np.inf], np.nan).rename(columns={"epoch": "x"})
-    curves["validation_accuracy"] *= 100
-    angles = {
-        name: name.replace("_angle/", ", ").removesuffix("/kernel")
-        for name in curves
-        if name.startswith(("gradient_angle/", "weight_angle/"))
-    }
-    specs = []
-    for title, columns in (
-        ("loss", {"train_loss": "training, mean of epoch", "validation_loss": "validation"}),
-        ("accuracy (%)", {"validation_accuracy": "accuracy, validation"}),
-        ("angle to the true one", angles),
-    ):
-        rows = curves[["x", *columns]].rename(columns=columns).melt("x", None, "method", "y")
-        looks = zip(charts.PALETTE[1:], charts.SHAPES, charts.DASHES * 2, strict=False)
-        figure = drawing.curves(
-            rows.assign(low=rows["y"], high=rows["y"], note=""),
-            dict(zip(columns.values(), itertools.cycle(looks), strict=False)),
-            x="epoch",
-            y=title,
-            y_log=title == "loss",
-            degrees=title.startswith("angle"),
-            ticks=np.unique(np.linspace(0, config.epochs, 6, dtype=int)).tolist(),
-            name=title.split()[0],
-            title=title.capitalize(),
-            caption="",
-            empty="",
+    curves = curves.replace([np.inf, -np.inf], np.nan)
+    angles = [name for name in curves if name.startswith(("gradient_angle/", "weight_angle/"))]
+
+    def panel(title, columns, kind="linear"):
+        rows = curves.melt("epoch", columns, "curve", "value")
+        rows["curve"] = rows["curve"].str.replace("_", " ").str.removesuffix("/kernel")
+        kind = kind if (rows["value"].dropna() > 0).all() else "linear"
+        scale = alt.Scale(type=kind, zero=False, nice=False)
+        values = rows.astype(object).where(rows.notna(), None).to_dict("records")
+        looks = (alt.Color, alt.StrokeDash)
+        return (
+            alt.Chart(alt.Data(values=values), title=title)
+            .mark_line(point=True)
+            .encode(
+                alt.X("epoch:Q", axis=alt.Axis(tickMinStep=1)),
+                alt.Y("value:Q", title=None, scale=scale),
+                *(look("curve:N", title=None) for look in looks),
+            )
         )
-        if figure.spec:
-            kept_keys = figure.spec.keys() - {"$schema", "config"}
-            specs.append({key: figure.spec[key] for key in kept_keys})
-    title = (
-        f"{config.data or config.dataset}, {METHODS[config.method].label}, rate "
-        f"{config.learning_rate:g}, seed {config.seed}"
-    )
-    scales = {"scale": dict.fromkeys(("color", "shape", "strokeDash"), "independent")}
-    spec = {"hconcat": specs, "title": title, "resolve": scales, "background": "white"}
-    svg = vl_convert.vegalite_to_svg(spec | {"config": figures.CONFIG})
-    figures.save_svg(svg, path / "curves")
+
+    whole = alt.hconcat(
+        panel("Loss", ["train_loss", "validation_loss"], "log"),
+        panel("Accuracy", ["validation_accuracy"]),
+        panel("Angle to the true one (degrees)", angles),
+        title=f"{METHODS[config.method].label}, rate {config.learning_rate:g}, seed {config.seed}",
+    ).resolve_scale(color="independent", strokeDash="independent")
+    spec = whole.to_dict() | {"config": figures.CONFIG, "background": "white"}
+    figures.save_svg(vl_convert.vegalite_to_svg(spec), path / "curves")

@@ -1,0 +1,426 @@
+"""A comparison of methods: its tables and its record, and what they say.
+
+A method's learning rate is chosen on validation data (without any: on the training loss), and its
+metrics are then read on test data. Steps to the target loss are compared at one rate that all
+methods share, pairing the seeds; or with each method at its own best rate.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import pandas as pd
+
+from soap_jax.study import statistics, store
+from soap_jax.study.statistics import Estimate, Runs
+from soap_jax.study.store import KEYS, TABLES
+
+ORDER = ["learning_rate", "seed", "step"]
+Periods = tuple[int | None, int | None]
+"""Of two methods that are compared; None is a method's smallest."""
+
+
+class NotTestable(ValueError):
+    """Says in words why a comparison cannot tell something."""
+
+
+class Compared(NamedTuple):
+    """Two methods, compared seed by seed.
+
+    Attributes:
+        mean: of the log ratios of steps, or of the differences in a metric.
+        rates: the learning rates of both.
+        censored: `(seeds,)` bool of each: the runs that are only bounds.
+        note: what censored runs and edges of the grid make of it, in words; else "".
+    """
+
+    mean: statistics.Mean
+    rates: tuple[float, float]
+    censored: tuple[np.ndarray, np.ndarray]
+    note: str
+
+
+class Results:
+    """What `compare` returns and `load` reads.
+
+    Args:
+        record: what was run, as study.json has it.
+        tables: "runs", "evaluations" and "losses".
+        path: the directory that they are from, if any.
+        target_loss: counts steps to another loss than the study's.
+
+    Attributes:
+        runs: a row a run.
+        evaluations: a row a run and evaluation, with the measures as NAME/PATH.
+        losses: a row a run, with every batch's loss in a list.
+        target_loss: to which steps are counted. Where none was given it is the smallest smoothed
+            training loss that every seed of the reference reaches, at its best rate, within an
+            eighth of the steps; NaN if that is not below 0.9 of the loss at the start.
+        shared_rate: the smallest rate at which every run of the reference reaches the target within
+            half the steps: so small a rate measures how fast a method learns rather than how
+            stable it is. Without the reference it is the smallest for all methods. NaN if there is
+            none.
+        why: why there is no target loss or shared rate; else "".
+        exploratory: whether `target_loss` is another than the study's own.
+
+    Raises:
+        ValueError: if the runs are not those of the record.
+    """
+
+    def __init__(
+        self,
+        record: Mapping[str, Any],
+        tables: Mapping[str, pd.DataFrame],
+        path: pathlib.Path | None = None,
+        *,
+        target_loss: float | None = None,
+    ):
+        self.record, self.path = dict(record), path
+        self.protocol: dict[str, Any] = self.record["protocol"]
+        self.methods: dict[str, dict[str, Any]] = self.record["methods"]
+        self.kernels: list[str] = list(self.record["kernels"])
+        self.hidden = self.kernels[:-1]
+        self.extended: list[float] = self.record["extended"]
+        self.rates = tuple(sorted([*self.protocol["learning_rates"], *self.extended]))
+        self.seeds: tuple[int, ...] = tuple(self.record["seeds"])
+        self.runs, self.evaluations, self.losses = (
+            tables[name].sort_values([c for c in ORDER if c in tables[name]], kind="stable")
+            for name in TABLES
+        )
+        self._check()
+        named = collections.Counter(method["reference"] for method in self.methods.values())
+        most = named.most_common(1)[0][0]
+        self.reference: str | None = most if most in self.methods else None
+        self.why = ""
+        own = self.protocol["target_loss"]
+        own = self._target() if own is None else own
+        self.target_loss: float = own if target_loss is None else target_loss
+        self.exploratory = target_loss is not None and target_loss != own
+        if self.exploratory or self.protocol["target_loss"] is None:
+            losses = _array(self.losses)
+            steps = statistics.steps_to_loss(losses, self.target_loss, self.record["window"])
+            counted = self.losses[KEYS].assign(steps_to_target=steps)
+            self.runs = self.runs.drop(columns="steps_to_target").merge(counted, on=KEYS)
+        self.shared_rate = self._shared()
+
+    def at_target(self, loss: float) -> Self:
+        """The same runs with steps counted to another loss; its findings are exploratory."""
+        tables = {name: getattr(self, name) for name in TABLES}
+        return type(self)(self.record, tables, self.path, target_loss=loss)
+
+    # What was run
+
+    def label(self, method: str) -> str:
+        """A method's name for people; its key if it is not among the methods."""
+        return self.methods.get(method, {}).get("label", method)
+
+    @functools.cached_property
+    def metrics(self) -> list[str]:
+        """Final results by column: of test data, else validation data, else the training loss.
+
+        The one that chose the rates comes first.
+        """
+        columns = [
+            name for name in map(str, self.runs) if name.startswith(("test_", "validation_"))
+        ]
+        tests = [name for name in columns if name.startswith("test_")]
+        chosen = self.protocol["select"].split("_", 1)[1]
+        found = tests or columns or ["train_loss"]
+        return sorted(found, key=lambda name: not name.endswith(f"_{chosen}"))
+
+    def different_starts(self, *methods: str) -> str:
+        """Says so if methods start from different params; else ""."""
+        starts = {self.methods.get(method, {}).get("init") or None for method in methods}
+        return "the methods start from different weights" if len(starts) > 1 else ""
+
+    def base(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The rows of a table at each method's smallest period."""
+        smallest = {method: min(of["periods"]) for method, of in self.methods.items()}
+        return table[table["period"] == table["method"].map(smallest)]
+
+    def rows(
+        self, table: str, method: str, rate: float | None = None, period: int | None = None
+    ) -> pd.DataFrame:
+        """The rows of a method, sorted by learning rate, seed and step.
+
+        Args:
+            table: "runs", "evaluations" or "losses".
+            method: the method's name.
+            rate: the learning rate; None for all.
+            period: by default the method's smallest.
+
+        Raises:
+            NotTestable: if the method, or its period, is not in the study.
+        """
+        if method not in self.methods:
+            raise NotTestable(f"{method} is not in the study")
+        periods = self.methods[method]["periods"]
+        period = min(periods) if period is None else period
+        if period not in periods:
+            raise NotTestable(f"{method} with period {period} is not in the study")
+        rows = getattr(self, table)
+        chosen = (rows["method"] == method) & (rows["period"] == period)
+        return rows[chosen if rate is None else chosen & (rows["learning_rate"] == rate)]
+
+    def measured(self, column: str, method: str, rate: float, *, end: bool) -> np.ndarray:
+        """A column of "evaluations" before training or at its end, `(seeds,)`; NaN if unknown."""
+        rows = self.rows("evaluations", method, rate)
+        rows = rows.drop_duplicates("seed", keep="last" if end else "first").set_index("seed")
+        return rows.reindex(index=self.seeds, columns=[column])[column].to_numpy(float)
+
+    def grid(self, method: str, period: int | None = None, metric: str | None = None) -> Runs:
+        """The runs of a method as arrays over learning rates and seeds.
+
+        Args:
+            method: the method's name.
+            period: by default its smallest.
+            metric: a column of "runs"; None compares the logarithms of steps to the target loss.
+        """
+        rows = self.rows("runs", method, None, period)
+        if metric and metric not in rows:
+            known = ", ".join(map(str, rows))
+            raise NotTestable(f"metric is {metric!r}; expected a column of runs: {known}.")
+        data = "validation_loss" if "validation_loss" in rows else "train_loss"
+        columns = metric or "steps_to_target", "diverged", self.protocol["select"], data
+        shape = len(self.rates), len(self.seeds)
+        values, diverged, score, loss = (rows[c].to_numpy(float).reshape(shape) for c in columns)
+        censored = (diverged > 0) | np.isnan(values)
+        if metric is None:
+            values = np.log(np.where(censored, self.protocol["steps"], values))
+        score = score if self.protocol["maximise"] else -score
+        return Runs(values, censored, diverged > 0, score, loss)
+
+    # Which learning rate
+
+    def rate(self, method: str, at: str | float, period: int | None = None) -> float:
+        """The learning rate that `at` means: "shared", "best" or a rate.
+
+        Raises:
+            NotTestable: if there is no such rate.
+        """
+        if at == "shared":
+            if math.isnan(self.shared_rate):
+                raise NotTestable(self.why)
+            return self.shared_rate
+        if at == "best":
+            if math.isnan(best := self.best_rate(method, period)):
+                raise NotTestable(f"some run of {method} diverged at every rate")
+            return best
+        if at not in self.rates:
+            rates = ", ".join(f"{rate:g}" for rate in self.rates)
+            raise NotTestable(f'at is {at!r}; expected "shared", "best" or one of {rates}.')
+        return float(at)
+
+    def best_rate(self, method: str, period: int | None = None) -> float:
+        """The rate with the best mean score; NaN if some run diverged at every rate."""
+        tuned = self.grid(method, period, self.protocol["select"]).tuned
+        return math.nan if tuned is None else self.rates[tuned]
+
+    def at_edge(self, rate: float) -> bool:
+        """Whether a best rate is the grid's first or last: a better one may lie beyond."""
+        return len(self.rates) > 1 and rate in (self.rates[0], self.rates[-1])
+
+    # What was found
+
+    def ratio(
+        self, a: str, b: str, *, at: str | float = "shared", periods: Periods = (None, None)
+    ) -> Estimate:
+        """Steps to the target loss of one method over those of another, seed by seed.
+
+        Args:
+            a: the numerator.
+            b: the denominator.
+            at: "shared", the rate that all methods share; "best", each at its own; or a rate.
+            periods: of both; None is the smallest.
+
+        Returns:
+            The geometric mean of the ratios with its interval; its note says what censored runs and
+            edges of the grid make of it.
+
+        Raises:
+            NotTestable: if there is no such method or rate.
+        """
+        found = self.compared(a, b, at=at, periods=periods)
+        return Estimate(*found.mean.judge_ratio()[:3], found.note)
+
+    def compared(
+        self,
+        a: str,
+        b: str,
+        *,
+        at: str | float = "shared",
+        periods: Periods = (None, None),
+        metric: str | None = None,
+    ) -> Compared:
+        """What `ratio` is made of; with a metric, differences in it."""
+        pairs = list(zip((a, b), periods, strict=True))
+        above, below = (self.grid(method, period, metric) for method, period in pairs)
+        rates = [self.rate(method, at, period) for method, period in pairs]
+        i, j = map(self.rates.index, rates)
+        if at == "best":
+            mean = statistics.bootstrap_t(above, below)
+        else:
+            mean = statistics.student(above.values[i] - below.values[j])
+        censored = above.censored[i], below.censored[j]
+        if metric and np.any(censored):
+            raise NotTestable(f"{metric} of {a} or {b} is not known for every seed")
+        mean = statistics.censor(mean, *censored)
+        places = dict.fromkeys((*pair, rate) for pair, rate in zip(pairs, rates, strict=True))
+        missing = [self.missing(method, rate, period) for method, period, rate in places]
+        edges = [
+            f"the best rate of {method}, {rate:g}, lies at the edge of the grid"
+            for method, _, rate in places
+            if at == "best" and self.at_edge(rate)
+        ]
+        note = joined(_censoring(mean, censored, joined(*missing)), *edges)
+        return Compared(mean, (rates[0], rates[1]), censored, note)
+
+    def missing(self, method: str, rate: float, period: int | None = None) -> str:
+        """The runs of a method at a rate that never got there, counted; "" if there are none."""
+        runs = self.rows("runs", method, rate, period)
+        diverged = int(runs["diverged"].sum())
+        censored = int((runs["diverged"] | runs["steps_to_target"].isna()).sum())
+        what = "never reached the target" if censored > diverged else "diverged"
+        also = f" ({diverged} of them diverged)" if 0 < diverged < censored else ""
+        return f"{censored} of {len(runs)} runs of {method} {what}{also}" if censored else ""
+
+    def summary(self) -> pd.DataFrame:
+        """One row per method and period.
+
+        The columns are `method`, `period`, `best_rate`, `best_rate_at_edge` (a better one may lie
+        beyond the grid), each of `metrics` at it with `_low` and `_high`, `shared_rate`,
+        `steps_to_target` there (geometric mean), their `ratio` to the method's reference with
+        `_low` and `_high`, `censored` (how many of the method's runs there diverge or never reach
+        the target: they count as if they did at the last step, and make the ratio a bound),
+        `fewest_steps` (the smallest geometric mean at any rate where every run gets there) at
+        `fastest_rate`, `diverged` and `runs`.
+        """
+        rows: list[dict[str, Any]] = []
+        for method, period in ((m, p) for m, of in self.methods.items() for p in of["periods"]):
+            best, runs = self.best_rate(method, period), self.grid(method, period)
+            row = {"method": method, "period": period, "best_rate": best}
+            row["best_rate_at_edge"] = self.at_edge(best)
+            at_best = self.rows("runs", method, best, period)
+            for metric in self.metrics:
+                mean = statistics.student(at_best[metric])
+                row |= _named(metric, mean.estimate, *mean.interval)
+            row |= {"shared_rate": self.shared_rate, "steps_to_target": math.nan}
+            row |= _named("ratio", *[math.nan] * 3) | {"censored": 0}
+            means = np.exp(runs.values.mean(axis=1))
+            if not math.isnan(self.shared_rate):
+                here = self.rates.index(self.shared_rate)
+                row["steps_to_target"] = float(means[here])
+                row["censored"] = int(runs.censored[here].sum())
+                reference = self.methods[method]["reference"]
+                if reference in self.methods and reference != method:
+                    found = self.ratio(method, reference, periods=(period, None))
+                    row |= _named("ratio", found.value, found.low, found.high)
+            fastest = np.where(runs.censored.any(axis=1), np.inf, means).argmin()
+            arrived = not runs.censored[fastest].any()
+            row["fewest_steps"] = float(means[fastest]) if arrived else math.nan
+            row["fastest_rate"] = self.rates[fastest] if arrived else math.nan
+            rows.append(row | {"diverged": int(runs.diverged.sum()), "runs": runs.diverged.size})
+        return pd.DataFrame(rows)
+
+    def params(
+        self, method: str, rate: float, seed: int, period: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """A run's final params by their paths, which `compare(keep_params=True)` kept."""
+        period = min(self.methods[method]["periods"]) if period is None else period
+        if self.path is None:
+            raise ValueError("the comparison has no directory; expected compare(out=...)")
+        run = store.Run(method, rate, seed, period)
+        with np.load(store.Store(self.path).params(run)) as arrays:
+            return dict(arrays)
+
+    # Inside
+
+    def _check(self):
+        """That each run of the record is there, once."""
+        expected = {
+            (method, rate, seed, period)
+            for method, of in self.methods.items()
+            for period in of["periods"]
+            for rate in self.rates
+            for seed in self.seeds
+        }
+        found = list(self.runs[KEYS].itertuples(index=False, name=None))
+        if len(found) != len(expected) or set(found) != expected:
+            run = next(iter(expected.symmetric_difference(found)), found[0])
+            first = ", ".join(f"{key} {value}" for key, value in zip(KEYS, run, strict=True))
+            raise ValueError(
+                f"the tables hold {len(found)} runs; expected the record's {len(expected)}, every "
+                f"method at every period, learning rate and seed, once each (see {first}). Finish "
+                "the study (the same command continues it), or run it again into a new directory."
+            )
+
+    def _leaders(self):
+        """The methods by which the target loss and the shared rate are set."""
+        return [self.reference] if self.reference else list(self.methods)
+
+    def _target(self):
+        own = [rate not in self.extended for rate in self.rates]
+        reached, starts = [], []
+        for method in self._leaders():
+            runs = Runs(*(of[own] for of in self.grid(method, metric=self.protocol["select"])))
+            if runs.tuned is None:
+                self.why = f"some run of {method} diverged at every rate"
+                return math.nan
+            rate = np.array(self.rates)[own][runs.tuned]
+            losses = _array(self.rows("losses", method, rate))
+            early = statistics.smooth(losses, self.record["window"])
+            reached.append(early[:, : max(1, self.protocol["steps"] // 8)].min(axis=1).max())
+            starts.append(losses[:, 0].mean())
+        if max(reached) < 0.9 * min(starts):
+            return float(max(reached))
+        self.why = (
+            "within an eighth of the steps the reference does not reach 0.9 of the loss that it "
+            "starts from with every seed: train longer"
+        )
+        return math.nan
+
+    def _shared(self):
+        rows = self.base(self.runs)
+        rows = rows[rows["method"].isin(self._leaders())]
+        rows = rows[~rows["learning_rate"].isin(self.extended)]
+        arrived = ~rows["diverged"] & (2 * rows["steps_to_target"] <= self.protocol["steps"])
+        reached = arrived.groupby(rows["learning_rate"]).all()
+        if reached.any():
+            return float(reached.idxmax())
+        who = self.label(self.reference) if self.reference else "every method"
+        self.why = self.why or (
+            f"at no rate of the grid does every run of {who} reach loss {self.target_loss:g} "
+            "within half the steps: train longer, or widen the rates"
+        )
+        return math.nan
+
+
+def joined(*notes: str) -> str:
+    """Notes in one line, without those that are empty."""
+    return "; ".join(filter(None, notes))
+
+
+def _censoring(mean, censored, missing):
+    """What censored runs make of a mean, in words; "" where there are none."""
+    if mean.has_low and mean.has_high:
+        return ""
+    bound = "a lower bound" if mean.has_low else "an upper bound"
+    bound = bound if mean.has_low or mean.has_high else "neither a lower nor an upper bound"
+    if any(map(statistics.too_many, censored)):
+        bound = "more than a tenth of a method's runs are censored, which leaves no conclusion"
+    return f"{bound}: {missing or 'runs were censored at rates that resamples chose'}"
+
+
+def _array(losses):
+    """`(runs, steps)`."""
+    return np.array(losses["train_loss"].tolist(), float)
+
+
+def _named(name, *numbers):
+    return dict(zip((name, f"{name}_low", f"{name}_high"), numbers, strict=True))
