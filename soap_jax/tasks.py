@@ -132,7 +132,7 @@ def _check_data(name, part):
             raise ValueError(
                 f"{name} holds {type(leaf).__name__} of {leaf.dtype} at {keys}; expected numbers."
             )
-        held = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        held = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
         if jnp.issubdtype(held, np.integer) and np.any(leaf != np.asarray(leaf).astype(held)):
             raise ValueError(f"{name} holds integers beyond {held} at {keys}, JAX's widest now.")
         lengths[keys] = leaf.shape[0]
