@@ -104,7 +104,7 @@ class TaskStudy(_Running, preset.Protocol):
 
     task: tyro.conf.Positional[pathlib.Path]
     select: str | None = None
-    maximise: bool = False
+    maximise: bool | None = None
     module: tyro.conf.Suppress[Any] = None
 
     def run(self):

@@ -99,10 +99,14 @@ class Finding:
 
 def as_claims(claims: Sequence[Claim | Test]) -> list[Claim]:
     """Claims as they are; of a test alone, the claim that it passes."""
-    return [
+    found = [
         claim if isinstance(claim, Claim) else Claim(str(i), "", (claim,))
-        for i, claim in enumerate(claims, start=1)
+        for i, claim in enumerate([claims] if isinstance(claims, Claim | Test) else claims, 1)
     ]
+    for claim in found:
+        if not claim.tests or not all(isinstance(test, Test) for test in claim.tests):
+            raise ValueError(f"claim {claim.key!r} has the tests {claim.tests}; expected Tests.")
+    return found
 
 
 def judge(comparison: Results, claims: Sequence[Claim | Test] | None = None) -> list[Finding]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -121,10 +123,19 @@ class Method:
         for field in ("feedback_bar", "where", "loss", "init_feedback", "gradient", "optimizer"):
             value = getattr(self, field)
             if value is not None:
-                said.append(f"{field}={getattr(value, '__qualname__', None) or repr(value)}")
+                said.append(f"{field}={in_words(value)}")
         said += [f"scale={self.scale!r}"] * bool(self.scale)
         said += ["last_only=True"] * self.last_only
         return ", ".join(said) or "backprop"
+
+
+def in_words(value) -> str:
+    """A function or a value in words that are the same in another process."""
+    if isinstance(value, functools.partial):
+        words = [*map(in_words, value.args)]
+        words += [f"{key}={in_words(of)}" for key, of in value.keywords.items()]
+        return f"{in_words(value.func)}({', '.join(words)})"
+    return getattr(value, "__qualname__", None) or re.sub(" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _slowly(base, learning_rate):
