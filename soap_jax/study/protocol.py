@@ -130,6 +130,11 @@ def compare(
         4
     """
     chosen = registry.resolve(methods)
+    if not callable(optimizer):
+        raise ValueError(
+            f"optimizer is {optimizer!r}; expected a function of the learning rate, such as "
+            "optax.sgd."
+        )
     seeds = range(seeds) if isinstance(seeds, int) else seeds
     learning_rates = sorted(map(float, learning_rates))
     grids.check(seeds=list(seeds), learning_rates=learning_rates, periods=list(periods or (1,)))
