@@ -306,9 +306,10 @@ def resolve(methods: Mapping[str, str | Method] | Sequence[str]) -> dict[str, Me
         {'bp': None, 'fa': Fixed()}
     """
     named = isinstance(methods, Mapping)
-    pairs = list(methods.items() if named else zip(methods, methods, strict=True))  # type: ignore[union-attr]
+    several = isinstance(methods, Mapping | Sequence) and not isinstance(methods, str)
+    pairs = list(methods.items() if named else zip(methods, methods) if several else ())  # type: ignore[union-attr]
     keys = [key for key, _ in pairs]
-    if not keys or len(set(keys)) < len(keys) or isinstance(methods, str):
+    if not keys or any(keys.count(key) > 1 for key in keys):
         raise ValueError(
             f"methods is {methods!r}; expected at least one and each once: names of "
             "soap_jax.study.METHODS, or a dict from your own names to these or to Methods."

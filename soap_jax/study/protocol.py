@@ -132,6 +132,11 @@ def compare(
     if not isinstance(task, Task):
         raise ValueError(f"task is a {type(task).__name__}; expected a soap_jax.study.Task.")
     chosen = registry.resolve(methods)
+    if not callable(optimizer):
+        raise ValueError(
+            f"optimizer is {optimizer!r}; expected a function of the learning rate, such as "
+            "optax.sgd."
+        )
     if isinstance(seeds, numbers.Number):
         grids.check_count("seeds", seeds, most=MAX_RUNS)
         seeds = range(seeds)
