@@ -85,7 +85,7 @@ class Task:
                 raise ValueError(f"a metric is named {name!r}; expected a word without '/'.")
         for name in ("train", "validation", "test"):
             part = getattr(self, name)
-            if not (part is None and name != "train" or callable(part) and name == "train"):
+            if not ((part is None and name != "train") or (callable(part) and name == "train")):
                 object.__setattr__(self, name, jax.tree.map(_as_array, part))
                 _check_data(name, getattr(self, name))
 
@@ -132,8 +132,9 @@ def _check_data(name, part):
             raise ValueError(
                 f"{name} holds {type(leaf).__name__} of {leaf.dtype} at {keys}; expected numbers."
             )
-        held = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
-        if jnp.issubdtype(held, np.integer) and np.any(leaf != np.asarray(leaf).astype(held)):
+        held: Any = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
+        whole = held != leaf.dtype and np.issubdtype(held, np.integer)
+        if whole and np.any(leaf != np.asarray(leaf).astype(held)):
             raise ValueError(f"{name} holds integers beyond {held} at {keys}, JAX's widest now.")
         lengths[keys] = leaf.shape[0]
     if len(set(lengths.values())) != 1 or 0 in lengths.values():

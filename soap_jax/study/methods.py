@@ -11,7 +11,7 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import chex
 import jax
@@ -305,9 +305,11 @@ def resolve(methods: Mapping[str, str | Method] | Sequence[str]) -> dict[str, Me
         >>> {key: method.rule for key, method in resolve(["bp", "fa"]).items()}
         {'bp': None, 'fa': Fixed()}
     """
-    named = isinstance(methods, Mapping)
-    several = isinstance(methods, Mapping | Sequence) and not isinstance(methods, str)
-    pairs = list(methods.items() if named else zip(methods, methods) if several else ())  # type: ignore[union-attr]
+    pairs: list[tuple[Any, Any]] = []
+    if isinstance(methods, Mapping):
+        pairs = list(methods.items())
+    elif isinstance(methods, Sequence) and not isinstance(methods, str):
+        pairs = [(name, name) for name in methods]
     keys = [key for key, _ in pairs]
     if not keys or any(keys.count(key) > 1 for key in keys):
         raise ValueError(

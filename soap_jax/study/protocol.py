@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-import numbers
 import os
 import pathlib
 import tempfile
@@ -137,14 +136,14 @@ def compare(
             f"optimizer is {optimizer!r}; expected a function of the learning rate, such as "
             "optax.sgd."
         )
-    if isinstance(seeds, numbers.Number):
+    if isinstance(seeds, int | float | np.number):
         grids.check_count("seeds", seeds, most=MAX_RUNS)
-        seeds = range(seeds)
+        seeds = range(int(seeds))
     seeds, learning_rates = _plain(seeds), _plain(learning_rates)
     periods = None if periods is None else _plain(periods) or None
     grids.check(seeds=seeds, learning_rates=learning_rates, periods=periods or (1,))
     learning_rates = sorted(map(float, learning_rates))
-    steps, batch_size = _steps(task, steps, epochs, batch_size)
+    steps, batch_size = steps_of(task, steps, epochs, batch_size)
     grids.check_count("evaluations", evaluations)
     for name, count in (
         ("eval_batch_size", eval_batch_size),
@@ -369,7 +368,8 @@ def _run(name, point) -> store.Run:
     return store.Run(name, point.learning_rate, point.seed, point.period)
 
 
-def _steps(task, steps, epochs, batch_size) -> tuple[int, int]:
+def steps_of(task, steps, epochs, batch_size) -> tuple[int, int]:
+    """The steps of a run, and the batch size, checked."""
     if (steps is None) == (epochs is None):
         raise ValueError(f"steps is {steps} and epochs is {epochs}; expected one of the two.")
     grids.check_count("batch_size", batch_size)
