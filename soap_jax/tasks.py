@@ -8,7 +8,7 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import chex
 import flax.linen as nn
