@@ -316,7 +316,7 @@ def test_a_diverged_training_goes_on_and_says_so(digits, tmp_path):
             {"learning_rate": float("nan")},
             "learning_rates has nan at index 0; expected positive, finite",
         ),
-        ({"seed": -1}, "seed is -1; expected an integer from 0 to"),
+        ({"seed": -1}, "seeds has -1 at index 0; expected integers from 0"),
         ({"period": 0}, "period is 0; expected at least 1"),
         ({"learning_rate": 0.0}, "learning_rates has 0.0"),
         ({"checkpoint_every": 0}, "checkpoint_every is 0; expected at least 1"),

@@ -7,7 +7,6 @@ Feedback larger than its kernel multiplies the learning rate of the layers below
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from soap_jax import feedback, local, ops, rules, trees
+from soap_jax import feedback, grids, local, ops, rules, trees
 
 FEEDBACK_RATE = 0.01
 """At which feedback descends the losses of `soap_jax.local`, by plain SGD, whatever rate is swept.
@@ -321,13 +320,9 @@ def resolve(methods: Mapping[str, str | Method] | Sequence[str]) -> dict[str, Me
         if not (isinstance(key, str) and key and "/" not in key):
             raise ValueError(f"a method is named {key!r}; expected a string without '/'.")
         if isinstance(method, str):
-            if method not in METHODS:
-                near = difflib.get_close_matches(method, METHODS, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ValueError(
-                    f"methods: {method!r} is unknown; expected {', '.join(METHODS)}, or a "
-                    f"Method of your own in a dict.{hint}"
-                )
+            grids.check_known(
+                "methods", method, METHODS, other=", or a Method of your own in a dict"
+            )
             method = METHODS[method]
         if not isinstance(method, Method):
             raise ValueError(

@@ -27,9 +27,6 @@ from soap_jax.study.claims import Claim, Test, as_claims
 from soap_jax.study.methods import Method
 from soap_jax.tasks import Task
 
-MAX_RUNS = 10**6
-"""The most runs of a comparison; each of them is known by name from the start."""
-
 OnProgress = Callable[[str, int | None, int, int, int], None]
 """Called as `(method, done, in all of this method, done of all methods, in all)`; before
 compilation with None done."""
@@ -168,11 +165,8 @@ def compare(
             for name, of_method in periods_of.items()
         }
 
-    if (num := sum(map(len, points(learning_rates).values()))) > MAX_RUNS:
-        raise ValueError(
-            f"methods, learning_rates, seeds and periods make {num} runs; expected at most "
-            f"{MAX_RUNS}."
-        )
+    num = sum(map(len, points(learning_rates).values()))
+    grids.check_count("the number of runs", num, most=grids.MOST_RUNS)
     layers = checks.check(task, batch_size)
     settings = {
         "optimizer": optimizer,

@@ -11,7 +11,7 @@ import collections
 import functools
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -196,6 +196,24 @@ class Results:
         score = score if self.protocol["maximise"] else -score
         return Runs(values, censored, diverged > 0, score, loss)
 
+    def together(
+        self, methods: Sequence[str], at: str | float = "shared"
+    ) -> tuple[float, np.ndarray, np.ndarray, list[str]]:
+        """Methods at one rate: it, log steps `(methods, seeds)`, which are censored, and notes.
+
+        Raises:
+            NotTestable: if there is no such method or rate, or they start from different params.
+        """
+        grids = [self.grid(method) for method in methods]
+        if starts := self.different_starts(*methods):
+            raise NotTestable(starts)
+        rate = self.rate(methods[0], at)
+        i = self.rates.index(rate)
+        logs, flags = (
+            np.stack([of[i] for of in part]) for part in list(zip(*grids, strict=True))[:2]
+        )
+        return rate, logs, flags, [self.missing(method, rate) for method in methods]
+
     # Which learning rate
 
     def rate(self, method: str, at: str | float, period: int | None = None) -> float:
@@ -343,13 +361,7 @@ class Results:
 
     def _check(self):
         """That each run of the record is there, once."""
-        expected = {
-            (method, rate, seed, period)
-            for method, of in self.methods.items()
-            for period in of["periods"]
-            for rate in self.rates
-            for seed in self.seeds
-        }
+        expected = store.expected(self.record)
         found = list(self.runs[KEYS].itertuples(index=False, name=None))
         if len(found) != len(expected) or set(found) != expected:
             run = next(iter(expected.symmetric_difference(found)), found[0])

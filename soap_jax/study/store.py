@@ -125,13 +125,13 @@ class Store:
             now["methods"] = before["methods"] | now["methods"]
             now["seeds"] = sorted({*before["seeds"], *now["seeds"]})
             now["claims"] = before["claims"]  # what is claimed after the first run is exploratory
-            expected = _expected(now)
-            if foreign := there - expected:
+            mine = expected(now)
+            if foreign := there - mine:
                 raise ValueError(
                     f"{self.path} holds {min(foreign)}, which is no run of this comparison. Delete "
                     "the part of it, and what is missing then is done again."
                 )
-            if missing := expected - there.union(runs):
+            if missing := mine - there.union(runs):
                 raise ValueError(
                     f"{self.path} would lack {min(missing)} and {len(missing) - 1} other runs; "
                     "expected every method with every seed. Ask for all methods when you add "
@@ -331,7 +331,7 @@ def _comparable(record):
     return record | {"device": rest | {"count": several}}
 
 
-def _expected(record) -> set[Run]:
+def expected(record: Mapping[str, Any]) -> set[Run]:
     """Every method with every seed, at every learning rate and period."""
     return {
         Run(name, rate, seed, period)
