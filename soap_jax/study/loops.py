@@ -166,15 +166,19 @@ def _until_broken(results, every):
     }
 
 
-def convolves(jaxpr: core.Jaxpr) -> bool:
+def convolves(jaxpr: core.ClosedJaxpr) -> bool:
     """Whether there is a convolution in a jaxpr, however deep."""
+    names = {eqn.primitive.name for part in every_jaxpr(jaxpr) for eqn in part.eqns}
+    return "conv_general_dilated" in names
+
+
+def every_jaxpr(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> Iterator[core.Jaxpr | core.ClosedJaxpr]:
+    """A jaxpr, and those of its loops and branches."""
+    yield jaxpr
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "conv_general_dilated":
-            return True
         for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(part) and convolves(getattr(part, "jaxpr", part)):  # type: ignore
-                return True
-    return False
+            if _is_jaxpr(part):
+                yield from every_jaxpr(part)
 
 
 def _is_jaxpr(value) -> bool:

@@ -7,8 +7,10 @@ Feedback larger than its kernel multiplies the learning rate of the layers below
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import chex
 import jax
@@ -120,10 +122,19 @@ class Method:
         for field in ("feedback_bar", "where", "loss", "init_feedback", "gradient", "optimizer"):
             value = getattr(self, field)
             if value is not None:
-                said.append(f"{field}={getattr(value, '__qualname__', None) or repr(value)}")
+                said.append(f"{field}={in_words(value)}")
         said += [f"scale={self.scale!r}"] * bool(self.scale)
         said += ["last_only=True"] * self.last_only
         return ", ".join(said) or "backprop"
+
+
+def in_words(value) -> str:
+    """A function or a value in words that are the same in another process."""
+    if isinstance(value, functools.partial):
+        words = [*map(in_words, value.args)]
+        words += [f"{key}={in_words(of)}" for key, of in value.keywords.items()]
+        return f"{in_words(value.func)}({', '.join(words)})"
+    return getattr(value, "__qualname__", None) or re.sub(" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _slowly(base, learning_rate):
@@ -293,10 +304,13 @@ def resolve(methods: Mapping[str, str | Method] | Sequence[str]) -> dict[str, Me
         >>> {key: method.rule for key, method in resolve(["bp", "fa"]).items()}
         {'bp': None, 'fa': Fixed()}
     """
-    named = isinstance(methods, Mapping)
-    pairs = list(methods.items() if named else zip(methods, methods, strict=True))  # type: ignore[union-attr]
+    pairs: list[tuple[Any, Any]] = []
+    if isinstance(methods, Mapping):
+        pairs = list(methods.items())
+    elif isinstance(methods, Sequence) and not isinstance(methods, str):
+        pairs = [(name, name) for name in methods]
     keys = [key for key, _ in pairs]
-    if not keys or len(set(keys)) < len(keys) or isinstance(methods, str):
+    if not keys or any(keys.count(key) > 1 for key in keys):
         raise ValueError(
             f"methods is {methods!r}; expected at least one and each once: names of "
             "soap_jax.study.METHODS, or a dict from your own names to these or to Methods."

@@ -185,7 +185,7 @@ class Results:
         rows = self.rows("runs", method, None, period)
         if metric and metric not in rows:
             known = ", ".join(map(str, rows))
-            raise ValueError(f"metric is {metric!r}; expected a column of runs: {known}.")
+            raise NotTestable(f"metric is {metric!r}; expected a column of runs: {known}.")
         data = "validation_loss" if "validation_loss" in rows else "train_loss"
         columns = metric or "steps_to_target", "diverged", self.protocol["select"], data
         shape = len(self.rates), len(self.seeds)
@@ -232,7 +232,7 @@ class Results:
             return best
         if at not in self.rates:
             rates = ", ".join(f"{rate:g}" for rate in self.rates)
-            raise ValueError(f'at is {at!r}; expected "shared", "best" or one of {rates}.')
+            raise NotTestable(f'at is {at!r}; expected "shared", "best" or one of {rates}.')
         return float(at)
 
     def best_rate(self, method: str, period: int | None = None) -> float:
@@ -387,7 +387,7 @@ class Results:
             rate = np.array(self.rates)[own][runs.tuned]
             losses = _array(self.rows("losses", method, rate))
             early = statistics.smooth(losses, self.record["window"])
-            reached.append(early[:, : self.protocol["steps"] // 8].min(axis=1).max())
+            reached.append(early[:, : max(1, self.protocol["steps"] // 8)].min(axis=1).max())
             starts.append(losses[:, 0].mean())
         if max(reached) < 0.9 * min(starts):
             return float(max(reached))

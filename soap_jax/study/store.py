@@ -91,7 +91,11 @@ class Store:
             ValueError: if runs are there that were done otherwise, or whose claims had other
                 bounds, or if these and those would not be every method with every seed.
         """
-        now: dict[str, Any] = json.loads(json.dumps(record))
+        try:
+            plain = json.dumps(record, default=lambda value: value.tolist())
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"the record is not what JSON can hold: {error}.") from error
+        now: dict[str, Any] = json.loads(plain)
         before, there = self.record, self.done()
         if there and not before:
             raise ValueError(
@@ -109,6 +113,8 @@ class Store:
                         {"trains by": was["description"]}, {"trains by": method["description"]}
                     )
                 ]
+                if not differ and was.get("program") != method.get("program"):
+                    differ.append(f"the code of {name}: the task's, the optimizer's or its own")
             if now["claims"] and before["claims"] not in ([], now["claims"]):
                 differ.append("the claims, whose bounds were written down before the first run")
             if differ:
