@@ -222,7 +222,9 @@ def final_metric(comparison: Results) -> Figure:
 
 def training(curves: pd.DataFrame, title: str) -> str:
     """The curves of one training as SVG; lines break where numbers are not finite."""
-    angles = [name for name in map(str, curves) if name.startswith(("gradient_angle/", "weight_angle/"))]
+    angles = [
+        name for name in map(str, curves) if name.startswith(("gradient_angle/", "weight_angle/"))
+    ]
 
     def panel(y, columns, **options):
         rows = curves.replace([np.inf, -np.inf], np.nan).melt("epoch", columns, "method", "y")

@@ -134,7 +134,7 @@ def compare(
             "optax.sgd."
         )
     if isinstance(seeds, int | float | np.number):
-        grids.check_count("seeds", seeds, most=MAX_RUNS)
+        grids.check_count("seeds", seeds, most=grids.MOST_RUNS)
         seeds = range(int(seeds))
     seeds, learning_rates = _plain(seeds), _plain(learning_rates)
     periods = None if periods is None else _plain(periods) or None
@@ -195,7 +195,7 @@ def compare(
         "seeds": seeds,
         "methods": _described(chosen, periods_of, programs),
         "extended": [],
-        "kernels": ["/".join(path) for path in layers.kernels],
+        "kernels": list(layers.kernels),
         "examples": task.examples,
         "window": statistics.WINDOW,
         "claims": [claim.to_dict() for claim in as_claims(claims)],

@@ -24,7 +24,6 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import numpy as np
 import pandas as pd
@@ -143,9 +142,9 @@ class Store:
 
     def add(self, runs: Sequence[Run], results: Mapping[str, Any]) -> None:
         """Keeps some runs: what `loops.scanned` gave, with a leading axis of the runs."""
-        flat = flattened({name: part for name, part in results.items() if name != "params"})
+        flat = trees.named({name: part for name, part in results.items() if name != "params"})
         for i, run in enumerate(runs if "params" in results else ()):
-            own = {name: leaf[i] for name, leaf in flattened(results["params"]).items()}
+            own = {name: leaf[i] for name, leaf in trees.named(results["params"]).items()}
             files.write_atomically(self.params(run), functools.partial(np.savez, **own))
         facts = json.dumps([[list(run) for run in runs], sorted(flat)])
         name = hashlib.sha256(facts.encode()).hexdigest()[:16]
@@ -308,12 +307,6 @@ def write_table(path: pathlib.Path, table: pd.DataFrame) -> None:
     files.write_atomically(path.with_suffix(".parquet"), lambda file: file.write(content))
     if path.name != "losses":  # a row is as long as a run
         files.write_text(path.with_suffix(".csv"), table.to_csv(index=False))
-
-
-def flattened(tree: chex.ArrayTree) -> dict[str, Any]:
-    """The leaves of a tree by their paths, such as "Dense_0/kernel"."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(trees.path_of(keys)): leaf for keys, leaf in leaves}
 
 
 def _runs(table) -> list[Run]:
