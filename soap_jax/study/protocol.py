@@ -186,6 +186,7 @@ def compare(
         "format": store.FORMAT,
         "protocol": {
             **settings,
+            "keep_params": keep_params,
             "optimizer": registry.in_words(optimizer),
             "learning_rates": learning_rates,
             "periods": list(periods or ()),
