@@ -290,8 +290,9 @@ def _parse(args: list[str]) -> Any:
         if not stop.code:
             raise
         _, *lines = (line.strip("│ ") for line in said.getvalue().splitlines())
-        about, _, more = "\n".join(lines).partition("─")
-        near = re.findall(r"^--[\w-]+", more, re.MULTILINE) if "Perhaps" in more else ()
+        about, *others = re.split("[─-]{5,}", "\n".join(lines).lstrip("-\n"), maxsplit=1)
+        more = "".join(others)
+        near = re.findall(r"^--[a-z][\w-]+", more, re.MULTILINE) if "Perhaps" in more else ()
         hint = f". Did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(" ".join(about.split()) + hint) from None
 
@@ -341,19 +342,34 @@ def _imported(path: str, args: list[str]) -> TaskStudy:
         raise ValueError(said) from error
     if not isinstance(module.get("task"), Task):
         raise ValueError(f"{path} defines no `task`; expected task = soap_jax.study.Task(...).")
-    fields = {field.name for field in dataclasses.fields(TaskStudy)} - {"task", "module"}
-    given: dict[str, Any] = {name: module[name] for name in fields & module.keys()}
+    given: dict[str, Any] = {}
+    hints = typing.get_type_hints(TaskStudy)
+    for name in (hints.keys() - {"task", "module"}) & module.keys():
+        try:
+            given[name] = _fitted(module[name], hints[name])
+        except (TypeError, ValueError) as error:
+            kind = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
+            said = f"{path}: {name} is {module[name]!r}; expected {kind}."
+            raise ValueError(said) from error
     if any(arg.partition("=")[0] == "--epochs" for arg in args):
         given.pop("steps", None)
-    try:
-        for name, kind in {"learning_rates": float, "periods": int}.items():
-            given |= {name: tuple(map(kind, given[name]))} if name in given else {}
-        given |= {"seeds": int(given["seeds"])} if "seeds" in given else {}
-    except TypeError as error:
-        said = f"{path}: expected learning_rates and periods as lists, seeds as how many: {error}."
-        raise ValueError(said) from error
     known = types.SimpleNamespace(**module)  # tyro would look for options in a dict
     return TaskStudy(task=pathlib.Path(path), module=known, **given)
+
+
+def _fitted(value: Any, hint: Any) -> Any:
+    """An option's value by its type: a list becomes a tuple, numbers keep what they are."""
+    kind, *others = typing.get_args(hint) or (hint,)
+    if typing.get_origin(hint) is tuple and not isinstance(value, str):
+        return tuple(_fitted(each, kind) for each in value)
+    if value is None and type(None) in others:
+        return None
+    if isinstance(value, str) != (kind is str) and kind is not pathlib.Path:
+        raise TypeError(kind)
+    found = kind(value)
+    if found != value and kind is not pathlib.Path:
+        raise ValueError(kind)
+    return found
 
 
 def _as(kind, options):
@@ -396,7 +412,7 @@ def _start_jax(*, cache: bool, distributed: bool = False):
             path.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(path))
             jax.config.update("jax_compilation_cache_max_size", CACHE_SIZE)
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if distributed:
         jax.distributed.initialize()
         jax.devices()  # all meet here: later they see at once when one of them ends
@@ -434,7 +450,8 @@ def _compare(arguments, out, record, *, about="", dry_run=False):
     )
     if dry_run:
         seconds = _estimate(arguments, runs, steps)
-        console.print(f"About {seconds / 60:.1f} minutes, compilation included.")
+        long = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{math.ceil(seconds)} seconds"
+        console.print(f"About {long}, compilation included.")
         return
     if first and (before := len(store.Store(out).done())):
         console.print(f"{before} runs are there already, in {out}.")

@@ -8,7 +8,7 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import chex
 import flax.linen as nn
@@ -132,8 +132,9 @@ def _check_data(name, part):
             raise ValueError(
                 f"{name} holds {type(leaf).__name__} of {leaf.dtype} at {keys}; expected numbers."
             )
-        held = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
-        if jnp.issubdtype(held, np.integer) and np.any(leaf != np.asarray(leaf).astype(held)):
+        held: Any = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
+        whole = held != leaf.dtype and np.issubdtype(held, np.integer)
+        if whole and np.any(leaf != np.asarray(leaf).astype(held)):
             raise ValueError(f"{name} holds integers beyond {held} at {keys}, JAX's widest now.")
         lengths[keys] = leaf.shape[0]
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
@@ -244,6 +245,17 @@ def read(path: str | os.PathLike[str]) -> data.Dataset:
             f"{path}: x_train has the shape {x.shape} and x_test {test.images.shape}; expected "
             "examples alike in shape, and at least 5 to train on that differ."
         )
+    if x.dtype != test.images.dtype:
+        raise ValueError(
+            f"{path}: x_train is kept as {x.dtype} and x_test as {test.images.dtype}; expected the "
+            "same, on one scale."
+        )
+    if labels.min() > 0 or test.labels.max() > labels.max():
+        raise ValueError(
+            f"{path}: labels are {labels.min()} to {labels.max()} in y_train and "
+            f"{test.labels.min()} to {test.labels.max()} in y_test; expected classes from 0 on, "
+            "and none that is in y_test alone."
+        )
     return data.Dataset(
         path.name.removesuffix(".npz"),
         train,
@@ -259,7 +271,7 @@ def _checked(who, x, y) -> data.Split:
     if x.ndim < 2 or y.shape != x.shape[:1] or not x.size:
         raise ValueError(
             f"{who} have the shapes {x.shape} and {y.shape}; expected (examples, ...) and "
-            "(examples,), as many of each."
+            "(examples,), as many of each: a label is one integer."
         )
     numbers = x.dtype.kind in "biuf"
     with np.errstate(over="ignore"):  # refused below
@@ -270,14 +282,15 @@ def _checked(who, x, y) -> data.Split:
             "NaN among them."
         )
     if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= 2**16:
-        raise ValueError(f"{who}: labels are of {y.dtype}; expected integers from 0 to 65535.")
+        seen = f", {y.min()} to {y.max()}" if y.dtype.kind in "iuf" else ""
+        raise ValueError(f"{who}: labels are {y.dtype}{seen}; expected integers from 0 to 65535.")
     return data.Split(images[..., None] if x.ndim == 3 else images, y.astype(np.int32))
 
 
 def _read_npz(path):
     names = ("x_train", "y_train", "x_test", "y_test")
     try:
-        with path.open("rb") as stream, np.load(stream) as file:
+        with path.open("rb") as stream, zipfile.ZipFile(stream), np.load(stream) as file:
             if missing := [name for name in names if name not in file]:
                 raise ValueError(f"it lacks {', '.join(missing)}")
             return [file[name] for name in names]

@@ -99,9 +99,15 @@ class Finding:
 
 def as_claims(claims: Sequence[Claim | Test]) -> list[Claim]:
     """Claims as they are; of a test alone, the claim that it passes."""
+    several = isinstance(claims, Sequence) and not isinstance(claims, str)
+    given: list[Any] = list(claims) if several else [claims]
+    if not all(isinstance(claim, Claim | Test) for claim in given):
+        raise ValueError(
+            f"claims is {claims!r}; expected a list of Claims or tests, such as study.Ratio(...)."
+        )
     found = [
         claim if isinstance(claim, Claim) else Claim(str(i), "", (claim,))
-        for i, claim in enumerate([claims] if isinstance(claims, Claim | Test) else claims, 1)
+        for i, claim in enumerate(given, 1)
     ]
     for claim in found:
         if not claim.tests or not all(isinstance(test, Test) for test in claim.tests):
@@ -203,24 +209,25 @@ def in_words(part: Part) -> Words:
 
     Example:
         >>> " / ".join(in_words(Part("", "ratio", (0, 1), 0.9, 0.7, 1.2, 0.2, 1.0)))
-        '0.900 [0.700, 1.20] / below 1 / the interval reaches beyond 1'
+        '0.900 [0.700, 1.200] / below 1 / the interval reaches beyond 1'
     """
     low, high = part.within
     has_low = low > (0 if part.measure == "ratio" else -INF)
     has_high = high < INF
-    bound = f"{number(low)} to {number(high)}" if has_low else f"below {number(high)}"
-    bound = bound if has_high else f"above {number(low)}"
+    lower, upper = (number(round(end, 2) if abs(end) >= 0.1 else end) for end in part.within)
+    bound = f"{lower} to {upper}" if has_low else f"below {upper}"
+    bound = bound if has_high else f"above {lower}"
     estimate = Estimate(part.estimate, part.low, part.high).words("°" * (part.measure == "degrees"))
     holds, fails = part.p_holds < ALPHA, part.p_fails < ALPHA
-    beyond = [number(low)] * (has_low and not part.low > low)
-    beyond += [number(high)] * (has_high and not part.high < high)
+    beyond = [lower] * (has_low and not part.low > low)
+    beyond += [upper] * (has_high and not part.high < high)
     if part.measure == "trend":
         bound, estimate = "rises", f"rank correlation {estimate}"
         place = "it rises" if holds else "it falls" if fails else "no clear trend"
     elif holds:
         place = f"the interval lies {'within ' * (has_low and has_high)}{bound}"
     elif fails:
-        side = f"below {number(low)}" if part.high <= low else f"above {number(high)}"
+        side = f"below {lower}" if part.high <= low else f"above {upper}"
         place = f"the interval lies {side}"
     elif part.low in (0, -INF) and part.high == INF:
         place = "the runs give no interval"

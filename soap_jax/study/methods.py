@@ -7,18 +7,17 @@ Feedback larger than its kernel multiplies the learning rate of the layers below
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from soap_jax import feedback, local, ops, rules, trees
+from soap_jax import feedback, grids, local, ops, rules, trees
 
 FEEDBACK_RATE = 0.01
 """At which feedback descends the losses of `soap_jax.local`, by plain SGD, whatever rate is swept.
@@ -84,6 +83,12 @@ class Method:
     swept: bool = True
     needs: str = ""
     init: Callable[..., chex.ArrayTree] | None = None
+
+    def __post_init__(self):
+        for name in ("reference", "label", "color", "isolates", "paper"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name not in ("label", "color")):
+                raise ValueError(f"{name} is {value!r}; expected a string.")
 
     @property
     def own(self) -> bool:
@@ -154,6 +159,9 @@ def _local(loss, **words):
 
 
 _KUNIN, _LIAO = "Kunin et al. 2020", "Liao et al. 2016"
+MOST_BYTES = 100
+"""The longest name of a method."""
+
 METHODS: dict[str, Method] = {
     "bp": Method(label="backprop", color="#707070", isolates="the reference"),
     "fa": Method(
@@ -305,26 +313,29 @@ def resolve(methods: Mapping[str, str | Method] | Sequence[str]) -> dict[str, Me
         >>> {key: method.rule for key, method in resolve(["bp", "fa"]).items()}
         {'bp': None, 'fa': Fixed()}
     """
-    named = isinstance(methods, Mapping)
-    pairs = list(methods.items() if named else zip(methods, methods, strict=True))  # type: ignore[union-attr]
+    pairs: list[tuple[Any, Any]] = []
+    if isinstance(methods, Mapping):
+        pairs = list(methods.items())
+    elif isinstance(methods, Sequence) and not isinstance(methods, str):
+        pairs = [(name, name) for name in methods]
     keys = [key for key, _ in pairs]
-    if not keys or len(set(keys)) < len(keys) or isinstance(methods, str):
+    if not keys or any(keys.count(key) > 1 for key in keys):
         raise ValueError(
             f"methods is {methods!r}; expected at least one and each once: names of "
             "soap_jax.study.METHODS, or a dict from your own names to these or to Methods."
         )
     found = {}
     for key, method in pairs:
-        if not (isinstance(key, str) and key and "/" not in key):
-            raise ValueError(f"a method is named {key!r}; expected a string without '/'.")
+        said = isinstance(key, str) and key.isprintable() and "/" not in key
+        if not said or not 0 < len(key.encode()) <= MOST_BYTES:
+            raise ValueError(
+                f"a method is named {key!r}; expected a printable string without '/', of at most "
+                f"{MOST_BYTES} bytes: it names files."
+            )
         if isinstance(method, str):
-            if method not in METHODS:
-                near = difflib.get_close_matches(method, METHODS, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ValueError(
-                    f"methods: {method!r} is unknown; expected {', '.join(METHODS)}, or a "
-                    f"Method of your own in a dict.{hint}"
-                )
+            grids.check_known(
+                "methods", method, METHODS, other=", or a Method of your own in a dict"
+            )
             method = METHODS[method]
         if not isinstance(method, Method):
             raise ValueError(

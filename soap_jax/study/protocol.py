@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-import numbers
 import os
 import pathlib
 import tempfile
@@ -27,9 +26,6 @@ from soap_jax.study import methods as registry
 from soap_jax.study.claims import Claim, Test, as_claims
 from soap_jax.study.methods import Method
 from soap_jax.tasks import Task
-
-MAX_RUNS = 10**6
-"""The most runs of a comparison; each of them is known by name from the start."""
 
 OnProgress = Callable[[str, int | None, int, int, int], None]
 """Called as `(method, done, in all of this method, done of all methods, in all)`; before
@@ -132,14 +128,19 @@ def compare(
     if not isinstance(task, Task):
         raise ValueError(f"task is a {type(task).__name__}; expected a soap_jax.study.Task.")
     chosen = registry.resolve(methods)
-    if isinstance(seeds, numbers.Number):
-        grids.check_count("seeds", seeds, most=MAX_RUNS)
-        seeds = range(seeds)
+    if not callable(optimizer):
+        raise ValueError(
+            f"optimizer is {optimizer!r}; expected a function of the learning rate, such as "
+            "optax.sgd."
+        )
+    if isinstance(seeds, int | float | np.number):
+        grids.check_count("seeds", seeds, most=grids.MOST_RUNS)
+        seeds = range(int(seeds))
     seeds, learning_rates = _plain(seeds), _plain(learning_rates)
     periods = None if periods is None else _plain(periods) or None
     grids.check(seeds=seeds, learning_rates=learning_rates, periods=periods or (1,))
     learning_rates = sorted(map(float, learning_rates))
-    steps, batch_size = _steps(task, steps, epochs, batch_size)
+    steps, batch_size = steps_of(task, steps, epochs, batch_size)
     grids.check_count("evaluations", evaluations)
     for name, count in (
         ("eval_batch_size", eval_batch_size),
@@ -164,11 +165,8 @@ def compare(
             for name, of_method in periods_of.items()
         }
 
-    if (num := sum(map(len, points(learning_rates).values()))) > MAX_RUNS:
-        raise ValueError(
-            f"methods, learning_rates, seeds and periods make {num} runs; expected at most "
-            f"{MAX_RUNS}."
-        )
+    num = sum(map(len, points(learning_rates).values()))
+    grids.check_count("the number of runs", num, most=grids.MOST_RUNS)
     layers = checks.check(task, batch_size)
     settings = {
         "optimizer": optimizer,
@@ -232,7 +230,8 @@ def compare(
             facts["extended"] = _everywhere([*facts["extended"], *more])
     if into is None:
         return None
-    found.path = None if out is None else path
+    if out is None:
+        found.path = None
     return found
 
 
@@ -365,7 +364,8 @@ def _run(name, point) -> store.Run:
     return store.Run(name, point.learning_rate, point.seed, point.period)
 
 
-def _steps(task, steps, epochs, batch_size) -> tuple[int, int]:
+def steps_of(task, steps, epochs, batch_size) -> tuple[int, int]:
+    """The steps of a run, and the batch size, checked."""
     if (steps is None) == (epochs is None):
         raise ValueError(f"steps is {steps} and epochs is {epochs}; expected one of the two.")
     grids.check_count("batch_size", batch_size)

@@ -11,7 +11,7 @@ import collections
 import functools
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -81,7 +81,7 @@ class Results:
         *,
         target_loss: float | None = None,
     ):
-        self.record, self.path = dict(record), path
+        self.record, self.path = dict(record), path and path.absolute()
         self.protocol: dict[str, Any] = self.record["protocol"]
         self.methods: dict[str, dict[str, Any]] = self.record["methods"]
         self.kernels: list[str] = list(self.record["kernels"])
@@ -195,6 +195,24 @@ class Results:
             values = np.log(np.where(censored, self.protocol["steps"], values))
         score = score if self.protocol["maximise"] else -score
         return Runs(values, censored, diverged > 0, score, loss)
+
+    def together(
+        self, methods: Sequence[str], at: str | float = "shared"
+    ) -> tuple[float, np.ndarray, np.ndarray, list[str]]:
+        """Methods at one rate: it, log steps `(methods, seeds)`, which are censored, and notes.
+
+        Raises:
+            NotTestable: if there is no such method or rate, or they start from different params.
+        """
+        grids = [self.grid(method) for method in methods]
+        if starts := self.different_starts(*methods):
+            raise NotTestable(starts)
+        rate = self.rate(methods[0], at)
+        i = self.rates.index(rate)
+        logs, flags = (
+            np.stack([of[i] for of in part]) for part in list(zip(*grids, strict=True))[:2]
+        )
+        return rate, logs, flags, [self.missing(method, rate) for method in methods]
 
     # Which learning rate
 
@@ -337,19 +355,13 @@ class Results:
             raise ValueError("the comparison has no directory; expected compare(out=...)")
         run = store.Run(method, rate, seed, period)
         with np.load(store.Store(self.path).params(run)) as arrays:
-            return dict(arrays)
+            return {name.removeprefix("params/"): leaf for name, leaf in arrays.items()}
 
     # Inside
 
     def _check(self):
         """That each run of the record is there, once."""
-        expected = {
-            (method, rate, seed, period)
-            for method, of in self.methods.items()
-            for period in of["periods"]
-            for rate in self.rates
-            for seed in self.seeds
-        }
+        expected = store.expected(self.record)
         found = list(self.runs[KEYS].itertuples(index=False, name=None))
         if len(found) != len(expected) or set(found) != expected:
             run = next(iter(expected.symmetric_difference(found)), found[0])

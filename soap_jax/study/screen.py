@@ -50,7 +50,9 @@ def summary_cells(comparison: Results, *, full: bool) -> tuple[list[str], list[l
             scale, unit = (100, " %") if "accuracy" in metric else (1, "")
             found = _estimate(row, metric, scale)
             half = found.high - found.value
-            short = number(found.value) + f" ± {half:.2g}" * math.isfinite(half)
+            short = statistics.alike(found.value, found.value)
+            if math.isfinite(half):
+                short += f" ± {statistics.alike(half, found.value)}"
             cells[metric.replace("_", " ") + unit] = str(found) if full else short
         known = not math.isnan(steps)
         cells[f"steps to {number(comparison.target_loss)}"] = bound * known + number(steps)
@@ -85,7 +87,8 @@ def summary_notes(comparison: Results, *, full: bool) -> str:
         )
     periods = [min(method["periods"]) for method in comparison.methods.values()]
     if not full and any(periods):
-        notes.append(f"Feedback synced every {max(periods)} update{'s' * (max(periods) > 1)}.")
+        updates = f"{max(periods)} updates" if max(periods) > 1 else "update"
+        notes.append(f"Feedback is synced every {updates}.")
     if full:
         notes.append("Fewest steps: at the fastest rate where every run gets there.")
         notes.append("Means over seeds (of steps: geometric) with 95 % intervals.")
@@ -98,7 +101,8 @@ def claims_table(findings: Sequence[claims.Finding]) -> Table:
     """The verdicts, claim by claim, with what each of its tests found and the bound for it."""
     family = max((finding.family for finding in findings), default=0)
     notes = [f"p is the verdict's, after Holm's correction for {family} claims."] * (family > 0)
-    notes += [f"{f.key}: {f.why}" for f in findings if f.verdict == claims.UNDECIDED]
+    open_ones = claims.UNDECIDED, claims.NOT_TESTABLE
+    notes += [f"{f.key}: {f.why}" for f in findings if f.verdict in open_ones]
     if any(finding.exploratory for finding in findings):
         notes.append("Exploratory: the claim, its bounds or the target were chosen afterwards.")
     table = _table("Claims, with 95 % intervals and the bounds they have to meet", "\n".join(notes))
@@ -124,7 +128,7 @@ def _estimate(row, name, scale=1.0):
 def _table(title, caption):
     return Table(
         title=title,
-        caption=Text(caption),
+        caption=Text(f"\n{caption}\n"),
         caption_style="",
         caption_justify="left",
         box=box.SIMPLE_HEAD,

@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -33,6 +33,9 @@ RESAMPLES = 9999
 RESAMPLING_SEED = 20160715
 TINY = 1e-12
 """Standard errors of logs or degrees up to this are rounding, and count as zero."""
+
+Pivot: TypeAlias = Any
+"""A distribution of (estimate - truth) / error, such as `scipy.stats.t(df)` or an `Empirical`."""
 
 
 def smooth(losses: ArrayLike, window: int = WINDOW) -> np.ndarray:
@@ -118,6 +121,8 @@ class Estimate:
     Example:
         >>> print(Estimate(1.8, 1.7512, 1.85), Estimate(1.8, 1.7, math.inf), sep="; ")
         1.80 [1.75, 1.85]; 1.80 [1.70, ∞)
+        >>> print(Estimate(1.1174, 0.96104, 1.2993))
+        1.12 [0.96, 1.30]
     """
 
     value: float
@@ -132,20 +137,28 @@ class Estimate:
         """The estimate with its unit, and its interval as far as there is one."""
         if math.isnan(self.value):
             return "–"
-        said = _padded(self.value) + unit
+        said = alike(self.value, self.value) + unit
         open_high = self.high == math.inf
         open_low = self.low == -math.inf or self.low == 0 < self.value  # as ratios are open
         if math.isnan(self.low) or (open_low and open_high):
             return said
-        low = f"({number(self.low)}" if open_low else f"[{_padded(self.low)}"
-        return f"{said} {low}, " + ("∞)" if open_high else f"{_padded(self.high)}]")
+        low = f"({number(self.low)}" if open_low else f"[{alike(self.low, self.value)}"
+        return f"{said} {low}, " + ("∞)" if open_high else f"{alike(self.high, self.value)}]")
 
 
-def _padded(value):
-    """Three digits even where the last are zeros, so that the ends of an interval look alike."""
-    said = number(value)
-    short = abs(value) >= 99.95 or "e" in said or said in "0"
-    return said if short else f"{value:#.3g}".replace("-", "−")
+def alike(value: float, beside: float) -> str:
+    """A number with as many decimals as three digits of another one have.
+
+    Example:
+        >>> alike(1.3, 0.9612), alike(0.961, 1.1174), alike(1234.5, 1), alike(0.0012, 97)
+        ('1.300', '0.96', '1,235', '0.0012')
+    """
+    size = math.floor(math.log10(abs(beside))) if beside and math.isfinite(beside) else 2
+    decimals = max(0, 2 - size)
+    vanishes = abs(value) < 0.5 * 10.0**-decimals
+    if not math.isfinite(value) or abs(value) >= 99.95 or decimals > 6 or vanishes:
+        return number(value)
+    return f"{value:.{decimals}f}".replace("-", "−")
 
 
 class Result(NamedTuple):
@@ -156,19 +169,6 @@ class Result(NamedTuple):
     high: float
     p_holds: float
     p_fails: float
-
-
-class Pivot(Protocol):
-    """A distribution of (estimate - truth) / error; `scipy.stats.t(df)` is one."""
-
-    def sf(self, t: float) -> float:
-        """P(T ≥ t)."""
-
-    def cdf(self, t: float) -> float:
-        """P(T ≤ t)."""
-
-    def interval(self, confidence: float) -> tuple[float, float]:
-        """The quantiles that leave out (1 - confidence) / 2 on either side."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -72,7 +72,8 @@ class Store:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = pathlib.Path(path)
-        self.record = self._read("progress.json") or self._read("study.json") or {}
+        found = (read_record(self.path / f"{name}.json", FORMAT) for name in ("progress", "study"))
+        self.record: dict[str, Any] = next(filter(None, found), {})
 
     @property
     def finished(self) -> bool:
@@ -124,13 +125,13 @@ class Store:
             now["methods"] = before["methods"] | now["methods"]
             now["seeds"] = sorted({*before["seeds"], *now["seeds"]})
             now["claims"] = before["claims"]  # what is claimed after the first run is exploratory
-            expected = _expected(now)
-            if foreign := there - expected:
+            mine = expected(now)
+            if foreign := there - mine:
                 raise ValueError(
                     f"{self.path} holds {min(foreign)}, which is no run of this comparison. Delete "
                     "the part of it, and what is missing then is done again."
                 )
-            if missing := expected - there.union(runs):
+            if missing := mine - there.union(runs):
                 raise ValueError(
                     f"{self.path} would lack {min(missing)} and {len(missing) - 1} other runs; "
                     "expected every method with every seed. Ask for all methods when you add "
@@ -138,13 +139,14 @@ class Store:
                 )
             now["seconds_before"] = before.get("seconds", 0) + before.get("seconds_before", 0)
         self.record = now
-        self._write_json("progress.json", now)
+        files.write_json(self.path / "progress.json", now)
 
     def add(self, runs: Sequence[Run], results: Mapping[str, Any]) -> None:
         """Keeps some runs: what `loops.scanned` gave, with a leading axis of the runs."""
         flat = flattened({name: part for name, part in results.items() if name != "params"})
         for i, run in enumerate(runs if "params" in results else ()):
-            own = {name: leaf[i] for name, leaf in flattened(results["params"]).items()}
+            params = flattened(results["params"])
+            own = {f"params/{name}": _storable(leaf[i]) for name, leaf in params.items()}
             files.write_atomically(self.params(run), functools.partial(np.savez, **own))
         facts = json.dumps([[list(run) for run in runs], sorted(flat)])
         name = hashlib.sha256(facts.encode()).hexdigest()[:16]
@@ -184,12 +186,9 @@ class Store:
             table = table.sort_values(
                 by, key=lambda column: column.map(order) if column.name == "method" else column
             ).reset_index(drop=True)
-            content = table.to_parquet(None, index=False, write_page_checksum=True)
-            self._write(f"{name}.parquet", content)
-            if name != "losses":  # a row is as long as a run
-                self._write(f"{name}.csv", table.to_csv(index=False).encode())
+            write_table(self.path / name, table)
         self.record |= facts
-        self._write_json("study.json", self.record)
+        files.write_json(self.path / "study.json", self.record)
         self.forget()
 
     def forget(self) -> None:
@@ -265,31 +264,56 @@ class Store:
                 ) from error
             yield runs, results
 
-    def _write(self, name, content):
-        files.write_atomically(self.path / name, lambda file: file.write(content))
 
-    def _write_json(self, name, record):
-        files.write_text(self.path / name, json.dumps(record, indent=2) + "\n")
+def read_record(
+    file: pathlib.Path,
+    version: int,
+    what: str = "a comparison",
+    check: Callable[[dict[str, Any]], Any] = dict,
+) -> dict[str, Any] | None:
+    """Reads a record; None if it is not there.
 
-    def _read(self, name) -> dict[str, Any] | None:
-        file = self.path / name
-        if not file.exists():
-            return None
-        try:
-            record = json.loads(file.read_text())
-            found, made_by = record.get("format", 1), record["versions"]["soap_jax"]
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{file} is not the record of a comparison ({error!r}). Name another directory as "
-                "out, or delete this one."
-            ) from error
-        if found != FORMAT:
-            raise ValueError(
-                f"{self.path} holds results of format {found}, made by soap_jax {made_by}; this is "
-                f"soap_jax {soap_jax.__version__}, which reads format {FORMAT}. Use that version, "
-                "or run the comparison again into another directory."
-            )
-        return record
+    Args:
+        file: as `files.write_json` wrote it.
+        version: the format that it must have.
+        what: it records.
+        check: raises for what is none.
+
+    Raises:
+        ValueError: if it is no such record, or has another format.
+    """
+    if not file.exists():
+        return None
+    try:
+        record = json.loads(file.read_text())
+        found, made_by = record.get("format", 1), record["versions"]["soap_jax"]
+        if found == version:
+            check(record)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is not the record of {what} ({error!r}). Name another directory as out, or "
+            "delete this one."
+        ) from error
+    if found != version:
+        raise ValueError(
+            f"{file.parent} holds {what} of format {found}, made by soap_jax {made_by}; this is "
+            f"soap_jax {soap_jax.__version__}, which reads format {version}. Use that version, or "
+            "run it again into another directory."
+        )
+    return record
+
+
+def write_table(path: pathlib.Path, table: pd.DataFrame) -> None:
+    """Writes a table as Parquet, and as CSV unless its rows hold lists."""
+    content = table.to_parquet(None, index=False, write_page_checksum=True)
+    files.write_atomically(path.with_suffix(".parquet"), lambda file: file.write(content))
+    if path.name != "losses":  # a row is as long as a run
+        files.write_text(path.with_suffix(".csv"), table.to_csv(index=False))
+
+
+def _storable(leaf) -> np.ndarray:
+    """An array of a type that NumPy's files know: bfloat16 and the like as float32."""
+    return np.asarray(leaf, np.float32) if leaf.dtype.kind == "V" else leaf
 
 
 def flattened(tree: chex.ArrayTree) -> dict[str, Any]:
@@ -313,7 +337,7 @@ def _comparable(record):
     return record | {"device": rest | {"count": several}}
 
 
-def _expected(record) -> set[Run]:
+def expected(record: Mapping[str, Any]) -> set[Run]:
     """Every method with every seed, at every learning rate and period."""
     return {
         Run(name, rate, seed, period)
