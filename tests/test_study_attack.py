@@ -94,7 +94,7 @@ REFUSED = {
     "target": ({"target_loss": "low"}, "target_loss is 'low'"),
     "extend": ({"extend": 1.5}, "extend is 1.5"),
     "record": ({"record": {"note": {1}}}, "what JSON can hold"),
-    "claims": ({"claims": ["fa"]}, "expected Tests"),
+    "claims": ({"claims": ["fa"]}, "expected a list of Claims"),
     "the worst rate": (
         {"task": make(validation=DATA, metrics={"m": loss}), "select": "validation_m"},
         "maximise is None",
@@ -172,8 +172,10 @@ def of_constant(array):
 
 
 CODE = {
-    "optimizer": [{"optimizer": lambda r: optax.sgd(r, momentum=m)} for m in (0.5, 0.9)],
-    "init": [{"task": make(init=lambda k, s=s: jax.tree.map(s.__mul__, init(k)))} for s in (1, 2)],
+    "optimizer": [{"optimizer": lambda r, m=m: optax.sgd(r, momentum=m)} for m in (0.5, 0.9)],
+    "init": [
+        {"task": make(init=lambda k, s=s: jax.tree.map(lambda x: s * x, init(k)))} for s in (1, 2)
+    ],
     "metric": [
         {"task": make(validation=DATA, metrics={"m": lambda p, b, s=s: s * loss(p, b)})}
         for s in (1, 2)
