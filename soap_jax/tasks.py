@@ -85,7 +85,7 @@ class Task:
                 raise ValueError(f"a metric is named {name!r}; expected a word without '/'.")
         for name in ("train", "validation", "test"):
             part = getattr(self, name)
-            if not ((part is None and name != "train") or (callable(part) and name == "train")):
+            if not callable(part) if name == "train" else part is not None:
                 object.__setattr__(self, name, jax.tree.map(_as_array, part))
                 _check_data(name, getattr(self, name))
 

@@ -128,10 +128,7 @@ def fingerprint(task: Task, batch_size: int) -> dict[str, Any]:
 
 def _types(part, batch_size):
     def of(x):  # a 64-bit array is a 32-bit one to JAX, unless told otherwise
-        return jax.ShapeDtypeStruct(
-            (batch_size, *x.shape[1:]),
-            jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True),
-        )
+        return jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), jax.typeof(x).dtype)
 
     return jax.tree.map(of, part)
 

@@ -84,6 +84,12 @@ class Method:
     needs: str = ""
     init: Callable[..., chex.ArrayTree] | None = None
 
+    def __post_init__(self):
+        for name in ("reference", "label", "color", "isolates", "paper"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name not in ("label", "color")):
+                raise ValueError(f"{name} is {value!r}; expected a string.")
+
     @property
     def own(self) -> bool:
         """Whether it has a loss or a gradient of its own."""
@@ -153,6 +159,9 @@ def _local(loss, **words):
 
 
 _KUNIN, _LIAO = "Kunin et al. 2020", "Liao et al. 2016"
+MOST_BYTES = 100
+"""The longest name of a method."""
+
 METHODS: dict[str, Method] = {
     "bp": Method(label="backprop", color="#707070", isolates="the reference"),
     "fa": Method(
@@ -317,8 +326,12 @@ def resolve(methods: Mapping[str, str | Method] | Sequence[str]) -> dict[str, Me
         )
     found = {}
     for key, method in pairs:
-        if not (isinstance(key, str) and key and "/" not in key):
-            raise ValueError(f"a method is named {key!r}; expected a string without '/'.")
+        said = isinstance(key, str) and key.isprintable() and "/" not in key
+        if not said or not 0 < len(key.encode()) <= MOST_BYTES:
+            raise ValueError(
+                f"a method is named {key!r}; expected a printable string without '/', of at most "
+                f"{MOST_BYTES} bytes: it names files."
+            )
         if isinstance(method, str):
             grids.check_known(
                 "methods", method, METHODS, other=", or a Method of your own in a dict"

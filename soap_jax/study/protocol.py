@@ -184,6 +184,7 @@ def compare(
         "format": store.FORMAT,
         "protocol": {
             **settings,
+            "keep_params": keep_params,
             "optimizer": registry.in_words(optimizer),
             "learning_rates": learning_rates,
             "periods": list(periods or ()),
@@ -229,7 +230,8 @@ def compare(
             facts["extended"] = _everywhere([*facts["extended"], *more])
     if into is None:
         return None
-    found.path = None if out is None else path
+    if out is None:
+        found.path = None
     return found
 
 

@@ -78,7 +78,7 @@ class Results:
         *,
         target_loss: float | None = None,
     ):
-        self.record, self.path = dict(record), path
+        self.record, self.path = dict(record), path and path.absolute()
         self.protocol: dict[str, Any] = self.record["protocol"]
         self.methods: dict[str, dict[str, Any]] = self.record["methods"]
         self.kernels: list[str] = list(self.record["kernels"])
@@ -351,7 +351,7 @@ class Results:
             raise ValueError("the comparison has no directory; expected compare(out=...)")
         run = store.Run(method, rate, seed, period)
         with np.load(store.Store(self.path).params(run)) as arrays:
-            return dict(arrays)
+            return {name.removeprefix("params/"): leaf for name, leaf in arrays.items()}
 
     # Inside
 

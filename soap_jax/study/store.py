@@ -144,7 +144,8 @@ class Store:
         """Keeps some runs: what `loops.scanned` gave, with a leading axis of the runs."""
         flat = trees.named({name: part for name, part in results.items() if name != "params"})
         for i, run in enumerate(runs if "params" in results else ()):
-            own = {name: leaf[i] for name, leaf in trees.named(results["params"]).items()}
+            params = trees.named(results["params"])
+            own = {f"params/{name}": _storable(leaf[i]) for name, leaf in params.items()}
             files.write_atomically(self.params(run), functools.partial(np.savez, **own))
         facts = json.dumps([[list(run) for run in runs], sorted(flat)])
         name = hashlib.sha256(facts.encode()).hexdigest()[:16]
@@ -307,6 +308,11 @@ def write_table(path: pathlib.Path, table: pd.DataFrame) -> None:
     files.write_atomically(path.with_suffix(".parquet"), lambda file: file.write(content))
     if path.name != "losses":  # a row is as long as a run
         files.write_text(path.with_suffix(".csv"), table.to_csv(index=False))
+
+
+def _storable(leaf) -> np.ndarray:
+    """An array of a type that NumPy's files know: bfloat16 and the like as float32."""
+    return np.asarray(leaf, np.float32) if leaf.dtype.kind == "V" else leaf
 
 
 def _runs(table) -> list[Run]:
