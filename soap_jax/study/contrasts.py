@@ -158,7 +158,7 @@ class Ratio(Test):
             raise NotTestable(starts)
         _check_inside(comparison, self.at, pair, self.periods)
         found = comparison.compared(*pair, at=self.at, periods=self.periods, metric=metric)
-        what = metric.replace("_", " ") if metric else f"steps to loss {comparison.target_loss:g}"
+        what = metric.replace("_", " ") if metric else f"steps to loss {statistics.number(comparison.target_loss)}"
         result = (found.mean.judge if metric else found.mean.judge_ratio)(self.within)
         notes = [found.note, starts]
         if self.amplification:

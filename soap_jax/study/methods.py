@@ -294,9 +294,9 @@ def resolve(methods: Mapping[str, str | Method] | Sequence[str]) -> dict[str, Me
         >>> {key: method.rule for key, method in resolve(["bp", "fa"]).items()}
         {'bp': None, 'fa': Fixed()}
     """
-    named = isinstance(methods, Mapping)
-    several = isinstance(methods, Mapping | Sequence) and not isinstance(methods, str)
-    pairs = list(methods.items() if named else zip(methods, methods) if several else ())  # type: ignore[union-attr]
+    names = methods if isinstance(methods, Sequence) and not isinstance(methods, str) else ()
+    one_by_one = [(name, name) for name in names]
+    pairs = list(methods.items()) if isinstance(methods, Mapping) else one_by_one
     keys = [key for key, _ in pairs]
     if not keys or any(keys.count(key) > 1 for key in keys):
         raise ValueError(
