@@ -104,7 +104,7 @@ class TaskStudy(_Running, preset.Protocol):
 
     task: tyro.conf.Positional[pathlib.Path]
     select: str | None = None
-    maximise: bool = False
+    maximise: bool | None = None
     module: tyro.conf.Suppress[Any] = None
 
     def run(self):
@@ -412,7 +412,7 @@ def _start_jax(*, cache: bool, distributed: bool = False):
             path.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(path))
             jax.config.update("jax_compilation_cache_max_size", CACHE_SIZE)
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if distributed:
         jax.distributed.initialize()
         jax.devices()  # all meet here: later they see at once when one of them ends

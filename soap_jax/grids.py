@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import reprlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 MOST = 2**31 - 1
 """The largest int32, in which seeds, steps and periods are counted."""
+MOST_RUNS = 10**6
+"""The most runs of a study; each of them is known by name from the start."""
 
 
 def check(
@@ -62,6 +65,21 @@ def check_count(name: str, value: int, *, most: int = MOST) -> None:
         raise ValueError(f"{said} at least 1.")
     if value > most:
         raise ValueError(f"{said} at most {most}.")
+
+
+def check_known(name: str, value: str, known: Collection[str], *, other: str = "") -> None:
+    """Raises ValueError unless the value is one of those known; `other` says what else it may be.
+
+    Example:
+        >>> check_known("model", "cnn", ["mlp", "conv"])
+        Traceback (most recent call last):
+        ...
+        ValueError: model: 'cnn' is unknown; expected mlp, conv.
+    """
+    if value not in known:
+        near = difflib.get_close_matches(value, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}: {value!r} is unknown; expected {', '.join(known)}{other}.{hint}")
 
 
 def as_float32(value) -> float:

@@ -8,7 +8,7 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import chex
 import flax.linen as nn
@@ -84,7 +84,10 @@ class Task:
             if not (isinstance(name, str) and name and "/" not in name):
                 raise ValueError(f"a metric is named {name!r}; expected a word without '/'.")
         for name in ("train", "validation", "test"):
-            _check_data(name, getattr(self, name))
+            part = getattr(self, name)
+            if not ((part is None and name != "train") or (callable(part) and name == "train")):
+                object.__setattr__(self, name, jax.tree.map(_as_array, part))
+                _check_data(name, getattr(self, name))
 
     @property
     def generated(self) -> bool:
@@ -102,11 +105,15 @@ class Task:
         }
 
 
+def _as_array(leaf):
+    """What is made of arrays as one, such as pandas' tables, in the machine's order of bytes."""
+    if isinstance(leaf, jax.Array) or not getattr(leaf, "shape", ()):
+        return leaf
+    array = np.asanyarray(leaf)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
 def _check_data(name, part):
-    if part is None and name != "train":
-        return
-    if callable(part) and name == "train":
-        return
     leaves = {
         jax.tree_util.keystr(keys) or "the array": leaf
         for keys, leaf in jax.tree_util.tree_leaves_with_path(part)
@@ -118,6 +125,17 @@ def _check_data(name, part):
                 f"{name} holds {leaf!r} at {keys}; expected arrays whose first axis is that of the "
                 "examples."
             )
+        kinds = (np.number, np.bool_, jax.dtypes.prng_key)
+        if isinstance(leaf, np.ma.MaskedArray) or not any(
+            jnp.issubdtype(leaf.dtype, kind) for kind in kinds
+        ):
+            raise ValueError(
+                f"{name} holds {type(leaf).__name__} of {leaf.dtype} at {keys}; expected numbers."
+            )
+        held: Any = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
+        whole = held != leaf.dtype and np.issubdtype(held, np.integer)
+        if whole and np.any(leaf != np.asarray(leaf).astype(held)):
+            raise ValueError(f"{name} holds integers beyond {held} at {keys}, JAX's widest now.")
         lengths[keys] = leaf.shape[0]
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         said = ", ".join(f"{length} at {keys}" for keys, length in lengths.items()) or "none"

@@ -361,5 +361,5 @@ def test_own_methods_get_all_that_the_librarys_get(own, tmp_path):
 
 def test_refuses_held_out_examples_that_the_loss_does_not_take():
     task = dataclasses.replace(plain(), validation={"x": np.ones((4, 3), np.float32)})
-    with pytest.raises(ValueError, match="the loss raises KeyError on examples of validation: 'y'"):
+    with pytest.raises(ValueError, match="loss, on examples of validation, raises KeyError: 'y'"):
         study.compare(task, ["bp", "fa"], learning_rates=(0.1,), **SHORT)

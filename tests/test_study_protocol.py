@@ -71,7 +71,7 @@ BAD_TASKS = {
     ),
     "metric raises": (
         lambda: changed(metrics={"bad": lambda p, b: p["no such"]}),
-        "the metric 'bad' raises KeyError",
+        "the metric 'bad', on examples of train, raises KeyError",
     ),
     "metric is a vector": (
         lambda: changed(metrics={"bad": lambda p, b: b[1][:, 0]}),
@@ -382,3 +382,14 @@ def test_leaves_the_settings_of_jax_alone():
     before = {name: jax.config.values[name] for name in jax.config.values}
     compare()
     assert before == {name: jax.config.values[name] for name in jax.config.values}
+
+
+def test_the_last_kernel_alone_learns_with_learnt_feedback(tmp_path):
+    learnt = study.Method(rule=soap_jax.Fixed(), feedback_bar="kernel", last_only=True)
+    result = compare(methods={"m": learnt}, keep_params=True, out=tmp_path / "out")
+    start = init(jax.random.split(jax.random.key(0), 3)[0])
+    params = result.params("m", 0.2, 0)
+    np.testing.assert_array_equal(params["a"], start["a"])
+    assert abs(params["b"] - start["b"]).max() > 0
+    moved = result.measured("weight_angle/b", "m", 0.2, end=True)
+    assert abs(moved - result.measured("weight_angle/b", "m", 0.2, end=False)).max() > 0.01

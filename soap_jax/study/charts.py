@@ -230,14 +230,16 @@ def names(comparison: Results) -> dict[str, str]:
 def marks(comparison: Results) -> dict[str, Mark]:
     """How methods are drawn, by what they are called."""
     given = [record["color"] for record in comparison.methods.values()]
+    return looks(dict(zip(names(comparison).values(), given, strict=True)))
+
+
+def looks(colors: Mapping[str, str | None]) -> dict[str, Mark]:
+    """Marks by name, of the colours given and else of those that are left."""
+    given = colors.values()
     spare = itertools.cycle([color for color in PALETTE if color not in given] or PALETTE)
     dashes = (of for of in itertools.cycle(DASHES) for _ in SHAPES)
-    looks = zip(given, itertools.cycle(SHAPES), dashes, strict=False)
-    called = names(comparison).values()
-    return {
-        name: (color or next(spare), shape, dash)
-        for name, (color, shape, dash) in zip(called, looks, strict=True)
-    }
+    forms = zip(colors.items(), itertools.cycle(SHAPES), dashes, strict=False)
+    return {name: (color or next(spare), shape, dash) for (name, color), shape, dash in forms}
 
 
 def _curves(comparison: Results, points: list[tuple], **options: Any) -> Figure:

@@ -12,29 +12,43 @@ import numpy as np
 from jax.extend import core
 
 from soap_jax import trees
-from soap_jax.study import trial
+from soap_jax.study import loops, trial
 from soap_jax.tasks import Task
 
 
 def check(task: Task, batch_size: int) -> trial.Layers:
     """Tries the task's functions with one seed, and finds its kernels."""
     key = jax.random.key(0)
+    for name in ("init", "init_state", "train"):
+        if callable(function := getattr(task, name)):
+            _tried(name, function, key)
     params = jax.jit(task.init)(key)
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"init gives {leaf.dtype} at {jax.tree_util.keystr(keys)}; expected floating-point "
+                "params. What is not learnt belongs to init_state."
+            )
     state = task.init_state and jax.jit(task.init_state)(key)
-    if task.generated:
+    if callable(task.train):
         batch = task.train(key)
     else:
         batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[:batch_size]), task.train)
     _check_device(task)
     fun = trial.loss_of(task)
     args = params, state, batch, key
-    loss, _ = jax.eval_shape(fun, *args)
+
+    def value(*args):
+        loss, _ = fun(*args)
+        return loss
+
+    loss = _tried("loss", value, *args)
     if getattr(loss, "shape", None) != () or not jnp.issubdtype(loss.dtype, jnp.floating):
         raise ValueError(
             f"the loss is {loss}; expected a floating-point scalar, the mean over the batch."
         )
     jaxpr = jax.make_jaxpr(fun)(*args).jaxpr
-    first, second = fun(*args)[0], fun(*args)[0]
+    first, second = value(*args), value(*args)
     if not np.isfinite(first):
         raise ValueError(
             f"the loss is {first} before the first update; expected a finite number. Look at init "
@@ -43,31 +57,42 @@ def check(task: Task, batch_size: int) -> trial.Layers:
     used = {var for eqn in jaxpr.eqns for var in eqn.invars if not isinstance(var, core.Literal)}
     leaves = len(jax.tree.leaves((params, state)))
     of_batch = jaxpr.invars[leaves : leaves + len(jax.tree.leaves(batch))]
-    if first != second or _text(fun, args) != _text(fun, args):
-        raise ValueError(
-            "the loss depends on more than its arguments: two calls with the same ones differ. "
-            "Expected a pure function; draw from the key of a task with init_state."
-        )
+    if first != second:
+        raise _impure("loss")
     if not used.intersection(of_batch):
         raise ValueError(
             "the loss does not use its batch; expected loss(params, batch). What it closes over is "
             "constant to it: pass the examples as train."
         )
     own = args[:1] if task.init_state is None else args[:2]
-    functions = {"the loss": lambda *given: fun(params, state, given[-1], key)[0]}
+    functions = {"loss": lambda *given: value(params, state, given[-1], key)}
     functions |= {f"the metric {name!r}": metric for name, metric in task.metrics.items()}
     held_out = {p: _types(getattr(task, p), batch_size) for p in task.examples if p != "train"}
     for part, examples in {"train": batch, **held_out}.items():
         for name, function in functions.items():
-            try:
-                value = jax.eval_shape(function, *own, examples)
-            except Exception as error:
-                raise ValueError(
-                    f"{name} raises {type(error).__name__} on examples of {part}: {error}"
-                ) from error
-            if getattr(value, "shape", None) != ():
-                raise ValueError(f"{name} is {value}; expected a scalar.")
+            found = _tried(f"{name}, on examples of {part},", function, *own, examples)
+            if getattr(found, "shape", None) != ():
+                raise ValueError(f"{name} is {found}; expected a scalar.")
     return trial.layers_of(task, params, state, batch)
+
+
+def _tried(name, function, *args):
+    """The shapes that a function gives; refused if it raises, or draws from elsewhere."""
+    try:
+        shapes = jax.eval_shape(lambda *args: function(*args), *args)
+        texts = {text(jax.make_jaxpr(lambda *args: function(*args))(*args)) for _ in range(2)}
+    except Exception as error:
+        raise ValueError(f"{name} raises {type(error).__name__}: {error}") from error
+    if len(texts) > 1:
+        raise _impure(name)
+    return shapes
+
+
+def _impure(name):
+    return ValueError(
+        f"{name} depends on more than its arguments: two calls with the same ones differ. Expected "
+        "a pure function; draw from its key, a loss from that of a task with init_state."
+    )
 
 
 def _check_device(task):
@@ -90,9 +115,9 @@ def fingerprint(task: Task, batch_size: int) -> dict[str, Any]:
     params = jax.eval_shape(task.init, key)
     state = task.init_state and jax.eval_shape(task.init_state, key)
     batch = jax.eval_shape(task.train, key) if task.generated else _types(task.train, batch_size)
-    text = _text(trial.loss_of(task), (params, state, batch, key))
+    loss = jax.make_jaxpr(trial.loss_of(task))(params, state, batch, key)
     return {
-        "loss": hashlib.sha256(text.encode()).hexdigest(),
+        "loss": hashlib.sha256(text(loss).encode()).hexdigest(),
         "params": {
             "/".join(trees.path_of(k)): f"{leaf.dtype}{list(leaf.shape)}"
             for k, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -105,17 +130,17 @@ def fingerprint(task: Task, batch_size: int) -> dict[str, Any]:
 def _types(part, batch_size):
     def of(x):  # a 64-bit array is a 32-bit one to JAX, unless told otherwise
         return jax.ShapeDtypeStruct(
-            (batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype)
+            (batch_size, *x.shape[1:]),
+            jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True),
         )
 
     return jax.tree.map(of, part)
 
 
-def _text(fun, args) -> str:
-    """A function as its jaxpr, with the values that it closes over, without addresses."""
-    closed = jax.make_jaxpr(lambda *args: fun(*args))(*args)  # not from a cache
-    consts = " ".join(_digest(const) for const in closed.consts)
-    return re.sub(r"0x[0-9a-f]+", "", f"{closed.jaxpr} {consts}")
+def text(jaxpr: core.ClosedJaxpr) -> str:
+    """A program, with the values that it closes over, without addresses."""
+    consts = [getattr(part, "consts", ()) for part in loops.every_jaxpr(jaxpr)]
+    return re.sub(r"0x[0-9a-f]+", "", f"{jaxpr.jaxpr} {_digest(consts)}")
 
 
 def _digest(tree) -> str:

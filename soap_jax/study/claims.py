@@ -100,14 +100,19 @@ class Finding:
 def as_claims(claims: Sequence[Claim | Test]) -> list[Claim]:
     """Claims as they are; of a test alone, the claim that it passes."""
     several = isinstance(claims, Sequence) and not isinstance(claims, str)
-    if not several or not all(isinstance(claim, Claim | Test) for claim in claims):
+    given: list[Any] = list(claims) if several else [claims]
+    if not all(isinstance(claim, Claim | Test) for claim in given):
         raise ValueError(
-            f"claims is {claims!r}; expected a list of Claims, or of tests such as study.Ratio(...)."
+            f"claims is {claims!r}; expected a list of Claims or tests, such as study.Ratio(...)."
         )
-    return [
+    found = [
         claim if isinstance(claim, Claim) else Claim(str(i), "", (claim,))
-        for i, claim in enumerate(claims, start=1)
+        for i, claim in enumerate(given, 1)
     ]
+    for claim in found:
+        if not claim.tests or not all(isinstance(test, Test) for test in claim.tests):
+            raise ValueError(f"claim {claim.key!r} has the tests {claim.tests}; expected Tests.")
+    return found
 
 
 def judge(comparison: Results, claims: Sequence[Claim | Test] | None = None) -> list[Finding]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Sequence
 
 from soap_jax.study import claims as claims_
-from soap_jax.study import files, results, store
+from soap_jax.study import results, store
 from soap_jax.study.claims import Claim, Finding
 from soap_jax.study.contrasts import Test
 
@@ -34,11 +33,7 @@ class Comparison(results.Results):
         """
         from soap_jax.study import report  # here, since what draws takes a while to import
 
-        findings, path = self.judge(claims), pathlib.Path(path)
-        if path.suffix == ".html":
-            files.write_text(path, report.render(self, findings))
-        else:
-            report.write(self, findings, path)
+        report.write(self, self.judge(claims), path)
 
 
 def load(path: str | os.PathLike[str]) -> Comparison:

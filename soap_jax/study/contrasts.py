@@ -54,7 +54,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Test:
-    """What a claim takes; one of your own has `measure`, `label` and `evaluate`.
+    """What a claim takes; one of your own has `measure`, `words` or `label`, and `evaluate`.
 
     Attributes:
         within: the region in which the truth must lie.
@@ -62,6 +62,7 @@ class Test:
 
     within: Region = dataclasses.field(kw_only=True)
     measure: ClassVar[str]
+    words: ClassVar[str] = ""
     kinds: ClassVar[dict[str, type[Test]]] = {}
     __test__ = False  # nothing for pytest
 
@@ -74,8 +75,9 @@ class Test:
             raise ValueError(f"within is {self.within}; expected (low, high), of ratios from 0 on.")
 
     def label(self, comparison: Results) -> str:
-        """What is measured, in words."""
-        raise NotImplementedError
+        """What is measured: `words`, with the labels of the methods that the fields name."""
+        named = {k: comparison.label(v) for k, v in vars(self).items() if isinstance(v, str)}
+        return self.words.format(**named)
 
     def evaluate(self, comparison: Results) -> Part:
         """Measures it; raises `NotTestable` where the comparison cannot."""
@@ -158,7 +160,8 @@ class Ratio(Test):
             raise NotTestable(starts)
         _check_inside(comparison, self.at, pair, self.periods)
         found = comparison.compared(*pair, at=self.at, periods=self.periods, metric=metric)
-        what = metric.replace("_", " ") if metric else f"steps to loss {statistics.number(comparison.target_loss)}"
+        steps = f"steps to loss {statistics.number(comparison.target_loss)}"
+        what = metric.replace("_", " ") if metric else steps
         result = (found.mean.judge if metric else found.mean.judge_ratio)(self.within)
         notes = [found.note, starts]
         if self.amplification:
@@ -209,11 +212,7 @@ class Share(Test):
     over: str
     metric: str
     measure: ClassVar[str] = "share"
-
-    def label(self, comparison: Results) -> str:
-        """The gain, in words."""
-        method, reference, over = map(comparison.label, (self.method, self.reference, self.over))
-        return f"{method}: share of the gain of {reference} over {over}"
+    words: ClassVar[str] = "{method}: share of the gain of {reference} over {over}"
 
     def evaluate(self, comparison: Results) -> Part:
         """Measures it; raises `NotTestable` where the comparison cannot."""
@@ -256,14 +255,8 @@ class Trend(Test):
 
     def evaluate(self, comparison: Results) -> Part:
         """Measures it; raises `NotTestable` where the comparison cannot."""
-        grids = [comparison.grid(method) for method in self.methods]
-        if starts := comparison.different_starts(*self.methods):
-            raise NotTestable(starts)
-        rate = comparison.rate(self.methods[0], self.at)
-        i = comparison.rates.index(rate)
-        result = statistics.trend(np.stack([grid.values[i] for grid in grids], axis=1))
-        notes = [comparison.missing(method, rate) for method in self.methods]
-        flags = [grid.censored[i] for grid in grids]
+        rate, logs, flags, notes = comparison.together(self.methods, self.at)
+        result = statistics.trend(logs.T)
         if any(map(statistics.too_many, flags)):
             result = result._replace(p_holds=1.0, p_fails=1.0)
             notes.insert(0, "more than a tenth of a method's runs are censored: no conclusion")
@@ -288,10 +281,7 @@ class FinalAngle(Test):
 
     method: str
     measure: ClassVar[str] = "degrees"
-
-    def label(self, comparison: Results) -> str:
-        """The method's."""
-        return f"{comparison.label(self.method)}, final error angle at the last hidden layer"
+    words: ClassVar[str] = "{method}, final error angle at the last hidden layer"
 
     def evaluate(self, comparison: Results) -> Part:
         """Measures it; raises `NotTestable` where the comparison cannot."""
@@ -312,11 +302,7 @@ class ErrorAngleTrend(Test):
     _: dataclasses.KW_ONLY
     within: Region = (0.0, INF)
     measure: ClassVar[str] = "trend"
-
-    def label(self, comparison: Results) -> str:
-        """The method's."""
-        name = comparison.label(self.method)
-        return f"{name}, final error angle grows with distance from the output"
+    words: ClassVar[str] = "{method}, final error angle grows with distance from the output"
 
     def evaluate(self, comparison: Results) -> Part:
         """Measures it; raises `NotTestable` where the comparison cannot."""

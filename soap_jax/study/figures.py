@@ -78,14 +78,23 @@ class Figure:
 
 def save(figures: Sequence[Figure], directory: pathlib.Path) -> None:
     """Writes each figure as SVG, PNG and PDF, and the first ones side by side as an overview."""
-    specs = {figure.name: figure.spec for figure in figures}
-    shown = [specs[name] for name in PANELS if specs.get(name)]
-    panels = [{k: v for k, v in spec.items() if k not in ("$schema", "config")} for spec in shown]
+    for figure in figures:
+        save_svg(_svg(figure.spec), directory / figure.name)
+    overview = [figure for figure in figures if figure.name in PANELS]
+    save_svg(beside(overview), directory / "overview")
+
+
+def beside(figures: Sequence[Figure], resolve: str = "shared") -> str:
+    """Figures side by side as SVG, with a "shared" legend or "independent" ones."""
+    specs = [figure.spec for figure in figures if figure.chart]
+    panels = [{k: v for k, v in spec.items() if k not in ("$schema", "config")} for spec in specs]
+    resolved = {"scale": dict.fromkeys(("color", "shape", "strokeDash"), resolve)}
     config = CONFIG | {"legend": CONFIG["legend"] | {"columns": 4}}
-    specs["overview"] = {"hconcat": panels, "config": config} if panels else {}
-    for name, spec in specs.items():
-        svg = vl_convert.vegalite_to_svg(spec | {"background": "white"}) if spec else ""
-        save_svg(svg, directory / name)
+    return _svg({"hconcat": panels, "config": config, "resolve": resolved} if panels else {})
+
+
+def _svg(spec):
+    return vl_convert.vegalite_to_svg(spec | {"background": "white"}) if spec else ""
 
 
 def save_svg(svg: str, stem: pathlib.Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
 import tempfile
@@ -103,3 +104,8 @@ def _write_and_rename(path, write):
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a text file atomically."""
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: pathlib.Path, record: Any) -> None:
+    """Writes what JSON can hold atomically."""
+    write_text(path, json.dumps(record, indent=2) + "\n")

@@ -17,7 +17,35 @@ from jax import lax
 from jax.extend import core
 
 from soap_jax import sweeps
-from soap_jax.study.trial import Trial
+from soap_jax.study.trial import State, Trial
+
+
+def segment(trial: Trial) -> Callable[..., tuple[State, jax.Array]]:
+    """`(state, plan, learning_rate, index, data, k) -> (state, losses)`, up to the k-th mark."""
+    every = trial.steps // trial.marks
+
+    def train(state, plan, learning_rate, index, data, k):
+        def one(state, i):
+            return trial.step(state, plan, learning_rate, index, data, i)
+
+        state, losses = lax.scan(one, state, (k - 1) * every + jnp.arange(every))
+        return state, losses.astype(jnp.float32)
+
+    return train
+
+
+def stepwise_segment(trial: Trial) -> Callable[..., tuple[State, list[jax.Array]]]:
+    """The same step by step from Python, by a compiled `trial.step`."""
+    every = trial.steps // trial.marks
+
+    def train(state, plan, learning_rate, index, data, k):
+        losses = []
+        for i in range((k - 1) * every, k * every):
+            state, loss = trial.step(state, plan, learning_rate, index, data, jnp.int32(i))
+            losses.append(loss)
+        return state, losses
+
+    return train
 
 
 def scanned(trial: Trial) -> Callable[..., dict[str, Any]]:
@@ -36,16 +64,12 @@ def scanned(trial: Trial) -> Callable[..., dict[str, Any]]:
         every = trial.steps // trial.marks
 
         def train(state, k):
-            def one(state, i):
-                return trial.step(state, plan, learning_rate, index, data, i)
-
-            state, losses = lax.scan(one, state, (k - 1) * every + jnp.arange(every))
-            return state, losses.astype(jnp.float32)
+            return segment(trial)(state, plan, learning_rate, index, data, k)
 
         def wait(state, k):
             return state, jnp.where(k > 0, jnp.nan, jnp.zeros(every, jnp.float32))
 
-        def segment(carry, k):  # the first only measures: so XLA compiles measuring once
+        def until(carry, k):  # the first only measures: so XLA compiles measuring once
             state, alive = carry
             state, losses = lax.cond((k > 0) & alive, train, wait, state, k)
             alive &= jnp.isfinite(losses).all()
@@ -54,7 +78,7 @@ def scanned(trial: Trial) -> Callable[..., dict[str, Any]]:
             return (state, alive), (losses, row)
 
         marks = jnp.arange(trial.marks + 1, dtype=jnp.int32)
-        (state, alive), (losses, rows) = lax.scan(segment, (state, jnp.array(True)), marks)
+        (state, alive), (losses, rows) = lax.scan(until, (state, jnp.array(True)), marks)
         test = trial.test(state, data)
         test = jax.tree.map(lambda leaf: jnp.where(alive, leaf, jnp.nan), test)
         results = {"train_loss": losses[1:].reshape(-1), "evaluations": rows, "test": test}
@@ -96,8 +120,8 @@ def stepwise(
         As there.
     """
     index, data = args
-    init, step, measure, test = of_method[:4]
-    every = of_method.steps // of_method.marks
+    init, _, measure, test = of_method[:4]
+    train, marks = stepwise_segment(of_method), of_method.marks
     finished, known = len(done), set(done)
     if on_progress:
         on_progress(finished, len(points))
@@ -109,11 +133,10 @@ def stepwise(
         rates = jnp.array([points[i].learning_rate for i in indices], jnp.float32)
         state, plan = init(seeds, rates, jnp.int32(points[indices[0]].period), index, data)
         rows, losses = [measure(state, plan, rates, index, data)], []
-        for i in range(of_method.steps):
-            state, loss = step(state, plan, rates, index, data, jnp.int32(i))
-            losses.append(loss)
-            if (i + 1) % every == 0:
-                rows.append(measure(state, plan, rates, index, data))
+        for k in range(1, marks + 1):
+            state, part = train(state, plan, rates, index, data, k)
+            losses += part
+            rows.append(measure(state, plan, rates, index, data))
         results = {
             "train_loss": np.stack(losses, axis=1).astype(np.float32),
             "evaluations": jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *rows),
@@ -121,7 +144,7 @@ def stepwise(
         }
         if of_method.keep_params:
             results["params"] = jax.device_get(state.train.params)
-        results = results | _until_broken(results, every)
+        results = results | _until_broken(results, of_method.steps // marks)
         keep = np.array([k for k, i in enumerate(indices) if i not in known])
         finished += len(mine)
         if on_progress:
@@ -143,15 +166,19 @@ def _until_broken(results, every):
     }
 
 
-def convolves(jaxpr: core.Jaxpr) -> bool:
+def convolves(jaxpr: core.ClosedJaxpr) -> bool:
     """Whether there is a convolution in a jaxpr, however deep."""
+    names = {eqn.primitive.name for part in every_jaxpr(jaxpr) for eqn in part.eqns}
+    return "conv_general_dilated" in names
+
+
+def every_jaxpr(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> Iterator[core.Jaxpr | core.ClosedJaxpr]:
+    """A jaxpr, and those of its loops and branches."""
+    yield jaxpr
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "conv_general_dilated":
-            return True
         for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(part) and convolves(getattr(part, "jaxpr", part)):  # type: ignore
-                return True
-    return False
+            if _is_jaxpr(part):
+                yield from every_jaxpr(part)
 
 
 def _is_jaxpr(value) -> bool:

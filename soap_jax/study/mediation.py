@@ -147,14 +147,8 @@ def _mediate(comparison, core, fixed):
     if len(comparison.seeds) < 2:
         raise NotTestable("one seed has no spread: at least 2 are needed")
     methods = core + [fixed] * (fixed in comparison.methods)
-    grids = [comparison.grid(method) for method in methods]
-    if why := comparison.different_starts(*methods):
-        raise NotTestable(why)
-    rate = comparison.rate(core[1], "shared")
-    i = comparison.rates.index(rate)
-    logs, flags = (np.stack([getattr(g, f)[i] for g in grids]) for f in ("values", "censored"))
+    rate, logs, flags, notes = comparison.together(methods)
     many = [method for method, of in zip(methods, flags, strict=True) if statistics.too_many(of)]
-    notes = [comparison.missing(method, rate) for method in methods]
     if set(many) - {fixed}:
         raise NotTestable(f"more than a tenth of a method's runs are censored: {joined(*notes)}")
     effects = [_effect(contrast, logs[:4], flags[:4]) for contrast in _CONTRASTS]

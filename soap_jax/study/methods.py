@@ -7,16 +7,17 @@ Feedback larger than its kernel multiplies the learning rate of the layers below
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from soap_jax import feedback, local, ops, rules, trees
+from soap_jax import feedback, grids, local, ops, rules, trees
 
 FEEDBACK_RATE = 0.01
 """At which feedback descends the losses of `soap_jax.local`, by plain SGD, whatever rate is swept.
@@ -121,10 +122,19 @@ class Method:
         for field in ("feedback_bar", "where", "loss", "init_feedback", "gradient", "optimizer"):
             value = getattr(self, field)
             if value is not None:
-                said.append(f"{field}={getattr(value, '__qualname__', None) or repr(value)}")
+                said.append(f"{field}={in_words(value)}")
         said += [f"scale={self.scale!r}"] * bool(self.scale)
         said += ["last_only=True"] * self.last_only
         return ", ".join(said) or "backprop"
+
+
+def in_words(value) -> str:
+    """A function or a value in words that are the same in another process."""
+    if isinstance(value, functools.partial):
+        words = [*map(in_words, value.args)]
+        words += [f"{key}={in_words(of)}" for key, of in value.keywords.items()]
+        return f"{in_words(value.func)}({', '.join(words)})"
+    return getattr(value, "__qualname__", None) or re.sub(" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _slowly(base, learning_rate):
@@ -294,9 +304,11 @@ def resolve(methods: Mapping[str, str | Method] | Sequence[str]) -> dict[str, Me
         >>> {key: method.rule for key, method in resolve(["bp", "fa"]).items()}
         {'bp': None, 'fa': Fixed()}
     """
-    names = methods if isinstance(methods, Sequence) and not isinstance(methods, str) else ()
-    one_by_one = [(name, name) for name in names]
-    pairs = list(methods.items()) if isinstance(methods, Mapping) else one_by_one
+    pairs: list[tuple[Any, Any]] = []
+    if isinstance(methods, Mapping):
+        pairs = list(methods.items())
+    elif isinstance(methods, Sequence) and not isinstance(methods, str):
+        pairs = [(name, name) for name in methods]
     keys = [key for key, _ in pairs]
     if not keys or any(keys.count(key) > 1 for key in keys):
         raise ValueError(
@@ -308,13 +320,9 @@ def resolve(methods: Mapping[str, str | Method] | Sequence[str]) -> dict[str, Me
         if not (isinstance(key, str) and key and "/" not in key):
             raise ValueError(f"a method is named {key!r}; expected a string without '/'.")
         if isinstance(method, str):
-            if method not in METHODS:
-                near = difflib.get_close_matches(method, METHODS, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ValueError(
-                    f"methods: {method!r} is unknown; expected {', '.join(METHODS)}, or a "
-                    f"Method of your own in a dict.{hint}"
-                )
+            grids.check_known(
+                "methods", method, METHODS, other=", or a Method of your own in a dict"
+            )
             method = METHODS[method]
         if not isinstance(method, Method):
             raise ValueError(

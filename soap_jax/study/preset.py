@@ -9,12 +9,10 @@ its line under Attributes is the option's help. Importing this module loads noth
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import itertools
 import math
-import reprlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -42,8 +40,6 @@ CHOICES = {
     "init": ("matched", "soap"),
     "inputs": ("standard", "unit"),
 }
-MAX_RUNS = 10**6
-"""The most runs in a study; each of them is known by name from the start."""
 MAX_EPOCHS = 10**6
 """The most epochs, since their orders are drawn at the start."""
 MAX_WEIGHTS = 2**31 - 1
@@ -174,27 +170,28 @@ class StudyConfig(Protocol, Network):
         for name in ("methods", "learning_rates", "hidden", "channels", "periods"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, known in CHOICES.items():
-            _check_names(name, (getattr(self, name),), known)
-        _check_names("methods", self.methods, METHODS)
+            grids.check_known(name, getattr(self, name), known)
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            said = ", ".join(self.methods) or "empty"
+            raise ValueError(f"methods is {said}; expected different ones of {', '.join(METHODS)}.")
+        for method in self.methods:
+            grids.check_known("methods", method, METHODS)
         tapped = [name for name in self.methods if METHODS[name].needs]
         if tapped and self.model != "mlp":
             raise ValueError(
                 f"methods has {', '.join(tapped)}, which need what only model='mlp' offers here: "
                 f"{METHODS[tapped[0]].needs}."
             )
-        grids.check_count("seeds", self.seeds, most=MAX_RUNS)
+        grids.check_count("seeds", self.seeds, most=grids.MOST_RUNS)
         grids.check_count("epochs", self.epochs, most=MAX_EPOCHS)
         for name in ("steps", "batch_size", "evaluations", "chunk_size"):
             if getattr(self, name) is not None:
                 grids.check_count(name, getattr(self, name))
         self._check_widths()
         grids.check(seeds=[0], learning_rates=self.learning_rates, periods=self.periods)
-        runs = math.prod(map(len, (self.methods, self.periods, self.learning_rates))) * self.seeds
-        if runs > MAX_RUNS:
-            raise ValueError(
-                f"seeds is {self.seeds}, which makes up to {runs} runs with these methods, "
-                f"learning_rates and periods; expected at most {MAX_RUNS} runs."
-            )
+        grid = math.prod(map(len, (self.methods, self.periods, self.learning_rates)))
+        said = "seeds times methods, learning_rates and periods"
+        grids.check_count(said, self.seeds * grid, most=grids.MOST_RUNS)
         for name in ("target_loss", "memory_limit"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -215,20 +212,16 @@ class StudyConfig(Protocol, Network):
 
     def _check_widths(self):
         for name in ("hidden", "channels"):
-            widths = getattr(self, name)
-            said = f"{name} is {reprlib.repr(widths)}; expected"
-            if not widths or min(widths) < 1:
+            if not (widths := getattr(self, name)):
                 raise ValueError(
-                    f"{said} the widths of one hidden layer or more: without one there is nothing "
-                    "for feedback to do."
+                    f"{name} is empty; expected the widths of one hidden layer or more: without "
+                    "one there is nothing for feedback to do."
                 )
+            for width in widths:
+                grids.check_count(name, width)
             sizes = (1 if self.data else DATASETS[self.dataset], *widths, 10)
             weights = sum(a * b for a, b in itertools.pairwise(sizes))
-            if weights > MAX_WEIGHTS:
-                raise ValueError(
-                    f"{said} at most {MAX_WEIGHTS} weights in all; these are "
-                    f"{reprlib.repr(weights)}."
-                )
+            grids.check_count(f"{name} counted in weights", weights, most=MAX_WEIGHTS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -264,11 +257,8 @@ class TrainConfig(Network):
 
         for name in ("hidden", "channels"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        _check_names("method", (self.method,), METHODS)
-        if not 0 <= self.seed <= grids.MOST:
-            raise ValueError(
-                f"seed is {reprlib.repr(self.seed)}; expected an integer from 0 to {grids.MOST}."
-            )
+        grids.check_known("method", self.method, METHODS)
+        grids.check(seeds=[self.seed], learning_rates=[self.learning_rate])
         for name in ("period", "checkpoint_every", "keep"):
             grids.check_count(name, getattr(self, name))
         object.__setattr__(self, "weight_decay", self.as_study().weight_decay)
@@ -290,19 +280,6 @@ class TrainConfig(Network):
             batch_size=self.batch_size,
             periods=(self.period,),
         )
-
-
-def _check_names(field: str, values: Sequence[str], known: Collection[str]):
-    if not values or len(set(values)) < len(values):
-        raise ValueError(
-            f"{field} is {', '.join(map(repr, values)) or 'empty'}; expected different ones of "
-            f"{', '.join(known)}."
-        )
-    for value in values:
-        if value not in known:
-            near = difflib.get_close_matches(value, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{field}: {value!r} is unknown; expected {', '.join(known)}.{hint}")
 
 
 def comparison_arguments(

@@ -6,13 +6,12 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import inspect
 import math
 import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,9 +26,6 @@ from soap_jax.study import methods as registry
 from soap_jax.study.claims import Claim, Test, as_claims
 from soap_jax.study.methods import Method
 from soap_jax.tasks import Task
-
-MAX_RUNS = 10**6
-"""The most runs of a comparison; each of them is known by name from the start."""
 
 OnProgress = Callable[[str, int | None, int, int, int], None]
 """Called as `(method, done, in all of this method, done of all methods, in all)`; before
@@ -51,7 +47,7 @@ def compare(
     eval_batch_size: int | None = None,
     target_loss: float | None = None,
     select: str | None = None,
-    maximise: bool = False,
+    maximise: bool | None = None,
     extend: int = 0,
     claims: Sequence[Claim | Test] = (),
     keep_params: bool = False,
@@ -91,7 +87,7 @@ def compare(
             rate; none if that is above 0.9 of the loss at the start.
         select: the column by which each method's learning rate is chosen, at the end of training:
             by default "validation_loss", without validation data "train_loss".
-        maximise: whether the largest value of it is best.
+        maximise: whether the largest value of it is best; to be said of what is no loss.
         extend: at most so many more rates on a side where some method's best rate lies at the edge
             of a grid of three rates or more, each for all methods; none beyond a rate at which some
             run diverged. They set neither the target nor the shared rate.
@@ -129,37 +125,48 @@ def compare(
         >>> len(result.runs)
         4
     """
+    if not isinstance(task, Task):
+        raise ValueError(f"task is a {type(task).__name__}; expected a soap_jax.study.Task.")
     chosen = registry.resolve(methods)
     if not callable(optimizer):
         raise ValueError(
             f"optimizer is {optimizer!r}; expected a function of the learning rate, such as "
             "optax.sgd."
         )
-    seeds = range(seeds) if isinstance(seeds, int) else seeds
+    if isinstance(seeds, int | float | np.number):
+        grids.check_count("seeds", seeds, most=MAX_RUNS)
+        seeds = range(int(seeds))
+    seeds, learning_rates = _plain(seeds), _plain(learning_rates)
+    periods = None if periods is None else _plain(periods) or None
+    grids.check(seeds=seeds, learning_rates=learning_rates, periods=periods or (1,))
     learning_rates = sorted(map(float, learning_rates))
-    grids.check(seeds=list(seeds), learning_rates=learning_rates, periods=list(periods or (1,)))
-    steps, batch_size = _steps(task, steps, epochs, batch_size)
+    steps, batch_size = steps_of(task, steps, epochs, batch_size)
     grids.check_count("evaluations", evaluations)
+    for name, count in (
+        ("eval_batch_size", eval_batch_size),
+        ("chunk_size", chunk_size),
+        ("extend", extend or None),
+    ):
+        if count is not None:
+            grids.check_count(name, count)
     evaluations = min(evaluations, steps)
     steps -= steps % evaluations
     select = select or ("validation_loss" if task.validation is not None else "train_loss")
-    _check_select(task, select)
-    if target_loss is not None and not 0 < target_loss < float("inf"):
-        raise ValueError(f"target_loss is {target_loss}; expected a positive number.")
+    _check_select(task, select, maximise)
+    for name, number in (("target_loss", target_loss), ("memory_limit", memory_limit)):
+        if number is not None and not (np.isreal(number) and 0 < number < float("inf")):
+            raise ValueError(f"{name} is {number!r}; expected a positive number.")
     periods_of = {name: method.periods(periods) for name, method in chosen.items()}
 
     def points(rates):
-        grid = sweeps.grid(seeds=list(seeds), learning_rates=rates)
+        grid = sweeps.grid(seeds=seeds, learning_rates=rates)
         return {
             name: [point._replace(period=period) for period in of_method for point in grid]
             for name, of_method in periods_of.items()
         }
 
-    if (num := sum(map(len, points(learning_rates).values()))) > MAX_RUNS:
-        raise ValueError(
-            f"methods, learning_rates, seeds and periods make {num} runs; expected at most "
-            f"{MAX_RUNS}."
-        )
+    num = sum(map(len, points(learning_rates).values()))
+    grids.check_count("the number of runs", num, most=grids.MOST_RUNS)
     layers = checks.check(task, batch_size)
     settings = {
         "optimizer": optimizer,
@@ -170,30 +177,30 @@ def compare(
     }
     programs = _programs(task, chosen, layers, settings, keep_params)
     facts = {
-        "format": store.FORMAT,
         "title": "comparison",
+        "config": None,
+        "command": None,
+        **(record or {}),
+        "format": store.FORMAT,
         "protocol": {
             **settings,
-            "optimizer": _name(optimizer),
+            "optimizer": registry.in_words(optimizer),
             "learning_rates": learning_rates,
             "periods": list(periods or ()),
             "target_loss": target_loss,
             "select": select,
-            "maximise": maximise,
+            "maximise": bool(maximise),
             "task": checks.fingerprint(task, batch_size),
         },
-        "seeds": list(seeds),
-        "methods": _described(chosen, periods_of),
+        "seeds": seeds,
+        "methods": _described(chosen, periods_of, programs),
         "extended": [],
         "kernels": ["/".join(path) for path in layers.kernels],
         "examples": task.examples,
         "window": statistics.WINDOW,
         "claims": [claim.to_dict() for claim in as_claims(claims)],
-        "config": None,
-        "command": None,
         "loops": {name: "python" if p.stepwise else "scan" for name, (p, _) in programs.items()},
         **circumstances.provenance(),
-        **(record or {}),
     }
     _check_alike(facts)
     if out is None and keep_params:
@@ -257,11 +264,13 @@ class Program:
         trial: its functions; of many runs at once, if it goes step by step.
         run: the whole of it as one function.
         stepwise: whether it goes step by step from Python.
+        digest: of all that it does.
     """
 
     trial: trial.Trial
     run: Callable[..., Any]
     stepwise: bool
+    digest: str
 
 
 def _programs(task, chosen, layers, settings, keep_params) -> dict[str, tuple[Program, int]]:
@@ -298,13 +307,14 @@ def _program(task, name, members, layers, settings, keep_params) -> Program:
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     args = scalar, jax.ShapeDtypeStruct((), jnp.float32), scalar, scalar, trial.data_of(task)
     try:
-        jaxpr = jax.make_jaxpr(jax.jit(run))(*args)
+        jaxpr = jax.make_jaxpr(run)(*args)
     except Exception as error:
         raise ValueError(
             f"the method {name!r} does not fit the task: {type(error).__name__}: {error}"
         ) from error
-    stepwise = jax.devices()[0].platform == "cpu" and loops.convolves(jaxpr.jaxpr)
-    return Program(loops.batched(of_method) if stepwise else of_method, run, stepwise)
+    stepwise = jax.devices()[0].platform == "cpu" and loops.convolves(jaxpr)
+    digest = hashlib.sha256(checks.text(jaxpr).encode()).hexdigest()[:16]
+    return Program(loops.batched(of_method) if stepwise else of_method, run, stepwise, digest)
 
 
 def _train(task, programs, points, chunk_size, memory_limit, on_progress, into):
@@ -343,11 +353,17 @@ def _train(task, programs, points, chunk_size, memory_limit, on_progress, into):
         finished[name] = [1.0] * len(mine)
 
 
+def _plain(values) -> list:
+    """Numbers as Python's own, of whatever they are a sequence."""
+    return np.ravel([*values] if isinstance(values, Iterable) else values).tolist()
+
+
 def _run(name, point) -> store.Run:
     return store.Run(name, point.learning_rate, point.seed, point.period)
 
 
-def _steps(task, steps, epochs, batch_size) -> tuple[int, int]:
+def steps_of(task, steps, epochs, batch_size) -> tuple[int, int]:
+    """The steps of a run, and the batch size, checked."""
     if (steps is None) == (epochs is None):
         raise ValueError(f"steps is {steps} and epochs is {epochs}; expected one of the two.")
     grids.check_count("batch_size", batch_size)
@@ -366,15 +382,18 @@ def _steps(task, steps, epochs, batch_size) -> tuple[int, int]:
     return steps, batch_size
 
 
-def _check_select(task, select):
+def _check_select(task, select, maximise):
     columns = ["train_loss"]
     if task.validation is not None:
         columns += [f"validation_{name}" for name in dict.fromkeys(("loss", *task.metrics))]
     if select not in columns:
         raise ValueError(f"select is {select!r}; expected one of {', '.join(columns)}.")
+    known = (False, None) if select.endswith("_loss") else (True, False)
+    if maximise not in known:
+        raise ValueError(f"maximise is {maximise!r} for {select}; expected one of {known}.")
 
 
-def _described(chosen, periods_of) -> dict[str, dict[str, Any]]:
+def _described(chosen, periods_of, programs) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "label": method.label or name,
@@ -384,23 +403,12 @@ def _described(chosen, periods_of) -> dict[str, dict[str, Any]]:
             "paper": method.paper,
             "description": method.describe(),
             "exact": method.exact,
-            "init": method.init and _name(method.init),
+            "program": f"{programs[name][1]} of {programs[name][0].digest}",
+            "init": method.init and registry.in_words(method.init),
             "periods": list(periods_of[name]),
         }
         for name, method in chosen.items()
     }
-
-
-def _name(optimizer) -> str:
-    """An optimiser in words that can be compared."""
-    if isinstance(optimizer, functools.partial):
-        words = ", ".join(f"{key}={value!r}" for key, value in optimizer.keywords.items())
-        return f"{_name(optimizer.func)}({words})"
-    name = getattr(optimizer, "__qualname__", repr(optimizer))
-    if "<lambda>" in name:
-        with contextlib.suppress(OSError, TypeError):
-            return inspect.getsource(optimizer).strip()
-    return name
 
 
 def _check_alike(facts):

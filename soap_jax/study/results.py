@@ -11,7 +11,7 @@ import collections
 import functools
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -185,7 +185,7 @@ class Results:
         rows = self.rows("runs", method, None, period)
         if metric and metric not in rows:
             known = ", ".join(map(str, rows))
-            raise ValueError(f"metric is {metric!r}; expected a column of runs: {known}.")
+            raise NotTestable(f"metric is {metric!r}; expected a column of runs: {known}.")
         data = "validation_loss" if "validation_loss" in rows else "train_loss"
         columns = metric or "steps_to_target", "diverged", self.protocol["select"], data
         shape = len(self.rates), len(self.seeds)
@@ -195,6 +195,24 @@ class Results:
             values = np.log(np.where(censored, self.protocol["steps"], values))
         score = score if self.protocol["maximise"] else -score
         return Runs(values, censored, diverged > 0, score, loss)
+
+    def together(
+        self, methods: Sequence[str], at: str | float = "shared"
+    ) -> tuple[float, np.ndarray, np.ndarray, list[str]]:
+        """Methods at one rate: it, log steps `(methods, seeds)`, which are censored, and notes.
+
+        Raises:
+            NotTestable: if there is no such method or rate, or they start from different params.
+        """
+        grids = [self.grid(method) for method in methods]
+        if starts := self.different_starts(*methods):
+            raise NotTestable(starts)
+        rate = self.rate(methods[0], at)
+        i = self.rates.index(rate)
+        logs, flags = (
+            np.stack([of[i] for of in part]) for part in list(zip(*grids, strict=True))[:2]
+        )
+        return rate, logs, flags, [self.missing(method, rate) for method in methods]
 
     # Which learning rate
 
@@ -214,7 +232,7 @@ class Results:
             return best
         if at not in self.rates:
             rates = ", ".join(f"{rate:g}" for rate in self.rates)
-            raise ValueError(f'at is {at!r}; expected "shared", "best" or one of {rates}.')
+            raise NotTestable(f'at is {at!r}; expected "shared", "best" or one of {rates}.')
         return float(at)
 
     def best_rate(self, method: str, period: int | None = None) -> float:
@@ -343,13 +361,7 @@ class Results:
 
     def _check(self):
         """That each run of the record is there, once."""
-        expected = {
-            (method, rate, seed, period)
-            for method, of in self.methods.items()
-            for period in of["periods"]
-            for rate in self.rates
-            for seed in self.seeds
-        }
+        expected = store.expected(self.record)
         found = list(self.runs[KEYS].itertuples(index=False, name=None))
         if len(found) != len(expected) or set(found) != expected:
             run = next(iter(expected.symmetric_difference(found)), found[0])
@@ -375,7 +387,7 @@ class Results:
             rate = np.array(self.rates)[own][runs.tuned]
             losses = _array(self.rows("losses", method, rate))
             early = statistics.smooth(losses, self.record["window"])
-            reached.append(early[:, : self.protocol["steps"] // 8].min(axis=1).max())
+            reached.append(early[:, : max(1, self.protocol["steps"] // 8)].min(axis=1).max())
             starts.append(losses[:, 0].mean())
         if max(reached) < 0.9 * min(starts):
             return float(max(reached))
@@ -395,8 +407,9 @@ class Results:
             return float(reached.idxmax())
         who = self.label(self.reference) if self.reference else "every method"
         self.why = self.why or (
-            f"at no rate of the grid does every run of {who} reach loss {statistics.number(self.target_loss)} "
-            "within half the steps: train longer, or widen the rates"
+            f"at no rate of the grid does every run of {who} reach loss "
+            f"{statistics.number(self.target_loss)} within half the steps: train longer, or widen "
+            "the rates"
         )
         return math.nan
 

@@ -26,22 +26,22 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import altair as alt
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pandas as pd
-import vl_convert
-from jax import lax
 
-from soap_jax import data, grids, tasks, training
+from soap_jax import data, tasks, training
 from soap_jax.study import (
+    charts,
     circumstances,
+    drawing,
     figures,
     files,
+    loops,
     preset,
+    protocol,
     store,
     trial,
 )
@@ -99,37 +99,37 @@ def train(
             examples; or if the last checkpoint cannot be read, or one cannot be written.
     """
     path, (task, of_method) = pathlib.Path(path), _trial(config, dataset)
-    grids.check_count("epochs", config.epochs, most=grids.MOST // of_method.steps)
     facts = _begin(path, config, dataset)
     arrays = jax.device_put(trial.data_of(task))
-    rate = np.float32(config.learning_rate)
-    state, plan = jax.jit(of_method.init)(*_start(config), arrays)
+    start = _start(config)
+    rate, index = start[1], start[3]
+    state, plan = jax.jit(of_method.init)(*start, arrays)
     measure = jax.jit(of_method.measure)
+    if config.model == "conv" and jax.default_backend() == "cpu":
+        step = jax.jit(of_method.step, donate_argnums=0)
+        train_epoch = loops.stepwise_segment(of_method._replace(step=step))
+    else:
+        train_epoch = jax.jit(loops.segment(of_method), donate_argnums=0)
 
     def row_of(epoch, train_loss):
-        found = measure(state, plan, rate, 0, arrays)
+        found = measure(state, plan, rate, index, arrays)
         row = {"epoch": epoch, "step": int(state.train.step), "train_loss": train_loss}
         first = {name: found[name] for name in ("validation_loss", "validation_accuracy")}
         return row | {name: float(value) for name, value in (first | found).items()}
 
-    train_epoch = _epoch(config, of_method)
-    with _manager(path, config) as manager:
+    with _manager(path, max_to_keep=config.keep) as manager:
         if kept(path):
-            state, rows = _restore(path, manager, kept(path)[-1], state, facts["feedback"])
+            state, rows = _restore(path, manager, kept(path)[-1], state)
         else:
             rows = [row_of(0, math.nan)]
         on_epoch(rows[-1])
-        order_key = jax.random.split(jax.random.key(config.seed), 3)[2]
-        keys = jax.random.split(order_key, config.epochs)
         for epoch in range(len(rows), config.epochs + 1):
-            order = training.epoch_order(keys[epoch - 1], task.examples["train"], config.batch_size)
-            state, losses = train_epoch(state, plan._replace(order=order), rate, arrays)
+            state, losses = train_epoch(state, plan, rate, index, arrays, epoch)
             rows.append(row_of(epoch, float(np.asarray(losses, float).mean())))
             on_epoch(rows[-1])
             if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
-                with _writing(path):
-                    _write_curves(path, rows)
-                    _save(manager, epoch, state, rows, facts["feedback"])
+                store.write_table(path / "curves", pd.DataFrame(rows))
+                _save(path, manager, epoch, state, rows)
     found = jax.jit(of_method.test)(state, arrays)
     ends = [row[name] for row in rows for name in ("train_loss", "validation_loss")][1:]
     limit = store.DIVERGED * rows[0]["validation_loss"]
@@ -140,7 +140,7 @@ def train(
         **{f"test_{name}": float(value) for name, value in found.items()},
     }
     facts["result"] = {k: v if math.isfinite(v) else None for k, v in result.items()}
-    _write_facts(path, facts)
+    files.write_json(path / "train.json", facts)
     _draw(path, config, pd.DataFrame(rows))
     return facts
 
@@ -166,10 +166,10 @@ def load(path: str | os.PathLike[str], *, epoch: int | None = None) -> Trained:
             "soap-jax train as --out."
         )
     found = kept(path)
-    if not found or (epoch is not None and epoch not in found):
+    epoch = max(found, default=0) if epoch is None else epoch
+    if epoch not in found:
         there = f"only of the epochs {', '.join(map(str, found))}" if found else "none at all"
-        of = "" if epoch is None else f" of epoch {epoch}"
-        raise ValueError(f"{path} has no checkpoint{of}; it has {there}.")
+        raise ValueError(f"{path} has no checkpoint of epoch {epoch}; it has {there}.")
     config, network = TrainConfig(**facts["config"]), facts["network"]
     num = 2 * config.batch_size  # only shapes count
     like = data.Split(np.zeros((num, *network["image_shape"]), np.uint8), np.zeros(num, np.int32))
@@ -177,19 +177,17 @@ def load(path: str | os.PathLike[str], *, epoch: int | None = None) -> Trained:
     scale = tasks.Scaling(*network["scaling"])
     task, of_method = _trial(config, dataset, scale)
     state, _ = jax.eval_shape(of_method.init, *_start(config), trial.data_of(task))
-    with _manager(path, config, read_only=True) as manager:
-        step = found[-1] if epoch is None else epoch
-        state, rows = _restore(path, manager, step, state, facts["feedback"])
+    with _manager(path, read_only=True, create=False) as manager:
+        train = _restore(path, manager, epoch, state)[0].train
     model = preset.network(config, dataset)
 
     def apply_fn(params, feedback, images):
         del feedback
         return model.apply({"params": params}, scale(images))
 
-    train = state.train
     exact = METHODS[config.method].exact
     weights = None if exact else training.feedback_weights(train.feedback)
-    return Trained(config, len(rows) - 1, apply_fn, train.params, weights, train)
+    return Trained(config, epoch, apply_fn, train.params, weights, train)
 
 
 def read(path: pathlib.Path, config: TrainConfig | None = None) -> dict[str, Any] | None:
@@ -202,33 +200,21 @@ def read(path: pathlib.Path, config: TrainConfig | None = None) -> dict[str, Any
     Raises:
         ValueError: if it holds another one. More epochs than before are none.
     """
-    file = path / "train.json"
-    if not file.exists():
-        if kept(path):
-            raise ValueError(
-                f"{path} holds checkpoints, but not the train.json that says of what. Name another "
-                "directory with --out, or delete this one."
-            )
-        return None
-    try:
-        facts = json.loads(file.read_text())
-        found, version = facts["format"], facts["versions"]["soap_jax"]
-        if found == FORMAT:
-            TrainConfig(**facts["config"])
-    except (ValueError, LookupError, TypeError) as error:
+    facts = store.read_record(
+        path / "train.json",
+        FORMAT,
+        "a training",
+        check=lambda facts: TrainConfig(**facts["config"]),
+    )
+    if facts is None and kept(path):
         raise ValueError(
-            f"{file} is not the description of a training ({error}). Name another directory with "
-            "--out, or delete this one."
-        ) from error
-    if found != FORMAT:
-        raise ValueError(
-            f"{path} holds a model in format {found}, made by soap_jax {version}; this version "
-            f"reads format {FORMAT}. Use that version, or train again into another directory."
+            f"{path} holds checkpoints, but not the train.json that says of what. Name another "
+            "directory with --out, or delete this one."
         )
-    if config is not None:
+    if facts is not None and config is not None:
         ours, theirs = json.loads(json.dumps(dataclasses.asdict(config))), facts["config"]
-        if ours["epochs"] > theirs["epochs"]:
-            theirs = theirs | {"epochs": ours["epochs"]}
+        fewer = ours["epochs"] < theirs["epochs"]
+        ours |= {} if fewer else {"epochs": theirs["epochs"]}
         if differ := circumstances.differences(theirs, ours):
             raise ValueError(
                 f"{path} holds another configuration's model ({'; '.join(differ)}). Only --epochs "
@@ -263,7 +249,7 @@ def _begin(path, config, dataset) -> dict[str, Any]:
     facts["versions"]["orbax-checkpoint"] = importlib.metadata.version("orbax-checkpoint")
     facts = json.loads(json.dumps(facts))
     if before is not None:
-        fixed = ("data_source", "network", "settings")
+        fixed = ("data_source", "feedback", "network", "settings")
         differ = circumstances.differences(before, {name: facts[name] for name in fixed})
         if differ:
             raise ValueError(
@@ -280,26 +266,24 @@ def _begin(path, config, dataset) -> dict[str, Any]:
         last = {name: (before["resumed"] or [before])[-1][name] for name in now}
         more = [{"after_epoch": max(kept(path), default=0), **now}] if now != last else []
         facts |= {name: before[name] for name in now} | {"resumed": before["resumed"] + more}
-    _write_facts(path, facts)
+    files.write_json(path / "train.json", facts)
     return facts
 
 
 def _trial(config, dataset, scale=None) -> tuple[tasks.Task, trial.Trial]:
-    """The task, and the functions of one epoch's training."""
+    """The task, and the functions of its training; epochs lie between measurements."""
     arguments = preset.comparison_arguments(config.as_study(), dataset, scale=scale)
     task = arguments["task"]
-    num, size = task.examples["train"], config.batch_size
-    jax.eval_shape(lambda key: training.epoch_order(key, num, size), jax.random.key(0))  # raises
+    steps, size = protocol.steps_of(task, None, config.epochs, config.batch_size)
     batch = jax.tree.map(lambda leaf: leaf[:size], task.train)
-    layers = trial.layers_of(task, task.init(jax.random.key(0)), None, batch)
     of_method = trial.make(
         task,
         (arguments["methods"][config.method],),
-        layers,
+        trial.layers_of(task, task.init(jax.random.key(0)), None, batch),
         optimizer=arguments["optimizer"],
         batch_size=size,
-        steps=num // size,
-        evaluations=1,
+        steps=steps,
+        evaluations=config.epochs,
     )
     return task, of_method
 
@@ -310,54 +294,27 @@ def _start(config):
     return np.int32(config.seed), np.float32(config.learning_rate), np.int32(period), 0
 
 
-def _epoch(config, of_method) -> Callable[..., tuple[trial.State, jax.Array]]:
-    """`(state, plan, learning_rate, arrays) -> (state, losses)`; the state is donated."""
-    one = jax.jit(of_method.step, donate_argnums=0)
-
-    def stepwise(state, plan, rate, arrays):
-        losses = []
-        for i in range(of_method.steps):
-            state, loss = one(state, plan, rate, 0, arrays, i)
-            losses.append(loss)
-        return state, losses
-
-    def scanned(state, plan, rate, arrays):
-        def step(state, i):
-            return of_method.step(state, plan, rate, 0, arrays, i)
-
-        return lax.scan(step, state, jnp.arange(of_method.steps))
-
-    if config.model == "conv" and jax.default_backend() == "cpu":  # see `compare`
-        return stepwise
-    return jax.jit(scanned, donate_argnums=0)
-
-
 @contextlib.contextmanager
-def _manager(path, config, read_only=False) -> Iterator[ocp.CheckpointManager]:
-    """Orbax's manager, which writes while training goes on; silent, since errors say it all."""
+def _manager(path, **options) -> Iterator[ocp.CheckpointManager]:
+    """Orbax's manager; silent, since errors say it all."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=config.keep, read_only=read_only, create=not read_only
-    )
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
     try:
-        with _writing(path):
-            manager = ocp.CheckpointManager((path / "checkpoints").absolute(), options=options)
-        try:
+        with ocp.CheckpointManager((path / "checkpoints").absolute(), options=options) as manager:
             yield manager
-        finally:
-            with _writing(path):
-                manager.close()
     finally:
         logger.setLevel(level)
 
 
-@contextlib.contextmanager
-def _writing(path):
-    """Turns what cannot be written into a ValueError that says which checkpoint there is."""
+def _save(path, manager, epoch, state, rows):
+    """Raises ValueError, which says what checkpoint there is, if this one cannot be written."""
+    curves = pd.DataFrame(rows).to_dict("list")
+    progress = {"curves": curves, "sha256": _checksum(state, curves)}
+    arguments = {"state": ocp.args.StandardSave(state), "progress": ocp.args.JsonSave(progress)}
     try:
-        yield
+        manager.save(epoch, args=ocp.args.Composite(**arguments))
     except (OSError, ValueError, RuntimeError) as error:  # TensorStore's are ValueErrors
         why = str(error).split("\n")[0].rsplit(": ", 1)[-1].split(" [os_error")[0]
         found = kept(path)
@@ -368,42 +325,25 @@ def _writing(path):
         ) from error
 
 
-def _save(manager, epoch, state, rows, feedback):
-    curves = {name: [row[name] for row in rows] for name in rows[0]}
-    progress = {"feedback": feedback, "curves": curves, "sha256": _checksum(state, curves)}
-    arguments = {"state": ocp.args.StandardSave(state), "progress": ocp.args.JsonSave(progress)}
-    manager.save(epoch, args=ocp.args.Composite(**arguments))
-
-
-def _restore(path, manager, epoch, like, feedback) -> tuple[trial.State, list[Row]]:
+def _restore(path, manager, epoch, like) -> tuple[trial.State, list[Row]]:
     """The state, onto the first device, and the curves until then."""
-    step = path / "checkpoints" / str(epoch)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
     arguments = {"state": ocp.args.StandardRestore(like), "progress": ocp.args.JsonRestore()}
     try:
         found = manager.restore(epoch, args=ocp.args.Composite(**arguments))
-        state, curves, trained_by = (
-            found.state,
-            found.progress["curves"],
-            found.progress["feedback"],
-        )
-        if found.progress["sha256"] != _checksum(state, curves):  # Orbax itself has none
+        state, progress = found.state, found.progress
+        if progress["sha256"] != _checksum(state, progress["curves"]):  # Orbax itself has none
             raise ValueError("its content has another checksum than when it was written")
     except Exception as error:  # of any kind: that depends on what is damaged
         others = [one for one in kept(path) if one < epoch]
         then = f"that of epoch {others[-1]}" if others else "the start"
         raise ValueError(
-            f"the checkpoint {step} cannot be read: it is damaged, or other versions than those in "
-            f"{path / 'train.json'} wrote it. Delete it, and training goes on from {then}."
+            f"the checkpoint {path / 'checkpoints' / str(epoch)} cannot be read: it is damaged, or "
+            f"other versions than those in {path / 'train.json'} wrote it. Delete it, and training "
+            f"goes on from {then}."
         ) from error
-    if trained_by != feedback:
-        raise ValueError(
-            f"the checkpoint {step} was trained by {trained_by}; here the method is {feedback}. "
-            "Use the version that wrote it."
-        )
-    rows = [dict(zip(curves, row, strict=True)) for row in zip(*curves.values(), strict=True)]
-    return state, rows
+    return state, pd.DataFrame(progress["curves"]).to_dict("records")  # type: ignore[return-value]
 
 
 def _checksum(state, curves) -> str:
@@ -413,44 +353,22 @@ def _checksum(state, curves) -> str:
     return found.hexdigest()
 
 
-def _write_curves(path, rows):
-    table = pd.DataFrame(rows)
-    content = table.to_parquet(None, index=False)
-    files.write_atomically(path / "curves.parquet", lambda file: file.write(content))
-    files.write_text(path / "curves.csv", table.to_csv(index=False, na_rep="nan"))
-
-
-def _write_facts(path, facts):
-    files.write_text(path / "train.json", json.dumps(facts, indent=2) + "\n")
-
-
 def _draw(path, config, curves):
     """Draws the curves as SVG, PNG and PDF; lines break where numbers are not finite."""
-    curves = curves.replace([np.inf, -np.inf], np.nan)
+    said = f"{METHODS[config.method].label}, rate {config.learning_rate:g}, seed {config.seed}"
     angles = [name for name in curves if name.startswith(("gradient_angle/", "weight_angle/"))]
 
-    def panel(title, columns, kind="linear"):
-        rows = curves.melt("epoch", columns, "curve", "value")
-        rows["curve"] = rows["curve"].str.replace("_", " ").str.removesuffix("/kernel")
-        kind = kind if (rows["value"].dropna() > 0).all() else "linear"
-        scale = alt.Scale(type=kind, zero=False, nice=False)
-        values = rows.astype(object).where(rows.notna(), None).to_dict("records")
-        looks = (alt.Color, alt.StrokeDash)
-        return (
-            alt.Chart(alt.Data(values=values), title=title)
-            .mark_line(point=True)
-            .encode(
-                alt.X("epoch:Q", axis=alt.Axis(tickMinStep=1)),
-                alt.Y("value:Q", title=None, scale=scale),
-                *(look("curve:N", title=None) for look in looks),
-            )
-        )
+    def panel(y, columns, **options):
+        rows = curves.replace([np.inf, -np.inf], np.nan).melt("epoch", columns, "method", "y")
+        rows["method"] = rows["method"].str.replace("_", " ").str.removesuffix("/kernel")
+        rows = rows.rename(columns={"epoch": "x"}).assign(low=rows["y"], high=rows["y"], note="")
+        words = dict.fromkeys(("caption", "empty"), "") | {"name": y.split()[0], "title": said}
+        looks = charts.looks(dict.fromkeys(rows["method"]))
+        return drawing.curves(rows, looks, x="epoch", y=y, **words, **options)
 
-    whole = alt.hconcat(
-        panel("Loss", ["train_loss", "validation_loss"], "log"),
-        panel("Accuracy", ["validation_accuracy"]),
-        panel("Angle to the true one (degrees)", angles),
-        title=f"{METHODS[config.method].label}, rate {config.learning_rate:g}, seed {config.seed}",
-    ).resolve_scale(color="independent", strokeDash="independent")
-    spec = whole.to_dict() | {"config": figures.CONFIG, "background": "white"}
-    figures.save_svg(vl_convert.vegalite_to_svg(spec), path / "curves")
+    panels = [
+        panel("loss", ["train_loss", "validation_loss"], y_log=True),
+        panel("accuracy", ["validation_accuracy"]),
+        panel("angle to the true one (degrees)", angles, degrees=True),
+    ]
+    figures.save_svg(figures.beside(panels, resolve="independent"), path / "curves")

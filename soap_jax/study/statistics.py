@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -33,6 +33,9 @@ RESAMPLES = 9999
 RESAMPLING_SEED = 20160715
 TINY = 1e-12
 """Standard errors of logs or degrees up to this are rounding, and count as zero."""
+
+Pivot: TypeAlias = Any
+"""A distribution of (estimate - truth) / error, such as `scipy.stats.t(df)` or an `Empirical`."""
 
 
 def smooth(losses: ArrayLike, window: int = WINDOW) -> np.ndarray:
@@ -166,19 +169,6 @@ class Result(NamedTuple):
     high: float
     p_holds: float
     p_fails: float
-
-
-class Pivot(Protocol):
-    """A distribution of (estimate - truth) / error; `scipy.stats.t(df)` is one."""
-
-    def sf(self, t: float) -> float:
-        """P(T ≥ t)."""
-
-    def cdf(self, t: float) -> float:
-        """P(T ≤ t)."""
-
-    def interval(self, confidence: float) -> tuple[float, float]:
-        """The quantiles that leave out (1 - confidence) / 2 on either side."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

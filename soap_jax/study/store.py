@@ -72,7 +72,8 @@ class Store:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = pathlib.Path(path)
-        self.record = self._read("progress.json") or self._read("study.json") or {}
+        found = (read_record(self.path / f"{name}.json", FORMAT) for name in ("progress", "study"))
+        self.record: dict[str, Any] = next(filter(None, found), {})
 
     @property
     def finished(self) -> bool:
@@ -90,7 +91,11 @@ class Store:
             ValueError: if runs are there that were done otherwise, or whose claims had other
                 bounds, or if these and those would not be every method with every seed.
         """
-        now: dict[str, Any] = json.loads(json.dumps(record))
+        try:
+            plain = json.dumps(record, default=lambda value: value.tolist())
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"the record is not what JSON can hold: {error}.") from error
+        now: dict[str, Any] = json.loads(plain)
         before, there = self.record, self.done()
         if there and not before:
             raise ValueError(
@@ -108,6 +113,8 @@ class Store:
                         {"trains by": was["description"]}, {"trains by": method["description"]}
                     )
                 ]
+                if not differ and was.get("program") != method.get("program"):
+                    differ.append(f"the code of {name}: the task's, the optimizer's or its own")
             if now["claims"] and before["claims"] not in ([], now["claims"]):
                 differ.append("the claims, whose bounds were written down before the first run")
             if differ:
@@ -118,13 +125,13 @@ class Store:
             now["methods"] = before["methods"] | now["methods"]
             now["seeds"] = sorted({*before["seeds"], *now["seeds"]})
             now["claims"] = before["claims"]  # what is claimed after the first run is exploratory
-            expected = _expected(now)
-            if foreign := there - expected:
+            mine = expected(now)
+            if foreign := there - mine:
                 raise ValueError(
                     f"{self.path} holds {min(foreign)}, which is no run of this comparison. Delete "
                     "the part of it, and what is missing then is done again."
                 )
-            if missing := expected - there.union(runs):
+            if missing := mine - there.union(runs):
                 raise ValueError(
                     f"{self.path} would lack {min(missing)} and {len(missing) - 1} other runs; "
                     "expected every method with every seed. Ask for all methods when you add "
@@ -132,7 +139,7 @@ class Store:
                 )
             now["seconds_before"] = before.get("seconds", 0) + before.get("seconds_before", 0)
         self.record = now
-        self._write_json("progress.json", now)
+        files.write_json(self.path / "progress.json", now)
 
     def add(self, runs: Sequence[Run], results: Mapping[str, Any]) -> None:
         """Keeps some runs: what `loops.scanned` gave, with a leading axis of the runs."""
@@ -178,12 +185,9 @@ class Store:
             table = table.sort_values(
                 by, key=lambda column: column.map(order) if column.name == "method" else column
             ).reset_index(drop=True)
-            content = table.to_parquet(None, index=False, write_page_checksum=True)
-            self._write(f"{name}.parquet", content)
-            if name != "losses":  # a row is as long as a run
-                self._write(f"{name}.csv", table.to_csv(index=False).encode())
+            write_table(self.path / name, table)
         self.record |= facts
-        self._write_json("study.json", self.record)
+        files.write_json(self.path / "study.json", self.record)
         self.forget()
 
     def forget(self) -> None:
@@ -259,31 +263,51 @@ class Store:
                 ) from error
             yield runs, results
 
-    def _write(self, name, content):
-        files.write_atomically(self.path / name, lambda file: file.write(content))
 
-    def _write_json(self, name, record):
-        files.write_text(self.path / name, json.dumps(record, indent=2) + "\n")
+def read_record(
+    file: pathlib.Path,
+    version: int,
+    what: str = "a comparison",
+    check: Callable[[dict[str, Any]], Any] = dict,
+) -> dict[str, Any] | None:
+    """Reads a record; None if it is not there.
 
-    def _read(self, name) -> dict[str, Any] | None:
-        file = self.path / name
-        if not file.exists():
-            return None
-        try:
-            record = json.loads(file.read_text())
-            found, made_by = record.get("format", 1), record["versions"]["soap_jax"]
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{file} is not the record of a comparison ({error!r}). Name another directory as "
-                "out, or delete this one."
-            ) from error
-        if found != FORMAT:
-            raise ValueError(
-                f"{self.path} holds results of format {found}, made by soap_jax {made_by}; this is "
-                f"soap_jax {soap_jax.__version__}, which reads format {FORMAT}. Use that version, "
-                "or run the comparison again into another directory."
-            )
-        return record
+    Args:
+        file: as `files.write_json` wrote it.
+        version: the format that it must have.
+        what: it records.
+        check: raises for what is none.
+
+    Raises:
+        ValueError: if it is no such record, or has another format.
+    """
+    if not file.exists():
+        return None
+    try:
+        record = json.loads(file.read_text())
+        found, made_by = record.get("format", 1), record["versions"]["soap_jax"]
+        if found == version:
+            check(record)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is not the record of {what} ({error!r}). Name another directory as out, or "
+            "delete this one."
+        ) from error
+    if found != version:
+        raise ValueError(
+            f"{file.parent} holds {what} of format {found}, made by soap_jax {made_by}; this is "
+            f"soap_jax {soap_jax.__version__}, which reads format {version}. Use that version, or "
+            "run it again into another directory."
+        )
+    return record
+
+
+def write_table(path: pathlib.Path, table: pd.DataFrame) -> None:
+    """Writes a table as Parquet, and as CSV unless its rows hold lists."""
+    content = table.to_parquet(None, index=False, write_page_checksum=True)
+    files.write_atomically(path.with_suffix(".parquet"), lambda file: file.write(content))
+    if path.name != "losses":  # a row is as long as a run
+        files.write_text(path.with_suffix(".csv"), table.to_csv(index=False))
 
 
 def flattened(tree: chex.ArrayTree) -> dict[str, Any]:
@@ -307,7 +331,7 @@ def _comparable(record):
     return record | {"device": rest | {"count": several}}
 
 
-def _expected(record) -> set[Run]:
+def expected(record: Mapping[str, Any]) -> set[Run]:
     """Every method with every seed, at every learning rate and period."""
     return {
         Run(name, rate, seed, period)

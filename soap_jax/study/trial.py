@@ -216,9 +216,11 @@ def make(
 
         def only(updates, params):
             del params
-            return jax.tree_util.tree_map_with_path(
-                lambda keys, u: u if trees.path_of(keys) in layers.last else u * share, updates
+            of_params, *of_feedback = updates if learns else (updates,)
+            kept = jax.tree_util.tree_map_with_path(
+                lambda keys, u: u if trees.path_of(keys) in layers.last else u * share, of_params
             )
+            return (kept, *of_feedback) if learns else kept
 
         return optax.chain(chosen, optax.stateless(only))
 
