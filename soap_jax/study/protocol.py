@@ -134,7 +134,7 @@ def compare(
             "optax.sgd."
         )
     if isinstance(seeds, int | float | np.number):
-        grids.check_count("seeds", seeds, most=MAX_RUNS)
+        grids.check_count("seeds", seeds, most=grids.MOST_RUNS)
         seeds = range(int(seeds))
     seeds, learning_rates = _plain(seeds), _plain(learning_rates)
     periods = None if periods is None else _plain(periods) or None
