@@ -189,7 +189,7 @@ class Difference(Ratio):
     metric: str
     at: str | float = "best"
     measure: ClassVar[str] = "difference"
-    sign: ClassVar[str] = " - "
+    sign: ClassVar[str] = " − "
 
 
 @dataclasses.dataclass(frozen=True)
