@@ -167,7 +167,7 @@ def compare(
 
     num = sum(map(len, points(learning_rates).values()))
     grids.check_count("the number of runs", num, most=grids.MOST_RUNS)
-    layers = checks.check(task, batch_size)
+    layers, fingerprint = checks.check(task, batch_size)
     settings = {
         "optimizer": optimizer,
         "batch_size": batch_size,
@@ -191,7 +191,7 @@ def compare(
             "target_loss": target_loss,
             "select": select,
             "maximise": bool(maximise),
-            "task": checks.fingerprint(task, batch_size),
+            "task": fingerprint,
         },
         "seeds": seeds,
         "methods": _described(chosen, periods_of, programs),
