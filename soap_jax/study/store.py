@@ -116,11 +116,7 @@ class Store:
                     differ.append(f"the code of {name}: the task's, the optimizer's or its own")
             if now["claims"] and before["claims"] not in ([], now["claims"]):
                 differ.append("the claims, whose bounds were written down before the first run")
-            if differ:
-                raise ValueError(
-                    f"{self.path} holds runs that were done otherwise ({'; '.join(differ)}). "
-                    "Go on as before, name another directory as out, or delete this one."
-                )
+            circumstances.refuse(self.path, "runs that were", differ)
             now["methods"] = before["methods"] | now["methods"]
             now["seeds"] = sorted({*before["seeds"], *now["seeds"]})
             now["claims"] = before["claims"]  # what is claimed after the first run is exploratory
@@ -190,10 +186,6 @@ class Store:
             write_table(self.path / name, table)
         self.record |= facts
         files.write_json(self.path / "study.json", self.record)
-        self.forget()
-
-    def forget(self) -> None:
-        """Removes what was kept while runs were missing."""
         shutil.rmtree(self.path / "parts", ignore_errors=True)
         (self.path / "progress.json").unlink(missing_ok=True)
 
