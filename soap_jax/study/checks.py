@@ -17,7 +17,7 @@ from soap_jax.tasks import Task
 
 
 def check(task: Task, batch_size: int) -> tuple[trial.Layers, dict[str, Any]]:
-    """Tries the task's functions with one seed; returns its kernels and what tells it from others."""
+    """Tries the task's functions with one seed; gives its kernels, and what tells it apart."""
     key = jax.random.key(0)
     for name in ("init", "init_state", "train"):
         if callable(function := getattr(task, name)):

@@ -31,17 +31,7 @@ import orbax.checkpoint as ocp
 import pandas as pd
 
 from soap_jax import data, tasks, training
-from soap_jax.study import (
-    charts,
-    circumstances,
-    figures,
-    files,
-    loops,
-    preset,
-    protocol,
-    store,
-    trial,
-)
+from soap_jax.study import charts, circumstances, figures, files, loops, preset, store, trial
 from soap_jax.study.methods import METHODS
 from soap_jax.study.preset import TrainConfig
 
@@ -266,7 +256,7 @@ def _trial(config, dataset, scale=None) -> tuple[tasks.Task, trial.Trial, tuple]
     """
     arguments = preset.comparison_arguments(config.as_study(), dataset, scale=scale)
     task = arguments["task"]
-    steps, size = protocol.steps_of(task, None, config.epochs, config.batch_size)
+    steps, size = trial.steps_of(task, None, config.epochs, config.batch_size)
     batch = jax.tree.map(lambda leaf: leaf[:size], task.train)
     of_method = trial.make(
         task,
