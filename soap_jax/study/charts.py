@@ -105,7 +105,7 @@ def angles(comparison: Results) -> Figure:
         comparison,
         _over_training(comparison, f"gradient_angle/{first}", _inexact(comparison)),
         name="angles",
-        title="Angle to the true gradient: first kernel, each method at its best rate",
+        title="Angle to the true gradient, first kernel",
         x="parameter updates",
         y="angle to the true gradient (degrees)",
         caption=f"Angle between a method's gradient of {first} and the true gradient, while "
