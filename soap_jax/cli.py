@@ -46,7 +46,7 @@ class _Running:
         dry_run: say how many runs and steps there would be, and about how long they would take.
         cache: keep compiled programs for the next time, in the user's cache directory.
         distributed: start jax.distributed: the same command in every process (SLURM, TPU pods).
-        out: where results go; by default results/NAME.
+        out: where results go; by default results/NAME, with --quick results/NAME-quick.
     """
 
     quick: Flag = False
@@ -54,6 +54,10 @@ class _Running:
     cache: bool = True
     distributed: Flag = False
     out: pathlib.Path | None = None
+
+    def place(self, name: str) -> pathlib.Path:
+        """The directory of results."""
+        return _checked(self.out or pathlib.Path("results") / (name + "-quick" * self.quick))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +85,7 @@ class Study(_Running, preset.StudyConfig):
         config = _as(preset.StudyConfig, self)
         config = config.smaller() if self.quick else config
         name = pathlib.Path(config.data or config.dataset).stem
-        out = _checked(self.out or pathlib.Path("results") / name)
+        out = self.place(name)
         _start_jax(cache=self.cache, distributed=self.distributed)
         dataset = _load(config, self.data_dir)
         arguments = preset.comparison_arguments(config, dataset)
@@ -120,7 +124,7 @@ class TaskStudy(_Running, preset.Protocol):
             "select": self.select,
             "maximise": self.maximise,
         }
-        out = _checked(self.out or pathlib.Path("results") / self.task.stem)
+        out = self.place(self.task.stem)
         _compare(arguments, out, {"title": self.task.stem}, dry_run=self.dry_run)
 
 

@@ -246,6 +246,17 @@ def path_of(keys: Sequence[Any]) -> Path:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
 
+def named(tree: chex.ArrayTree) -> dict[str, Any]:
+    """The leaves of a tree by their paths in one string.
+
+    Example:
+        >>> named({"Dense_0": {"kernel": 1.0}})
+        {'Dense_0/kernel': 1.0}
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(path_of(keys)): leaf for keys, leaf in leaves}
+
+
 def matches(pattern: str, path: Path) -> bool:
     """Whether the glob `pattern` matches the path; `*` also spans "/"."""
     if not isinstance(pattern, str):

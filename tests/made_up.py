@@ -203,11 +203,11 @@ def make_mediation():
             )
             for (order, path), found in numbers.items()
         ),
-        effective_rates=(
-            mediation.EffectiveRate("sign", 0.46, 0.39),
-            mediation.EffectiveRate("bp", 0.05, 0.05),
-            mediation.EffectiveRate("bp_scaled_live", 0.575, 0.49),
-        ),
+        effective_rates={
+            "sign": (0.46, 0.39),
+            "bp": (0.05, 0.05),
+            "bp_scaled_live": (0.575, 0.49),
+        },
     )
 
 

@@ -16,7 +16,7 @@ from made_up import (
     make_record,
 )
 
-from soap_jax.study import charts, claims, figures, methods
+from soap_jax.study import charts, claims, drawing, figures, methods
 from soap_jax.study.comparison import Comparison
 from soap_jax.study.store import TABLES
 
@@ -273,3 +273,8 @@ def test_an_estimate_without_interval_is_a_point():
     [row] = rows(figure, "least")
     assert row["x"] == 2 and row["low"] is None and row["high"] is None
     assert figure.table[1] == [["1. a / b", "2.00", ""]]
+
+
+def test_a_short_logarithmic_axis_still_has_labels():
+    assert drawing._one_two_five(0.4, 30) == [0.5, 1, 2, 5, 10, 20]
+    assert len(drawing._one_two_five(0.7, 1.4)) > 4

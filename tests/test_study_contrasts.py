@@ -39,7 +39,7 @@ def test_a_difference_is_paired_and_at_each_methods_best_rate():
     assert part.low < -0.02 < part.high and part.high - part.low < 0.01
     assert part.p_holds < 0.01 and part.measure == "difference"
     assert part.label == (
-        "FA, fixed feedback - backprop, test accuracy each at its best rate (0.1 and 0.1)"
+        "FA, fixed feedback − backprop, test accuracy each at its best rate (0.1 and 0.1)"
     )
 
 

@@ -61,7 +61,7 @@ def test_effects_are_paired_by_seed():
 
 def test_learning_rates_that_count_are_kept_for_the_diagram():
     found = mediation.mediate(make_study(error_angles=(60.0, 40.0)))
-    rates = {rate.method: (rate.start, rate.end) for rate in found.effective_rates}
+    rates = found.effective_rates
     assert set(rates) == {"bp", "sign", "sign_norm", "bp_scaled", "bp_scaled_live"}
     assert rates["sign"] == pytest.approx((0.092, 0.184))
     assert rates["bp"] == pytest.approx((0.01, 0.02))

@@ -71,7 +71,7 @@ def test_bounds_are_marked(study):
 def test_notes_say_which_rate_is_shared_and_what_chooses_rates(study):
     said = flat(screen.summary_table(study))
     assert f"at rate {study.shared_rate:g}, the smallest at which every run of backprop" in said
-    assert "chosen by validation accuracy" in said and "Feedback synced every 1 update." in said
+    assert "chosen by validation accuracy" in said and "Feedback is synced every update." in said
     assert "* at the edge of the grid" in said
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from soap_jax import study
+from soap_jax import study, trees
 from soap_jax.study import files, store
 from soap_jax.study.store import KEYS, Run, Store
 
@@ -279,7 +279,7 @@ def test_no_flipped_byte_of_a_part_goes_unnoticed(tmp_path):
 
     def loaded():
         [(runs, results)] = found._parts()
-        return runs, {name: leaf.tobytes() for name, leaf in store.flattened(results).items()}
+        return runs, {name: leaf.tobytes() for name, leaf in trees.named(results).items()}
 
     expected, noticed = loaded(), 0
     for _ in range(300):

@@ -10,7 +10,7 @@ from soap_jax import _archives, data, models, tasks
 rng = np.random.default_rng(0)
 ARRAYS = {
     "x_train": rng.integers(0, 256, (20, 4, 3), dtype=np.uint8),
-    "y_train": np.arange(20) % 3,
+    "y_train": np.arange(20) % 4,
     "x_test": rng.integers(0, 256, (7, 4, 3), dtype=np.uint8),
     "y_test": np.arange(7) % 4,
 }
@@ -68,11 +68,14 @@ def test_labels_of_strange_integer_types_and_idx_files_of_any_size(tmp_path):
         ({"y_test": None}, "it lacks y_test"),
         ({"y_train": np.arange(19)}, r"y_train have the shapes \(20, 4, 3\) and \(19,\)"),
         ({"x_test": np.zeros((7, 4, 2))}, r"shape \(20, 4, 3, 1\) and x_test \(7, 4, 2, 1\)"),
-        ({"y_train": np.arange(20.0)}, "labels are of float64; expected integers"),
-        ({"y_test": np.arange(7) - 1}, "labels are of int64; expected integers from 0"),
+        ({"y_train": np.arange(20.0)}, "labels are float64, 0.0 to 19.0; expected integers"),
+        ({"y_test": np.arange(7) - 1}, "labels are int64, -1 to 5; expected integers from 0"),
+        ({"y_train": np.arange(20) % 3 + 1}, "1 to 3 in y_train and 0 to 3 in y_test; expected"),
+        ({"y_train": np.arange(20) % 2}, "0 to 1 in y_train and 0 to 3 in y_test; expected"),
+        ({"x_test": np.ones((7, 4, 3))}, "x_train is kept as uint8 and x_test as float32"),
         (
             {"y_test": np.arange(7) + 10**9},
-            "labels are of int64; expected integers from 0 to 65535",
+            "labels are int64, 10.* to 10.*; expected integers from 0 to 65535",
         ),
         (
             {"x_test": np.full((7, 4, 3), np.nan)},

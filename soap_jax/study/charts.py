@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from soap_jax.study import claims, drawing, statistics
+from soap_jax.study import claims, drawing, figures, statistics
 from soap_jax.study.drawing import Mark
 from soap_jax.study.figures import Figure
 from soap_jax.study.results import Results
@@ -105,7 +105,7 @@ def angles(comparison: Results) -> Figure:
         comparison,
         _over_training(comparison, f"gradient_angle/{first}", _inexact(comparison)),
         name="angles",
-        title="Angle to the true gradient: first kernel, each method at its best rate",
+        title="Angle to the true gradient, first kernel",
         x="parameter updates",
         y="angle to the true gradient (degrees)",
         caption=f"Angle between a method's gradient of {first} and the true gradient, while "
@@ -218,6 +218,28 @@ def final_metric(comparison: Results) -> Figure:
         empty="No method has a learning rate at which no run diverged.",
         dots=dots,
     )
+
+
+def training(curves: pd.DataFrame, title: str) -> str:
+    """The curves of one training as SVG; lines break where numbers are not finite."""
+    angles = [
+        name for name in map(str, curves) if name.startswith(("gradient_angle/", "weight_angle/"))
+    ]
+
+    def panel(y, columns, **options):
+        rows = curves.replace([np.inf, -np.inf], np.nan).melt("epoch", columns, "method", "y")
+        rows["method"] = rows["method"].str.replace("_", " ").str.removesuffix("/kernel")
+        rows = rows.rename(columns={"epoch": "x"}).assign(low=rows["y"], high=rows["y"], note="")
+        words = {"name": y.split()[0], "title": title, "caption": "", "empty": ""}
+        marks = looks(dict.fromkeys(rows["method"]))
+        return drawing.curves(rows, marks, x="epoch", y=y, **words, **options)
+
+    panels = [
+        panel("loss", ["train_loss", "validation_loss"], y_log=True),
+        panel("accuracy", ["validation_accuracy"]),
+        panel("angle to the true one (degrees)", angles, degrees=True),
+    ]
+    return figures.beside(panels, resolve="independent")
 
 
 def names(comparison: Results) -> dict[str, str]:

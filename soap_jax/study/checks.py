@@ -119,8 +119,7 @@ def fingerprint(task: Task, batch_size: int) -> dict[str, Any]:
     return {
         "loss": hashlib.sha256(text(loss).encode()).hexdigest(),
         "params": {
-            "/".join(trees.path_of(k)): f"{leaf.dtype}{list(leaf.shape)}"
-            for k, leaf in jax.tree_util.tree_leaves_with_path(params)
+            name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in trees.named(params).items()
         },
         "metrics": list(task.metrics),
         "data": {part: _digest(getattr(task, part)) for part in task.examples},

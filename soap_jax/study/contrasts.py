@@ -160,7 +160,8 @@ class Ratio(Test):
             raise NotTestable(starts)
         _check_inside(comparison, self.at, pair, self.periods)
         found = comparison.compared(*pair, at=self.at, periods=self.periods, metric=metric)
-        what = metric.replace("_", " ") if metric else f"steps to loss {comparison.target_loss:g}"
+        steps = f"steps to loss {statistics.number(comparison.target_loss)}"
+        what = metric.replace("_", " ") if metric else steps
         result = (found.mean.judge if metric else found.mean.judge_ratio)(self.within)
         notes = [found.note, starts]
         if self.amplification:
@@ -188,7 +189,7 @@ class Difference(Ratio):
     metric: str
     at: str | float = "best"
     measure: ClassVar[str] = "difference"
-    sign: ClassVar[str] = " - "
+    sign: ClassVar[str] = " − "
 
 
 @dataclasses.dataclass(frozen=True)

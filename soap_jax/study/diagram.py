@@ -55,8 +55,8 @@ def describe(comparison: Results, effects: mediation.Mediation) -> Diagram | Non
     if not effects.testable:
         return None
     total, *paths = map(effects.effect, ("total", "rate", "direction"))
-    method, reference, control = (rate.method for rate in effects.effective_rates[:3])
-    start = {rate.method: rate.start for rate in effects.effective_rates}
+    method, reference, control = list(effects.effective_rates)[:3]
+    start = {name: rates[0] for name, rates in effects.effective_rates.items()}
     amplified, size = (number(start[m] / start[reference]) for m in (method, control))
     first = f"error_angle/{comparison.hidden[0]}"
     turned = comparison.measured(first, method, effects.learning_rate, end=False).mean()
@@ -89,7 +89,11 @@ def describe(comparison: Results, effects: mediation.Mediation) -> Diagram | Non
     if effects.note:
         caption += f" Note: {effects.note}."
     title = f"How {name} acts on the steps to the target"
-    widths = [1.5, 1.5, *(1.5 + 3.5 * _clipped(effect.share) for effect in paths)]
+    widths = [
+        1.5,
+        1.5,
+        *(1.5 + 3.5 * np.nan_to_num(np.clip(effect.share, 0, 1)) for effect in paths),
+    ]
     said = f"{title}. In all {_factor(total)}. " + ". ".join(
         f"Through the {effect.path}: {', '.join(_on_arrow(effect))}" for effect in paths
     )
@@ -142,8 +146,3 @@ def _on_arrow(effect) -> tuple[str, ...]:
     if math.isnan(effect.share):
         return lines
     return (*lines, f"{number(round(100 * effect.share))} % of the whole", "effect (log scale)")
-
-
-def _clipped(share):
-    """A share as a width: none where it is not known."""
-    return 0.0 if math.isnan(share) else float(np.clip(share, 0, 1))

@@ -253,7 +253,11 @@ def _domain(values: Sequence[float], log: bool) -> tuple[float, float]:
 
 
 def _one_two_five(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ... as far as they lie between two values."""
+    """1, 2, 5, 10, ... as far as they lie between two values; equal steps, where those are few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (float(f"{digit}e{power}") for power in powers for digit in (1, 2, 5))
-    return [step for step in steps if low <= step <= high]
+    found = [step for step in steps if low <= step <= high]
+    if len(found) > 2:
+        return found
+    step = 10.0 ** math.floor(math.log10((high - low) / 2))
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]

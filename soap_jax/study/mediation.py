@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -71,14 +72,6 @@ class Effect:
     share_high: float
 
 
-class EffectiveRate(NamedTuple):
-    """Learning rate that counts at the first hidden kernel, mean over seeds at the shared rate."""
-
-    method: str
-    start: float
-    end: float
-
-
 @dataclasses.dataclass(frozen=True)
 class Mediation:
     """The effect of raw sign sync on steps, taken apart.
@@ -88,14 +81,15 @@ class Mediation:
         note: what a reader must know beside the numbers, or "".
         learning_rate: the shared rate.
         effects: the total, both orders, their average, and the check with a fixed factor.
-        effective_rates: by method.
+        effective_rates: by method, the learning rates that count at the first hidden kernel, before
+            training and at its end; means over seeds at the shared rate.
     """
 
     testable: bool
     note: str = ""
     learning_rate: float = math.nan
     effects: tuple[Effect, ...] = ()
-    effective_rates: tuple[EffectiveRate, ...] = ()
+    effective_rates: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
 
     def effect(self, path: str, order: str = "average") -> Effect:
         """The effect along a path ("total", "rate" or "direction").
@@ -164,16 +158,10 @@ def _mediate(comparison, core, fixed):
     elif math.isnan(effects[0].share_low):
         notes.append("the total effect is not clearly other than none: shares have no interval")
     column = f"effective_learning_rate/{comparison.hidden[0]}"
-    effective = tuple(
-        EffectiveRate(
-            method,
-            *(
-                float(np.mean(comparison.measured(column, method, rate, end=end)))
-                for end in (False, True)
-            ),
-        )
+    effective = {
+        method: [comparison.measured(column, method, rate, end=e).mean() for e in (False, True)]
         for method in methods
-    )
+    }
     return Mediation(True, joined(*notes), rate, tuple(effects), effective)
 
 

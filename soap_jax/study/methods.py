@@ -357,7 +357,7 @@ def resolve(methods: Mapping[str, str | Method] | Sequence[str]) -> dict[str, Me
     return found
 
 
-def amplification(params: chex.ArrayTree, weights: chex.ArrayTree) -> dict[trees.Path, jax.Array]:
+def amplification(params: chex.ArrayTree, weights: chex.ArrayTree) -> dict[str, jax.Array]:
     """How much larger than a kernel its signs are, `norm(sign(W)) / norm(W)`, by path.
 
     Args:
@@ -369,11 +369,12 @@ def amplification(params: chex.ArrayTree, weights: chex.ArrayTree) -> dict[trees
 
     Example:
         >>> amplification({"kernel": jnp.full((2, 1), 0.25)}, {"kernel": jnp.ones((2, 1))})
-        {('kernel',): Array(4., dtype=float32)}
+        {'kernel': Array(4., dtype=float32)}
     """
 
     def ratio(kernel):
         size = jnp.linalg.norm(kernel)
         return jnp.where(size > 0, jnp.linalg.norm(jnp.sign(kernel)) / size, 1.0)
 
-    return {path: ratio(kernel) for path, (kernel, _) in trees.pairs(params, weights).items()}
+    kernels = trees.pairs(params, weights)
+    return {"/".join(path): ratio(kernel) for path, (kernel, _) in kernels.items()}

@@ -196,7 +196,7 @@ def compare(
         "seeds": seeds,
         "methods": _described(chosen, periods_of, programs),
         "extended": [],
-        "kernels": ["/".join(path) for path in layers.kernels],
+        "kernels": list(layers.kernels),
         "examples": task.examples,
         "window": statistics.WINDOW,
         "claims": [claim.to_dict() for claim in as_claims(claims)],

@@ -188,4 +188,6 @@ def _said(value: Any) -> str:
     """A value as a list of words, without the marks of Python."""
     if isinstance(value, str):
         return value
-    return "default" if value is None else re.sub(r"[{}\[\]()'\"]", "", str(value))
+    if value in ([], None):
+        return "default" if value is None else "none"
+    return re.sub(r"[{}\[\]()'\"]", "", str(value))

@@ -407,8 +407,9 @@ class Results:
             return float(reached.idxmax())
         who = self.label(self.reference) if self.reference else "every method"
         self.why = self.why or (
-            f"at no rate of the grid does every run of {who} reach loss {self.target_loss:g} "
-            "within half the steps: train longer, or widen the rates"
+            f"at no rate of the grid does every run of {who} reach loss "
+            f"{statistics.number(self.target_loss)} within half the steps: train longer, or widen "
+            "the rates"
         )
         return math.nan
 

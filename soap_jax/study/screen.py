@@ -100,7 +100,9 @@ def summary_notes(comparison: Results, *, full: bool) -> str:
 def claims_table(findings: Sequence[claims.Finding]) -> Table:
     """The verdicts, claim by claim, with what each of its tests found and the bound for it."""
     family = max((finding.family for finding in findings), default=0)
-    notes = [f"p is the verdict's, after Holm's correction for {family} claims."] * (family > 0)
+    notes = [
+        f"p is the verdict's, after Holm's correction for {family} claim{'s' * (family > 1)}."
+    ] * (family > 0)
     open_ones = claims.UNDECIDED, claims.NOT_TESTABLE
     notes += [f"{f.key}: {f.why}" for f in findings if f.verdict in open_ones]
     if any(finding.exploratory for finding in findings):

@@ -36,7 +36,6 @@ from soap_jax import data, tasks, training
 from soap_jax.study import (
     charts,
     circumstances,
-    drawing,
     figures,
     files,
     loops,
@@ -98,11 +97,10 @@ def train(
         ValueError: if the directory holds another training, or the batch size is more than all
             examples; or if the last checkpoint cannot be read, or one cannot be written.
     """
-    path, (task, of_method) = pathlib.Path(path), _trial(config, dataset)
+    path, (task, of_method, start) = pathlib.Path(path), _trial(config, dataset)
     facts = _begin(path, config, dataset)
     arrays = jax.device_put(trial.data_of(task))
-    start = _start(config)
-    rate, index = start[1], start[3]
+    _, rate, _, index = start
     state, plan = jax.jit(of_method.init)(*start, arrays)
     measure = jax.jit(of_method.measure)
     if config.model == "conv" and jax.default_backend() == "cpu":
@@ -141,7 +139,8 @@ def train(
     }
     facts["result"] = {k: v if math.isfinite(v) else None for k, v in result.items()}
     files.write_json(path / "train.json", facts)
-    _draw(path, config, pd.DataFrame(rows))
+    said = f"{METHODS[config.method].label}, rate {config.learning_rate:g}, seed {config.seed}"
+    figures.save_svg(charts.training(pd.DataFrame(rows), said), path / "curves")
     return facts
 
 
@@ -175,8 +174,8 @@ def load(path: str | os.PathLike[str], *, epoch: int | None = None) -> Trained:
     like = data.Split(np.zeros((num, *network["image_shape"]), np.uint8), np.zeros(num, np.int32))
     dataset = data.Dataset("", like, like, network["num_classes"], 255, "")
     scale = tasks.Scaling(*network["scaling"])
-    task, of_method = _trial(config, dataset, scale)
-    state, _ = jax.eval_shape(of_method.init, *_start(config), trial.data_of(task))
+    task, of_method, start = _trial(config, dataset, scale)
+    state, _ = jax.eval_shape(of_method.init, *start, trial.data_of(task))
     with _manager(path, read_only=True, create=False) as manager:
         train = _restore(path, manager, epoch, state)[0].train
     model = preset.network(config, dataset)
@@ -270,8 +269,11 @@ def _begin(path, config, dataset) -> dict[str, Any]:
     return facts
 
 
-def _trial(config, dataset, scale=None) -> tuple[tasks.Task, trial.Trial]:
-    """The task, and the functions of its training; epochs lie between measurements."""
+def _trial(config, dataset, scale=None) -> tuple[tasks.Task, trial.Trial, tuple]:
+    """The task, the functions of its training, and what they start from, as in a study.
+
+    Epochs lie between measurements; the start is seed, learning rate, period and index.
+    """
     arguments = preset.comparison_arguments(config.as_study(), dataset, scale=scale)
     task = arguments["task"]
     steps, size = protocol.steps_of(task, None, config.epochs, config.batch_size)
@@ -285,13 +287,9 @@ def _trial(config, dataset, scale=None) -> tuple[tasks.Task, trial.Trial]:
         steps=steps,
         evaluations=config.epochs,
     )
-    return task, of_method
-
-
-def _start(config):
-    """Seed, learning rate, period and index, as a study hands them to its runs."""
     (period,) = METHODS[config.method].periods((config.period,))
-    return np.int32(config.seed), np.float32(config.learning_rate), np.int32(period), 0
+    start = np.int32(config.seed), np.float32(config.learning_rate), np.int32(period), 0
+    return task, of_method, start
 
 
 @contextlib.contextmanager
@@ -351,24 +349,3 @@ def _checksum(state, curves) -> str:
     for leaf in jax.tree.leaves(state):
         found.update(np.asarray(leaf).tobytes())
     return found.hexdigest()
-
-
-def _draw(path, config, curves):
-    """Draws the curves as SVG, PNG and PDF; lines break where numbers are not finite."""
-    said = f"{METHODS[config.method].label}, rate {config.learning_rate:g}, seed {config.seed}"
-    angles = [name for name in curves if name.startswith(("gradient_angle/", "weight_angle/"))]
-
-    def panel(y, columns, **options):
-        rows = curves.replace([np.inf, -np.inf], np.nan).melt("epoch", columns, "method", "y")
-        rows["method"] = rows["method"].str.replace("_", " ").str.removesuffix("/kernel")
-        rows = rows.rename(columns={"epoch": "x"}).assign(low=rows["y"], high=rows["y"], note="")
-        words = dict.fromkeys(("caption", "empty"), "") | {"name": y.split()[0], "title": said}
-        looks = charts.looks(dict.fromkeys(rows["method"]))
-        return drawing.curves(rows, looks, x="epoch", y=y, **words, **options)
-
-    panels = [
-        panel("loss", ["train_loss", "validation_loss"], y_log=True),
-        panel("accuracy", ["validation_accuracy"]),
-        panel("angle to the true one (degrees)", angles, degrees=True),
-    ]
-    figures.save_svg(figures.beside(panels, resolve="independent"), path / "curves")

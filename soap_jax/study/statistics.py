@@ -150,7 +150,7 @@ def alike(value: float, beside: float) -> str:
     """A number with as many decimals as three digits of another one have.
 
     Example:
-        >>> alike(1.3, 0.9612), alike(0.961, 1.1174), alike(1234.5, 1), alike(0.0012, 97)
+        >>> alike(1.3, 0.9612), alike(0.961, 1.1174), alike(1234.6, 1), alike(0.0012, 97)
         ('1.300', '0.96', '1,235', '0.0012')
     """
     size = math.floor(math.log10(abs(beside))) if beside and math.isfinite(beside) else 2

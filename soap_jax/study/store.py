@@ -24,7 +24,6 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import numpy as np
 import pandas as pd
@@ -143,9 +142,9 @@ class Store:
 
     def add(self, runs: Sequence[Run], results: Mapping[str, Any]) -> None:
         """Keeps some runs: what `loops.scanned` gave, with a leading axis of the runs."""
-        flat = flattened({name: part for name, part in results.items() if name != "params"})
+        flat = trees.named({name: part for name, part in results.items() if name != "params"})
         for i, run in enumerate(runs if "params" in results else ()):
-            params = flattened(results["params"])
+            params = trees.named(results["params"])
             own: dict[str, Any] = {
                 f"params/{name}": _storable(leaf[i]) for name, leaf in params.items()
             }
@@ -316,12 +315,6 @@ def write_table(path: pathlib.Path, table: pd.DataFrame) -> None:
 def _storable(leaf) -> np.ndarray:
     """An array of a type that NumPy's files know: bfloat16 and the like as float32."""
     return np.asarray(leaf, np.float32) if leaf.dtype.kind == "V" else leaf
-
-
-def flattened(tree: chex.ArrayTree) -> dict[str, Any]:
-    """The leaves of a tree by their paths, such as "Dense_0/kernel"."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(trees.path_of(keys)): leaf for keys, leaf in leaves}
 
 
 def _runs(table) -> list[Run]:

@@ -51,8 +51,8 @@ class Layers(NamedTuple):
         last: the last kernel, and the params that are first used after it.
     """
 
-    kernels: tuple[trees.Path, ...]
-    served: tuple[trees.Path, ...]
+    kernels: tuple[str, ...]
+    served: tuple[str, ...]
     last: frozenset[trees.Path]
 
 
@@ -127,7 +127,7 @@ def layers_of(task: Task, params, state, batch) -> Layers:
     rows = explain(loss_of(task), params, state, batch, jax.random.key(0), has_aux=True)
     kinds = ("feedback", "no effect", "backprop")
     kernels = [row.path for row in rows if len(row.shape) > 1 and row.effect in kinds]
-    served = tuple(row.path for row in rows if row.effect == "feedback")
+    served = ["/".join(row.path) for row in rows if row.effect == "feedback"]
     if not served:
         raise ValueError(
             "the task has no kernel for feedback: no error passes one in a product with an "
@@ -135,7 +135,8 @@ def layers_of(task: Task, params, state, batch) -> Layers:
             f"the loss? What soap_jax.explain says of it:\n{rows}"
         )
     paths = [row.path for row in rows]
-    return Layers(tuple(kernels), served, frozenset(paths[paths.index(kernels[-1]) :]))
+    last = frozenset(paths[paths.index(kernels[-1]) :])
+    return Layers(tuple(map("/".join, kernels)), tuple(served), last)
 
 
 def shared_key(method: Method) -> tuple | None:
@@ -237,7 +238,7 @@ def make(
                 if member.scale is None:
                     return weights
                 live = methods.amplification(params, weights)
-                ratios = plan.scale if member.scale == "start" else _by_name(live)
+                ratios = plan.scale if member.scale == "start" else live
                 return trees.map_pairs(
                     lambda path, w, b: (ratios["/".join(path)] * b).astype(b.dtype), params, weights
                 )
@@ -276,9 +277,8 @@ def make(
         plan = Plan(order, jax.random.fold_in(key, LOSS_STREAM), {})
         weights = init_weights(feedback_key, params, batch_of(task, data, plan, 0), period)
         if any(member.scale == "start" for member in members):
-            plan = plan._replace(
-                scale=_by_name(methods.amplification(params, training.feedback_weights(weights)))
-            )
+            ratios = methods.amplification(params, training.feedback_weights(weights))
+            plan = plan._replace(scale=ratios)
         chosen = optimizer_at(learning_rate, index)
         train = training.init_train_state(params, chosen, feedback=weights, learn_feedback=learns)
         return State(train, model), plan
@@ -321,10 +321,10 @@ def make(
         else:
             pseudo, errors = gradient_and_errors(plain, has_aux=True)(params, weights, *args)
         num = jax.tree.leaves(probe)[0].shape[0]
-        pseudo, true = _leaves(pseudo), _leaves(true)
+        pseudo, true = map(trees.named, (pseudo, true))
         share = _share_of_hidden(members, index)
-        for path in layers.kernels[:-1]:
-            name, (a, b) = "/".join(path), (tree[path] for tree in (pseudo, true))
+        for name in layers.kernels[:-1]:
+            a, b = pseudo[name], true[name]
             row[f"gradient_angle/{name}"] = metrics.angle(a, b)
             along = share * jnp.sum(a * b) / jnp.sum(b * b)
             row[f"effective_learning_rate/{name}"] = learning_rate * along
@@ -332,14 +332,9 @@ def make(
                 angles = metrics.angles_by_example(errors[name], true_errors[name], num)
                 row[f"error_angle/{name}"] = jnp.nanmean(angles)  # NaN of those without an error
         if method.loss is None and method.gradient is None:
-            for column, metric in (
-                ("weight_angle", metrics.weight_angle),
-                ("norm_ratio", metrics.norm_ratio),
-            ):
-                row |= {
-                    f"{column}/{'/'.join(path)}": leaf
-                    for path, leaf in _leaves(metric(params, weights)).items()
-                }
+            for metric in (metrics.weight_angle, metrics.norm_ratio):
+                found = trees.named(metric(params, weights))
+                row |= {f"{metric.__name__}/{name}": value for name, value in found.items()}
         return row
 
     def test(state, data):
@@ -394,14 +389,5 @@ def _share_of_hidden(members, index):
     return jnp.array([float(not member.last_only) for member in members], jnp.float32)[index]
 
 
-def _at(paths):
-    names = {"/".join(path) for path in paths}
+def _at(names):
     return lambda path, leaf: path in names
-
-
-def _by_name(by_path):
-    return {"/".join(path): value for path, value in by_path.items()}
-
-
-def _leaves(tree):
-    return {trees.path_of(k): leaf for k, leaf in jax.tree_util.tree_leaves_with_path(tree)}
