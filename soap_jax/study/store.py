@@ -141,9 +141,7 @@ class Store:
         flat = trees.named({name: part for name, part in results.items() if name != "params"})
         for i, run in enumerate(runs if "params" in results else ()):
             params = trees.named(results["params"])
-            own: dict[str, Any] = {
-                f"params/{name}": _storable(leaf[i]) for name, leaf in params.items()
-            }
+            own: Any = {f"params/{name}": _storable(leaf[i]) for name, leaf in params.items()}
             files.write_atomically(self.params(run), functools.partial(np.savez, **own))
         facts = json.dumps([[list(run) for run in runs], sorted(flat)])
         name = hashlib.sha256(facts.encode()).hexdigest()[:16]
