@@ -434,18 +434,15 @@ def _compare(arguments, out, record, *, about="", dry_run=False):
     import jax
 
     from soap_jax import study
-    from soap_jax.study import methods, screen, store
+    from soap_jax.study import methods, screen, store, trial
 
     first = jax.process_index() == 0
     console = _console(quiet=not first)
     chosen = methods.resolve(arguments["methods"])
     points = len(arguments["learning_rates"]) * arguments["seeds"]
     runs = {k: points * len(m.periods(arguments["periods"])) for k, m in chosen.items()}
-    steps, task = arguments["steps"], arguments["task"]
-    if steps is None:
-        steps = (arguments["epochs"] or 0) * (
-            task.examples.get("train", 0) // arguments["batch_size"]
-        )
+    task = arguments["task"]
+    steps = trial.steps_of(task, *(arguments[k] for k in ("steps", "epochs", "batch_size")))
     steps -= steps % max(1, min(arguments["evaluations"], steps))
     console.print(
         f"{record['title']}: {task.examples.get('train', 'made')} training examples{about}. "

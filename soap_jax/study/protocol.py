@@ -140,7 +140,7 @@ def compare(
     periods = None if periods is None else _plain(periods) or None
     grids.check(seeds=seeds, learning_rates=learning_rates, periods=periods or (1,))
     learning_rates = sorted(map(float, learning_rates))
-    steps, batch_size = trial.steps_of(task, steps, epochs, batch_size)
+    steps = trial.steps_of(task, steps, epochs, batch_size)
     grids.check_count("evaluations", evaluations)
     for name, count in (
         ("eval_batch_size", eval_batch_size),

@@ -256,7 +256,7 @@ def _trial(config, dataset, scale=None) -> tuple[tasks.Task, trial.Trial, tuple]
     """
     arguments = preset.comparison_arguments(config.as_study(), dataset, scale=scale)
     task = arguments["task"]
-    steps, size = trial.steps_of(task, None, config.epochs, config.batch_size)
+    size = config.batch_size
     batch = jax.tree.map(lambda leaf: leaf[:size], task.train)
     of_method = trial.make(
         task,
@@ -264,7 +264,7 @@ def _trial(config, dataset, scale=None) -> tuple[tasks.Task, trial.Trial, tuple]
         trial.layers_of(task, task.init(jax.random.key(0)), None, batch),
         optimizer=arguments["optimizer"],
         batch_size=size,
-        steps=steps,
+        steps=trial.steps_of(task, None, config.epochs, size),
         evaluations=config.epochs,
     )
     (period,) = METHODS[config.method].periods((config.period,))

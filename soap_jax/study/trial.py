@@ -118,24 +118,21 @@ def loss_of(task: Task) -> Callable[..., tuple[jax.Array, chex.ArrayTree]]:
     return lambda params, state, batch, key: (task.loss(params, batch), state)
 
 
-def steps_of(task, steps, epochs, batch_size) -> tuple[int, int]:
-    """The steps of a run, and the batch size, checked."""
+def steps_of(task: Task, steps: int | None, epochs: int | None, batch_size: int) -> int:
+    """The steps of a run; raises ValueError for numbers that do not fit the task."""
     if (steps is None) == (epochs is None):
         raise ValueError(f"steps is {steps} and epochs is {epochs}; expected one of the two.")
     grids.check_count("batch_size", batch_size)
     if task.generated:
         if steps is None:
             raise ValueError("epochs is given, but train is a function; expected steps.")
-        grids.check_count("steps", steps)
-        return steps, batch_size
-    num = task.examples["train"]
-    if batch_size > num:
+    elif batch_size > (num := task.examples["train"]):
         raise ValueError(f"batch_size is {batch_size}; expected at most {num}, the examples.")
-    if steps is None:
+    elif epochs is not None:
         grids.check_count("epochs", epochs, most=grids.MOST // num)
-        steps = epochs * (num // batch_size)
-    grids.check_count("steps", steps)
-    return steps, batch_size
+        return epochs * (num // batch_size)
+    grids.check_count("steps", steps)  # type: ignore[arg-type]
+    return steps  # type: ignore[return-value]
 
 
 def layers_of(task: Task, params, state, batch) -> Layers:
