@@ -162,7 +162,7 @@ def test_other_bounds_than_the_stored_ones_are_exploratory():
 
 
 def test_an_unknown_test_is_refused():
-    with pytest.raises(ValueError, match="a test is a 'Ratios'; expected one of Ratio, Difference"):
+    with pytest.raises(ValueError, match="test: 'Ratios' is unknown; expected Ratio, Difference"):
         Test.from_dict({"test": "Ratios", "within": [0, 1]})
 
 

@@ -128,7 +128,10 @@ BAD_OPTIONS = {
     "no rates": ({"learning_rates": ()}, "learning_rates is empty"),
     "seeds": ({"seeds": [0, 0]}, "seeds has a value twice"),
     "periods": ({"periods": (0,)}, "periods has 0"),
-    "select": ({"select": "validation_accuracy"}, "select is 'validation_accuracy'"),
+    "select": (
+        {"select": "validation_accuracy"},
+        "select: 'validation_accuracy' is unknown; expected train_loss",
+    ),
     "target": ({"target_loss": -1.0}, "target_loss is -1.0"),
     "params": ({"keep_params": True}, "out is None"),
 }

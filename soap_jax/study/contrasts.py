@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from soap_jax import grids
 from soap_jax.study import statistics
 from soap_jax.study.results import NotTestable, Periods, Results, joined
 from soap_jax.study.statistics import Estimate, Result
@@ -112,8 +113,8 @@ class Test:
     def from_dict(stored: Mapping[str, Any]) -> Test:
         """The test that `to_dict` stored."""
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-        if (kind := fields.pop("test")) not in Test.kinds:
-            raise ValueError(f"a test is a {kind!r}; expected one of {', '.join(Test.kinds)}.")
+        kind = fields.pop("test")
+        grids.check_known("test", kind, Test.kinds)
         low, high = fields["within"]
         fields["within"] = (-INF if low is None else low, INF if high is None else high)
         return Test.kinds[kind](**fields)

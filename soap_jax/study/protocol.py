@@ -368,8 +368,7 @@ def _check_select(task, select, maximise):
     columns = ["train_loss"]
     if task.validation is not None:
         columns += [f"validation_{name}" for name in dict.fromkeys(("loss", *task.metrics))]
-    if select not in columns:
-        raise ValueError(f"select is {select!r}; expected one of {', '.join(columns)}.")
+    grids.check_known("select", select, columns)
     known = (False, None) if select.endswith("_loss") else (True, False)
     if maximise not in known:
         raise ValueError(f"maximise is {maximise!r} for {select}; expected one of {known}.")
