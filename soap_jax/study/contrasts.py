@@ -113,7 +113,7 @@ class Test:
     def from_dict(stored: Mapping[str, Any]) -> Test:
         """The test that `to_dict` stored."""
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-        kind = fields.pop("test")
+        kind = str(fields.pop("test"))
         grids.check_known("test", kind, Test.kinds)
         low, high = fields["within"]
         fields["within"] = (-INF if low is None else low, INF if high is None else high)
