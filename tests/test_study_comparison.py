@@ -341,20 +341,6 @@ def test_an_unknown_metric_is_refused():
         make_study().grid("fa", metric="f1")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda runs: runs.iloc[:-3], "hold 5 runs; expected the record's 8, .* Finish the study"),
-        (lambda runs: pd.concat([runs, runs.iloc[-1:]]), r"hold 9 runs; .* once each"),
-        (lambda runs: runs.assign(seed=runs["seed"] + 1), r"see method (bp|fa), .* seed (0|2)"),
-    ],
-)
-def test_tables_that_are_not_the_records_are_refused(change, message):
-    made = make_study(methods=("bp", "fa"), seeds=2, rates=(0.1, 1.0))
-    with pytest.raises(ValueError, match=message):
-        again(made, runs=change(made.runs))
-
-
 # Files
 
 

@@ -197,7 +197,7 @@ def test_other_options_are_refused(options, message, trained):
 
 
 def test_other_data_are_refused(copy, digits):
-    with pytest.raises(ValueError, match=r"circumstances \(data_source: .* there, others now\)"):
+    with pytest.raises(ValueError, match=r"otherwise \(data_source: .* there, others now\)"):
         train(copy, digits._replace(source="others"), method="sign_preserve", epochs=6)
 
 
@@ -271,7 +271,7 @@ def test_a_method_that_another_version_trained_otherwise_is_refused(copy, digits
     facts = json.loads((copy / "train.json").read_text())
     facts["feedback"] = "SignSync(magnitude='norm')"
     (copy / "train.json").write_text(json.dumps(facts))
-    with pytest.raises(ValueError, match=r"circumstances \(feedback: SignSync\(magnitude='norm'"):
+    with pytest.raises(ValueError, match=r"otherwise \(feedback: SignSync\(magnitude='norm'"):
         train(copy, digits, method="sign_preserve", epochs=6)
 
 

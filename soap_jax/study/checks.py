@@ -16,8 +16,8 @@ from soap_jax.study import loops, trial
 from soap_jax.tasks import Task
 
 
-def check(task: Task, batch_size: int) -> trial.Layers:
-    """Tries the task's functions with one seed, and finds its kernels."""
+def check(task: Task, batch_size: int) -> tuple[trial.Layers, dict[str, Any]]:
+    """Tries the task's functions with one seed; gives its kernels, and what tells it apart."""
     key = jax.random.key(0)
     for name in ("init", "init_state", "train"):
         if callable(function := getattr(task, name)):
@@ -47,7 +47,8 @@ def check(task: Task, batch_size: int) -> trial.Layers:
         raise ValueError(
             f"the loss is {loss}; expected a floating-point scalar, the mean over the batch."
         )
-    jaxpr = jax.make_jaxpr(fun)(*args).jaxpr
+    closed = jax.make_jaxpr(fun)(*args)
+    jaxpr = closed.jaxpr
     first, second = value(*args), value(*args)
     if not np.isfinite(first):
         raise ValueError(
@@ -73,7 +74,14 @@ def check(task: Task, batch_size: int) -> trial.Layers:
             found = _tried(f"{name}, on examples of {part},", function, *own, examples)
             if getattr(found, "shape", None) != ():
                 raise ValueError(f"{name} is {found}; expected a scalar.")
-    return trial.layers_of(task, params, state, batch)
+    return trial.layers_of(task, params, state, batch), {
+        "loss": hashlib.sha256(text(closed).encode()).hexdigest(),
+        "params": {
+            name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in trees.named(params).items()
+        },
+        "metrics": list(task.metrics),
+        "data": {part: _digest(getattr(task, part)) for part in task.examples},
+    }
 
 
 def _tried(name, function, *args):
@@ -107,23 +115,6 @@ def _check_device(task):
             f"the task's arrays have {size} bytes, and the device has room for {limit}; expected "
             "data that stay on the device. Store them in a narrower dtype, or fewer of them."
         )
-
-
-def fingerprint(task: Task, batch_size: int) -> dict[str, Any]:
-    """What tells a task from another one."""
-    key = jax.random.key(0)
-    params = jax.eval_shape(task.init, key)
-    state = task.init_state and jax.eval_shape(task.init_state, key)
-    batch = jax.eval_shape(task.train, key) if task.generated else _types(task.train, batch_size)
-    loss = jax.make_jaxpr(trial.loss_of(task))(params, state, batch, key)
-    return {
-        "loss": hashlib.sha256(text(loss).encode()).hexdigest(),
-        "params": {
-            name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in trees.named(params).items()
-        },
-        "metrics": list(task.metrics),
-        "data": {part: _digest(getattr(task, part)) for part in task.examples},
-    }
 
 
 def _types(part, batch_size):

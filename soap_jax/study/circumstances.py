@@ -90,6 +90,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def refuse(path: pathlib.Path, what: str, differ: list[str]) -> None:
+    """Raises ValueError if what a directory holds differs from what is asked for."""
+    if differ:
+        raise ValueError(
+            f"{path} holds {what} done otherwise ({'; '.join(differ)}). Go on as before, name "
+            "another directory as out, or delete this one."
+        )
+
+
 def _flags(text: str) -> str:
     """Flags in one order, the last of each name, without those that do not bear on results."""
     flags = {flag.partition("=")[0]: flag for flag in text.split()}

@@ -79,26 +79,22 @@ def write_atomically(path: pathlib.Path, write: Callable[[IO[bytes]], Any]) -> N
         OSError: if it cannot be written; then `path` is as it was.
     """
     try:
-        _write_and_rename(path, write)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED, delete=False
+        ) as file:
+            try:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                pathlib.Path(file.name).unlink(missing_ok=True)
+                raise
     except OSError as error:
         why = error.strerror or str(error)
         raise OSError(error.errno, f"cannot write {path}: {why}") from error
-
-
-def _write_and_rename(path, write):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED, delete=False
-    ) as file:
-        try:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            pathlib.Path(file.name).unlink(missing_ok=True)
-            raise
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

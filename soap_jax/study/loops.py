@@ -51,7 +51,8 @@ def stepwise_segment(trial: Trial) -> Callable[..., tuple[State, list[jax.Array]
 def scanned(trial: Trial) -> Callable[..., dict[str, Any]]:
     """A whole training as one function, for `soap_jax.sweeps`.
 
-    A run whose loss is not finite goes no further: all that follows is NaN.
+    A run whose loss is not finite goes no further than to the next measurement; `store.tidy` leaves
+    out what follows.
 
     Returns:
         `(seed, learning_rate, period, index, data) -> results`: `train_loss` `(steps,)`, each
@@ -74,14 +75,12 @@ def scanned(trial: Trial) -> Callable[..., dict[str, Any]]:
             state, losses = lax.cond((k > 0) & alive, train, wait, state, k)
             alive &= jnp.isfinite(losses).all()
             row = trial.measure(state, plan, learning_rate, index, data)
-            row = jax.tree.map(lambda leaf: jnp.where(alive, leaf, jnp.nan), row)
             return (state, alive), (losses, row)
 
         marks = jnp.arange(trial.marks + 1, dtype=jnp.int32)
-        (state, alive), (losses, rows) = lax.scan(until, (state, jnp.array(True)), marks)
-        test = trial.test(state, data)
-        test = jax.tree.map(lambda leaf: jnp.where(alive, leaf, jnp.nan), test)
-        results = {"train_loss": losses[1:].reshape(-1), "evaluations": rows, "test": test}
+        (state, _), (losses, rows) = lax.scan(until, (state, jnp.array(True)), marks)
+        results = {"train_loss": losses[1:].reshape(-1), "evaluations": rows}
+        results["test"] = trial.test(state, data)
         return results | ({"params": state.train.params} if trial.keep_params else {})
 
     return run
@@ -144,26 +143,11 @@ def stepwise(
         }
         if of_method.keep_params:
             results["params"] = jax.device_get(state.train.params)
-        results = results | _until_broken(results, of_method.steps // marks)
         keep = np.array([k for k, i in enumerate(indices) if i not in known])
         finished += len(mine)
         if on_progress:
             on_progress(finished, len(points))
         yield sweeps.Part(mine, jax.tree.map(lambda leaf, keep=keep: leaf[keep], results))
-
-
-def _until_broken(results, every):
-    """NaN in place of all that follows the segment in which a loss was not finite."""
-    losses = results["train_loss"]
-    runs, steps = losses.shape
-    whole = np.isfinite(losses).reshape(runs, steps // every, every).all(axis=2)
-    alive = np.concatenate([np.ones((runs, 1), bool), np.logical_and.accumulate(whole, 1)], 1)
-    started = np.repeat(alive[:, :-1], every, axis=1)
-    return {
-        "train_loss": np.where(started, losses, np.nan).astype(np.float32),
-        "evaluations": {k: np.where(alive, v, np.nan) for k, v in results["evaluations"].items()},
-        "test": {k: np.where(alive[:, -1], v, np.nan) for k, v in results["test"].items()},
-    }
 
 
 def convolves(jaxpr: core.ClosedJaxpr) -> bool:

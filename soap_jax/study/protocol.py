@@ -140,7 +140,7 @@ def compare(
     periods = None if periods is None else _plain(periods) or None
     grids.check(seeds=seeds, learning_rates=learning_rates, periods=periods or (1,))
     learning_rates = sorted(map(float, learning_rates))
-    steps, batch_size = steps_of(task, steps, epochs, batch_size)
+    steps, batch_size = trial.steps_of(task, steps, epochs, batch_size)
     grids.check_count("evaluations", evaluations)
     for name, count in (
         ("eval_batch_size", eval_batch_size),
@@ -167,7 +167,7 @@ def compare(
 
     num = sum(map(len, points(learning_rates).values()))
     grids.check_count("the number of runs", num, most=grids.MOST_RUNS)
-    layers = checks.check(task, batch_size)
+    layers, fingerprint = checks.check(task, batch_size)
     settings = {
         "optimizer": optimizer,
         "batch_size": batch_size,
@@ -191,7 +191,7 @@ def compare(
             "target_loss": target_loss,
             "select": select,
             "maximise": bool(maximise),
-            "task": checks.fingerprint(task, batch_size),
+            "task": fingerprint,
         },
         "seeds": seeds,
         "methods": _described(chosen, periods_of, programs),
@@ -362,26 +362,6 @@ def _plain(values) -> list:
 
 def _run(name, point) -> store.Run:
     return store.Run(name, point.learning_rate, point.seed, point.period)
-
-
-def steps_of(task, steps, epochs, batch_size) -> tuple[int, int]:
-    """The steps of a run, and the batch size, checked."""
-    if (steps is None) == (epochs is None):
-        raise ValueError(f"steps is {steps} and epochs is {epochs}; expected one of the two.")
-    grids.check_count("batch_size", batch_size)
-    if task.generated:
-        if steps is None:
-            raise ValueError("epochs is given, but train is a function; expected steps.")
-        grids.check_count("steps", steps)
-        return steps, batch_size
-    num = task.examples["train"]
-    if batch_size > num:
-        raise ValueError(f"batch_size is {batch_size}; expected at most {num}, the examples.")
-    if steps is None:
-        grids.check_count("epochs", epochs, most=grids.MOST // num)
-        steps = epochs * (num // batch_size)
-    grids.check_count("steps", steps)
-    return steps, batch_size
 
 
 def _check_select(task, select, maximise):

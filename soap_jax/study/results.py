@@ -68,9 +68,6 @@ class Results:
             none.
         why: why there is no target loss or shared rate; else "".
         exploratory: whether `target_loss` is another than the study's own.
-
-    Raises:
-        ValueError: if the runs are not those of the record.
     """
 
     def __init__(
@@ -93,7 +90,6 @@ class Results:
             tables[name].sort_values([c for c in ORDER if c in tables[name]], kind="stable")
             for name in TABLES
         )
-        self._check()
         named = collections.Counter(method["reference"] for method in self.methods.values())
         most = named.most_common(1)[0][0]
         self.reference: str | None = most if most in self.methods else None
@@ -358,19 +354,6 @@ class Results:
             return {name.removeprefix("params/"): leaf for name, leaf in arrays.items()}
 
     # Inside
-
-    def _check(self):
-        """That each run of the record is there, once."""
-        expected = store.expected(self.record)
-        found = list(self.runs[KEYS].itertuples(index=False, name=None))
-        if len(found) != len(expected) or set(found) != expected:
-            run = next(iter(expected.symmetric_difference(found)), found[0])
-            first = ", ".join(f"{key} {value}" for key, value in zip(KEYS, run, strict=True))
-            raise ValueError(
-                f"the tables hold {len(found)} runs; expected the record's {len(expected)}, every "
-                f"method at every period, learning rate and seed, once each (see {first}). Finish "
-                "the study (the same command continues it), or run it again into a new directory."
-            )
 
     def _leaders(self):
         """The methods by which the target loss and the shared rate are set."""

@@ -15,9 +15,7 @@ on CPU bit for bit. What was trained is there for use in Python:
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import logging
 import math
@@ -33,17 +31,7 @@ import orbax.checkpoint as ocp
 import pandas as pd
 
 from soap_jax import data, tasks, training
-from soap_jax.study import (
-    charts,
-    circumstances,
-    figures,
-    files,
-    loops,
-    preset,
-    protocol,
-    store,
-    trial,
-)
+from soap_jax.study import charts, circumstances, figures, files, loops, preset, store, trial
 from soap_jax.study.methods import METHODS
 from soap_jax.study.preset import TrainConfig
 
@@ -211,14 +199,10 @@ def read(path: pathlib.Path, config: TrainConfig | None = None) -> dict[str, Any
             "directory with --out, or delete this one."
         )
     if facts is not None and config is not None:
-        ours, theirs = json.loads(json.dumps(dataclasses.asdict(config))), facts["config"]
-        fewer = ours["epochs"] < theirs["epochs"]
-        ours |= {} if fewer else {"epochs": theirs["epochs"]}
-        if differ := circumstances.differences(theirs, ours):
-            raise ValueError(
-                f"{path} holds another configuration's model ({'; '.join(differ)}). Only --epochs "
-                "may grow. Name another directory with --out, or delete this one."
-            )
+        ours, theirs = json.loads(json.dumps(vars(config))), facts["config"]
+        ours["epochs"] = min(ours["epochs"], theirs["epochs"])  # these alone may grow
+        differ = circumstances.differences(theirs, ours)
+        circumstances.refuse(path, "a model that was", differ)
     return facts
 
 
@@ -233,7 +217,7 @@ def _begin(path, config, dataset) -> dict[str, Any]:
     before = read(path, config)
     facts = {
         "format": FORMAT,
-        "config": dataclasses.asdict(config),
+        "config": vars(config),
         "feedback": METHODS[config.method].describe(),
         "network": {
             "image_shape": dataset.train.images.shape[1:],
@@ -245,16 +229,12 @@ def _begin(path, config, dataset) -> dict[str, Any]:
         "resumed": [],
         "result": None,
     }
-    facts["versions"]["orbax-checkpoint"] = importlib.metadata.version("orbax-checkpoint")
+    facts["versions"]["orbax-checkpoint"] = ocp.__version__
     facts = json.loads(json.dumps(facts))
     if before is not None:
         fixed = ("data_source", "feedback", "network", "settings")
         differ = circumstances.differences(before, {name: facts[name] for name in fixed})
-        if differ:
-            raise ValueError(
-                f"{path} was trained under other circumstances ({'; '.join(differ)}). Go on under "
-                "those, name another directory with --out, or delete this one."
-            )
+        circumstances.refuse(path, "a model that was", differ)
         longer = config.epochs > before["config"]["epochs"]
         if longer and not facts["settings"]["jax_threefry_partitionable"]:
             raise ValueError(
@@ -276,7 +256,7 @@ def _trial(config, dataset, scale=None) -> tuple[tasks.Task, trial.Trial, tuple]
     """
     arguments = preset.comparison_arguments(config.as_study(), dataset, scale=scale)
     task = arguments["task"]
-    steps, size = protocol.steps_of(task, None, config.epochs, config.batch_size)
+    steps, size = trial.steps_of(task, None, config.epochs, config.batch_size)
     batch = jax.tree.map(lambda leaf: leaf[:size], task.train)
     of_method = trial.make(
         task,

@@ -116,11 +116,7 @@ class Store:
                     differ.append(f"the code of {name}: the task's, the optimizer's or its own")
             if now["claims"] and before["claims"] not in ([], now["claims"]):
                 differ.append("the claims, whose bounds were written down before the first run")
-            if differ:
-                raise ValueError(
-                    f"{self.path} holds runs that were done otherwise ({'; '.join(differ)}). "
-                    "Go on as before, name another directory as out, or delete this one."
-                )
+            circumstances.refuse(self.path, "runs that were", differ)
             now["methods"] = before["methods"] | now["methods"]
             now["seeds"] = sorted({*before["seeds"], *now["seeds"]})
             now["claims"] = before["claims"]  # what is claimed after the first run is exploratory
@@ -188,10 +184,6 @@ class Store:
             write_table(self.path / name, table)
         self.record |= facts
         files.write_json(self.path / "study.json", self.record)
-        self.forget()
-
-    def forget(self) -> None:
-        """Removes what was kept while runs were missing."""
         shutil.rmtree(self.path / "parts", ignore_errors=True)
         (self.path / "progress.json").unlink(missing_ok=True)
 
@@ -199,7 +191,7 @@ class Store:
         """Reads the tables.
 
         Raises:
-            ValueError: if runs are missing, or a table cannot be read.
+            ValueError: if runs are missing, or a table cannot be read or is of other runs.
         """
         if not self.record:
             raise ValueError(
@@ -211,17 +203,17 @@ class Store:
                 f"{self.path} holds {len(self.done())} runs: the comparison is not finished. The "
                 "same command or call goes on where it stopped."
             )
-        tables = {name: self._table(name) for name in TABLES}
-        runs = set(_runs(tables["runs"]))
-        for name, rows in (
-            ("evaluations", self.record["protocol"]["evaluations"] + 1),
-            ("losses", 1),
+        tables, mine = {name: self._table(name) for name in TABLES}, expected(self.record)
+        for name, each in zip(
+            TABLES, (1, self.record["protocol"]["evaluations"] + 1, 1), strict=True
         ):
             found = tables[name].groupby(KEYS).size().to_dict()
-            if found != dict.fromkeys(runs, rows):
+            if wrong := dict.fromkeys(mine, each).items() ^ found.items():
                 raise ValueError(
-                    f"{self.path / name}.parquet has not {rows} of each run in runs.parquet. Run "
-                    "the comparison again, into another directory."
+                    f"{self.path / name}.parquet holds {len(found)} runs; expected the record's "
+                    f"{len(mine)}, each {each} times: every method at every period, learning rate "
+                    f"and seed (see {Run(*min(wrong)[0])}). Run the comparison again, into another "
+                    "directory."
                 )
         return tables
 
@@ -344,22 +336,26 @@ def expected(record: Mapping[str, Any]) -> set[Run]:
 def tidy(runs: Sequence[Run], results: Mapping[str, Any], record: Mapping[str, Any]) -> Tables:
     """Turns the results of some runs into rows of the three tables.
 
-    A run is `diverged` if any loss was not finite (from there on it is NaN) or if its smoothed
-    training loss ends above `DIVERGED` times its first value.
+    A run is `diverged` if any loss was not finite (from the next measurement on all is NaN) or if
+    its smoothed training loss ends above `DIVERGED` times its first value.
 
     Args:
         runs: which.
         results: as `loops.scanned` gives them, with a leading axis of the runs.
         record: of the comparison.
     """
-    losses = np.asarray(results["train_loss"], np.float32)
+    losses, marks = np.asarray(results["train_loss"], np.float32), record["protocol"]["evaluations"]
+    num, steps = losses.shape
+    every = steps // marks
+    whole = np.isfinite(losses).reshape(num, marks, every).all(axis=2)
+    alive = np.logical_and.accumulate(np.insert(whole, 0, True, axis=1), axis=1)  # when measured
+    losses = np.where(np.repeat(alive[:, :-1], every, axis=1), losses, np.float32("nan"))
     smooth = statistics.smooth(losses, record["window"])
-    steps = losses.shape[1]
     names = pd.DataFrame(runs, columns=KEYS)
     columns = sorted(results["evaluations"], key=lambda name: "/" in name)  # measures come last
-    ends = {name: np.asarray(results["evaluations"][name][:, -1], float) for name in columns}
-    final = {name: value for name, value in ends.items() if "/" not in name}
-    final |= {f"test_{name}": np.asarray(v, float) for name, v in results["test"].items()}
+    measured = {k: np.where(alive, results["evaluations"][k], np.nan) for k in columns}
+    final = {name: values[:, -1] for name, values in measured.items() if "/" not in name}
+    final |= {f"test_{k}": np.where(alive[:, -1], v, np.nan) for k, v in results["test"].items()}
     finite = np.isfinite(losses).all(axis=1)
     for name in ("validation_loss", "test_loss"):
         finite &= np.isfinite(final.get(name, 0.0))
@@ -373,13 +369,15 @@ def tidy(runs: Sequence[Run], results: Mapping[str, Any], record: Mapping[str, A
         train_loss=smooth[:, -1],
         **final,
     )
-    marks = np.arange(record["protocol"]["evaluations"] + 1)
-    marks = marks * (steps // record["protocol"]["evaluations"])
-    before = np.concatenate([np.full((len(runs), 1), np.nan), smooth], axis=1)
-    rows = names.loc[names.index.repeat(len(marks))].reset_index(drop=True)
-    rows = rows.assign(
-        step=np.tile(marks, len(runs)),
-        train_loss=before[:, marks].reshape(-1),
-        **{k: np.asarray(results["evaluations"][k], float).reshape(-1) for k in columns},
+    at = np.arange(marks + 1) * every
+    before = np.insert(smooth, 0, np.nan, axis=1)
+    rows = (
+        names.loc[names.index.repeat(len(at))]
+        .reset_index(drop=True)
+        .assign(
+            step=np.tile(at, num),
+            train_loss=before[:, at].reshape(-1),
+            **{name: values.reshape(-1) for name, values in measured.items()},
+        )
     )
     return {"runs": table, "evaluations": rows, "losses": names.assign(train_loss=list(losses))}

@@ -27,7 +27,7 @@ import optax
 from jax import lax
 
 from soap_jax import feedback as fb
-from soap_jax import metrics, rules, training, trees
+from soap_jax import grids, metrics, rules, training, trees
 from soap_jax.study import methods
 from soap_jax.study.methods import Method
 from soap_jax.tasks import Task
@@ -116,6 +116,26 @@ def loss_of(task: Task) -> Callable[..., tuple[jax.Array, chex.ArrayTree]]:
     if task.init_state is not None:
         return task.loss  # type: ignore[return-value]
     return lambda params, state, batch, key: (task.loss(params, batch), state)
+
+
+def steps_of(task, steps, epochs, batch_size) -> tuple[int, int]:
+    """The steps of a run, and the batch size, checked."""
+    if (steps is None) == (epochs is None):
+        raise ValueError(f"steps is {steps} and epochs is {epochs}; expected one of the two.")
+    grids.check_count("batch_size", batch_size)
+    if task.generated:
+        if steps is None:
+            raise ValueError("epochs is given, but train is a function; expected steps.")
+        grids.check_count("steps", steps)
+        return steps, batch_size
+    num = task.examples["train"]
+    if batch_size > num:
+        raise ValueError(f"batch_size is {batch_size}; expected at most {num}, the examples.")
+    if steps is None:
+        grids.check_count("epochs", epochs, most=grids.MOST // num)
+        steps = epochs * (num // batch_size)
+    grids.check_count("steps", steps)
+    return steps, batch_size
 
 
 def layers_of(task: Task, params, state, batch) -> Layers:
