@@ -328,7 +328,7 @@ def test_a_task_of_ones_own_is_studied_as_its_file_says_and_options_go_before(tm
         (f"{TASK}seeds = [1, 2]", "my_task.py: seeds is [1, 2]; expected int."),
         (f"{TASK}learning_rates = 0.1", "learning_rates is 0.1; expected tuple[float, ...]."),
         (f"{TASK}steps = 20.5", "steps is 20.5; expected int | None."),
-        (f"{TASK}claims = 'fa'", "claims is 'fa'; expected a list of Claims, or of tests"),
+        (f"{TASK}claims = 'fa'", "claims is 'fa'; expected a list of Claims or tests"),
         (f"{TASK}evaluations = 0", "evaluations is 0; expected at least 1"),
     ],
 )
