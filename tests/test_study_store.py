@@ -404,3 +404,11 @@ def test_a_run_that_breaks_in_the_last_update_is_diverged_too():
     broken = {"evaluations": {"validation_loss": np.array([[1.0, 1.0, np.inf]])}}
     assert long_run(FLAT, **broken)[0]["diverged"]
     assert long_run(FLAT, test={"loss": np.array([np.nan])})[0]["diverged"]
+
+
+def test_numbers_are_float64_but_losses():
+    tables = store.tidy(RUNS[:4], results_of(RUNS[:4]), RECORD)
+    assert (
+        tables["evaluations"]["validation_loss"].dtype == tables["runs"]["test_loss"].dtype == float
+    )
+    assert tables["losses"]["train_loss"][0].dtype == np.float32

@@ -353,9 +353,10 @@ def tidy(runs: Sequence[Run], results: Mapping[str, Any], record: Mapping[str, A
     smooth = statistics.smooth(losses, record["window"])
     names = pd.DataFrame(runs, columns=KEYS)
     columns = sorted(results["evaluations"], key=lambda name: "/" in name)  # measures come last
-    measured = {k: np.where(alive, results["evaluations"][k], np.nan) for k in columns}
+    lost = np.float64("nan")  # makes float64 of all
+    measured = {k: np.where(alive, results["evaluations"][k], lost) for k in columns}
     final = {name: values[:, -1] for name, values in measured.items() if "/" not in name}
-    final |= {f"test_{k}": np.where(alive[:, -1], v, np.nan) for k, v in results["test"].items()}
+    final |= {f"test_{k}": np.where(alive[:, -1], v, lost) for k, v in results["test"].items()}
     finite = np.isfinite(losses).all(axis=1)
     for name in ("validation_loss", "test_loss"):
         finite &= np.isfinite(final.get(name, 0.0))
