@@ -396,3 +396,13 @@ def test_the_last_kernel_alone_learns_with_learnt_feedback(tmp_path):
     assert abs(params["b"] - start["b"]).max() > 0
     moved = result.measured("weight_angle/b", "m", 0.2, end=True)
     assert abs(moved - result.measured("weight_angle/b", "m", 0.2, end=False)).max() > 0.01
+
+
+def test_the_same_call_again_writes_nothing(tmp_path):
+    out = tmp_path / "out"
+    first = compare(out=out, learning_rates=(0.001, 0.002, 0.004), extend=1)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"}
+    again = compare(out=out, learning_rates=(0.001, 0.002, 0.004), extend=1)
+    assert again.runs.equals(first.runs) and again.record == first.record
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert not (out / "progress.json").exists()

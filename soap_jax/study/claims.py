@@ -62,7 +62,7 @@ class Claim:
     def parts(self, comparison: Results) -> tuple[Part, ...]:
         """Its tests, evaluated."""
         optimizer = comparison.protocol["optimizer"]
-        if self.sgd_only and optimizer != "sgd":
+        if self.sgd_only and optimizer.partition(",")[0] != "sgd":  # weight decay may follow
             why = f"the optimizer is {optimizer}: the claim is about SGD"
             return tuple(test.untested(comparison, why) for test in self.tests)
         return tuple(test.part(comparison) for test in self.tests)

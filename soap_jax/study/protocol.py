@@ -222,7 +222,8 @@ def compare(
             _train(task, programs, mine, chunk_size, memory_limit, on_progress, into)
             more = []
             if into:
-                into.finish(functools.partial(_completed, into.record, start))
+                if not into.finished:
+                    into.finish(functools.partial(_completed, into.record, start))
                 found = comparison.load(into.path)
                 more = _beyond(found, extend)
             if not _everywhere([float(len(more))])[0]:

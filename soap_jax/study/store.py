@@ -80,7 +80,7 @@ class Store:
         return (self.path / "study.json").exists() and not (self.path / "progress.json").exists()
 
     def begin(self, record: Mapping[str, Any], runs: Collection[Run]) -> None:
-        """Notes how the runs to come are done, beside those that are there.
+        """Notes how the runs to come are done, beside those that are there, if any are missing.
 
         Args:
             record: of the comparison.
@@ -132,6 +132,8 @@ class Store:
                     "expected every method with every seed. Ask for all methods when you add "
                     "seeds, and for all seeds when you add methods."
                 )
+            if self.finished and mine == there:
+                return
             now["seconds_before"] = before.get("seconds", 0) + before.get("seconds_before", 0)
         self.record = now
         files.write_json(self.path / "progress.json", now)
