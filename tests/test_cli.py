@@ -233,7 +233,7 @@ def test_another_study_in_the_same_directory_is_refused(small_study):
         (["--seeds=99999999999999999999"], "seeds is 99999999999999999999; expected at most"),
         (["--seeds=300000000"], "seeds is 300000000; expected at most"),
         (["--epochs=999999999999"], "epochs is 999999999999; expected at most"),
-        (["--hidden=99999999999"], "hidden is (99999999999,); expected at most"),
+        (["--hidden=99999999999"], "hidden is 99999999999; expected at most"),
         ([f"--period={'9' * 5000}"], "Error parsing --period: Exceeds the limit"),
     ],
 )
