@@ -116,4 +116,4 @@ def test_a_task_of_ones_own_runs_as_a_study(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     for words in ("FA, fixed feedback", "signs, every 20 updates", "report.html"):
         assert words in printed
-    assert (tmp_path / "results" / "my_task" / "report.html").exists()
+    assert (tmp_path / "results" / "my_task-quick" / "report.html").exists()
