@@ -456,7 +456,7 @@ def _compare(arguments, out, record, *, about="", dry_run=False):
         return
     if first and (before := len(store.Store(out).done())):
         console.print(f"{before} runs are there already, in {out}.")
-    record |= {"command": shlex.join(["soap-jax", *sys.argv[1:]])}
+    record |= {"command": _command(sys.argv[1:])}
     labels = {name: method.label or name for name, method in chosen.items()}
     try:
         with screen.Progress(console, labels) as progress:
@@ -470,6 +470,22 @@ def _compare(arguments, out, record, *, about="", dry_run=False):
         raise
     if found is not None:
         _show(found, out, start)
+
+
+def _command(args: list[str]) -> str:
+    """The command that repeats a study, without what changes no result: where to, and how it runs.
+
+    Example:
+        >>> _command(["study", "--seeds", "3", "--out", "there", "--no-cache"])
+        'soap-jax study --seeds 3'
+    """
+    words, rest = ["soap-jax"], iter(args)
+    for arg in rest:
+        if arg == "--out":
+            next(rest, None)
+        elif not arg.startswith(("--out=", "--cache", "--no-cache", "--distributed")):
+            words.append(arg)
+    return shlex.join(words)
 
 
 def _estimate(arguments, runs, steps) -> float:

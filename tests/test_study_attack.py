@@ -80,8 +80,9 @@ GOOD = {
 @pytest.mark.parametrize("name", GOOD)
 def test_takes_whatever_says_it_clearly(name, untrained, tmp_path):
     result = compare(out=tmp_path / "a b", keep_params=True, **GOOD[name])
-    result.summary()
-    result.judge([study.Difference("fa", metric="no such", within=(0, 1))])
+    assert set(result.summary()["method"]) == set(result.methods)
+    (finding,) = result.judge([study.Difference("fa", metric="no such", within=(0, 1))])
+    assert finding.verdict == "not testable here"
 
 
 REFUSED = {

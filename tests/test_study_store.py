@@ -200,12 +200,14 @@ def test_cpu_runs_go_on_with_any_number_of_devices_but_one_and_of_processes(coun
     begun(tmp_path, 1)
     device = RECORD["device"] | {"count": count, "processes": 8}
     Store(tmp_path).begin(record(device=device), RUNS)
+    assert Store(tmp_path).record["device"]["count"] == count
 
 
 def test_a_setting_that_was_not_noted_is_not_compared(tmp_path):
     begun(tmp_path, 1)
     edit(tmp_path / "progress.json", lambda known: known["settings"].pop("XLA_FLAGS"))
     Store(tmp_path).begin(RECORD, RUNS)
+    assert "XLA_FLAGS" in Store(tmp_path).record["settings"]
 
 
 @pytest.mark.parametrize("name", ["study.json", "progress.json"])

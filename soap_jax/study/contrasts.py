@@ -82,7 +82,7 @@ class Test:
 
     def evaluate(self, comparison: Results) -> Part:
         """Measures it; raises `NotTestable` where the comparison cannot."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define evaluate.")
 
     def part(self, comparison: Results) -> Part:
         """The test, evaluated, or why it cannot be."""
