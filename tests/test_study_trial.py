@@ -330,3 +330,17 @@ def test_learnt_feedback_turns_towards_the_weights_farther_than_fa_turns_weights
     column = "weight_angle/Dense_1/kernel"
     angle = {name: result.measured(column, name, 0.1, end=True).mean() for name in result.methods}
     assert all(angle[name] < angle["fa"] - 3 for name in learnt), angle
+
+
+def test_made_batches_and_the_loss_draw_from_different_keys():
+    seen = []
+
+    def train(key):
+        seen.append(key)
+        return jnp.ones((2, 3))
+
+    task = study.Task(init=lambda key: {}, loss=lambda params, batch: 0.0, train=train)
+    plan = trial.Plan(None, jax.random.key(0), {})
+    trial.batch_of(task, {}, plan, 5)
+    (made,) = (jax.random.key_data(key).tolist() for key in seen)
+    assert made != jax.random.key_data(jax.random.fold_in(plan.key, 5)).tolist()

@@ -35,7 +35,7 @@ from soap_jax.transform import explain, gradient_and_errors, with_feedback
 
 PROBE_SIZE = 256
 """Examples on which gradients are compared."""
-LOSS_STREAM, STATE_STREAM, EVALUATION_KEY = 2**30, 2**30 + 1, 2**30 + 2
+LOSS_STREAM, STATE_STREAM, EVALUATION_KEY, BATCH_STREAM = range(2**30, 2**30 + 4)
 """Folded into a seed's key, beside its streams for params, feedback and order."""
 
 Optimizer = Callable[[Any], optax.GradientTransformation]
@@ -107,7 +107,7 @@ def data_of(task: Task) -> dict[str, chex.ArrayTree]:
 def batch_of(task: Task, data, plan: Plan, i) -> chex.ArrayTree:
     """The i-th batch of a training."""
     if task.generated:
-        return task.train(jax.random.fold_in(plan.key, i))
+        return task.train(jax.random.fold_in(jax.random.fold_in(plan.key, BATCH_STREAM), i))
     return jax.tree.map(lambda leaf: leaf[plan.order[i]], data["train"])  # type: ignore[index]
 
 
