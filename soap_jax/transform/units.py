@@ -16,7 +16,10 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import jax.numpy as jnp
 from jax.extend import core, source_info_util
+
+from soap_jax.transform import values as vals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +53,9 @@ _ELEMENTWISE = (
 _PRODUCTS = ("conv_general_dilated", "dot_general", "mul")
 _CALLS = {
     **dict.fromkeys(("checkpoint", "jit", "pjit", "remat2"), "jaxpr"),
-    **dict.fromkeys(("closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
+    **dict.fromkeys(
+        ("closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"
+    ),
 }
 _MOVES = (
     *("broadcast_in_dim", "concatenate", "dynamic_update_slice", "pad", "reduce_sum", "reshape"),
@@ -80,7 +85,8 @@ def read(closed: core.ClosedJaxpr, labels: Sequence[Label], line: str = "") -> l
 
 def _of(atom, env) -> Label:
     if isinstance(atom, core.Literal):
-        return "zero" if not atom.aval.shape and atom.val == 0 else "free"
+        number = not jnp.ndim(atom.val) and vals.inexact(atom.val)
+        return "zero" if number and atom.val == 0 else "free"
     return env.get(atom, "free")
 
 

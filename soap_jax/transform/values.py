@@ -121,7 +121,9 @@ def inexact(x: Any) -> bool:
 
 
 def zeros(aval: Any) -> jax.Array:
-    """Zeros of a type, its sharding included."""
+    """Zeros of a type, sharded as it is."""
+    if isinstance(aval, jax.ShapeDtypeStruct):
+        return jnp.zeros(aval.shape, aval.dtype)
     return ad.zeros_like_aval(aval)
 
 
