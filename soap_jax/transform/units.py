@@ -47,8 +47,8 @@ Label = Local | Mixed | Literal["free", "zero"]
 
 _ELEMENTWISE = (
     *("add", "add_any", "complex", "conj", "convert_element_type", "copy", "copy_p", "div", "imag"),
-    *("mul", "name", "neg", "optimization_barrier", "pvary", "real", "reduce_precision"),
-    *("select_n", "sub"),
+    *("mul", "name", "neg", "pcast", "pvary", "real", "reduce_precision"),
+    *("select_n", "stop_gradient", "sub"),
 )
 _PRODUCTS = ("conv_general_dilated", "dot_general", "mul")
 _CALLS = {
@@ -59,8 +59,11 @@ _CALLS = {
 }
 _MOVES = (
     *("broadcast_in_dim", "concatenate", "dynamic_update_slice", "pad", "reduce_sum", "reshape"),
-    *("rev", "slice", "split", "squeeze", "transpose"),
+    *("rev", "slice", "split", "squeeze", "stack", "tile", "transpose", "unstack"),
 )
+
+_LINEAR = {"div": slice(1), "dynamic_update_slice": slice(2), "select_n": slice(1, None)}
+"""The operands that an equation is linear in, where it is not all of them."""
 
 
 def depends(label: Label) -> bool:
@@ -112,15 +115,14 @@ def _equation(eqn, labels, line) -> list[Label]:
 
 def _joined(eqn, labels, here) -> Label:
     """Of an equation that only moves and joins its operands, element by element."""
-    if eqn.primitive.name == "select_n":
-        labels = labels[1:]
-        operands = eqn.invars[1:]
-    elif eqn.primitive.name == "dynamic_update_slice":
-        labels, operands = labels[:2], eqn.invars[:2]
-    else:
-        operands = eqn.invars
+    name = eqn.primitive.name
+    mine = range(len(labels))[_LINEAR.get(name, slice(None))]
+    if any(depends(label) for k, label in enumerate(labels) if k not in mine):
+        return here
+    if name == "mul" and all(map(depends, labels)):
+        return here
     found = set()
-    for label, operand in zip(labels, operands, strict=False):
+    for label, operand in [(labels[k], eqn.invars[k]) for k in mine]:
         if isinstance(label, Local):
             axis = _moved(eqn, operand.aval.shape, label)
             label = here if axis is None else Local(axis, label.number)
@@ -137,8 +139,9 @@ def _moved(eqn, shape, label) -> int | None:
     """The axis to which an equation moves the units, or None if it does not keep them in order."""
     name, params, axis, number = eqn.primitive.name, eqn.params, label.axis, label.number
     out = eqn.outvars[0].aval.shape
-    if name in _ELEMENTWISE:
-        return axis if shape == out else None
+    if name in _ELEMENTWISE or name in ("dynamic_update_slice", "tile"):
+        kept = len(shape) == len(out) and (shape[axis] == out[axis] or name == "tile")
+        return axis if kept else None
     if name == "broadcast_in_dim":
         moved = params["broadcast_dimensions"][axis]
         return moved if out[moved] == shape[axis] else None
@@ -164,8 +167,15 @@ def _moved(eqn, shape, label) -> int | None:
     if name == "pad":
         low, high, inner = params["padding_config"][axis]
         return axis if low % number == high % number == inner == 0 else None
-    if name == "dynamic_update_slice":
-        return axis if shape[axis] == out[axis] else None
+    if name in ("stack", "unstack"):
+        new = params["axis"]
+        return (
+            axis + (new <= axis)
+            if name == "stack"
+            else None
+            if new == axis
+            else axis - (new < axis)
+        )
     sizes = [v.aval.shape[axis] for v in (eqn.outvars if name == "split" else eqn.invars)]
     return axis if all(size % number == 0 for size in sizes) else None  # concatenate, split
 
