@@ -10,13 +10,15 @@ They start at 0.1; recurrent weights are normal with deviation 1.5/√50, the re
 descent, one update a trial, at rate 0.03 for recurrent and readout weights; 10,000 trials. Seeds
 are paired: the same initial weights for all methods, which are
 
-    bptt            backpropagation through time
-    late bptt       as the notebook writes it: the error of a step goes back from the step before,
-                    and the last one's counts twice
-    rflo            by random feedback
+    bptt                        backpropagation through time
+    bptt, as large              the same, the recurrent weights' rate times what feedback is
+                                larger than the readout
+    late bptt                   as the notebook writes it: the error of a step goes back from the
+                                step before, and the last one's counts twice
+    rflo                        by random feedback
     rflo, symmetric             by feedback equal to the readout
     rflo, symmetric, as large   by the readout's direction with random feedback's size
-    readout         recurrent weights not trained
+    readout                     recurrent weights not trained
 
 Losses are of the last trial. Their means over seeds are geometric, the ratio's interval is by a
 t-test on its logarithm.
@@ -106,14 +108,25 @@ def rflo(params, feedback):
     return temporal.value_and_grad(cell, loss)(params, feedback, H0, None, TARGETS)
 
 
+def size_of(feedback, params):
+    """How much larger feedback is than the readout."""
+    return jnp.linalg.norm(feedback["out"]) / jnp.linalg.norm(params["out"])
+
+
 def as_large(params, feedback):
     """Feedback along the readout, and as large as the random one."""
-    size = jnp.linalg.norm(feedback["out"]) / jnp.linalg.norm(params["out"])
-    return rflo(params, {"out": size * params["out"]})
+    return rflo(params, {"out": size_of(feedback, params) * params["out"]})
+
+
+def faster(params, feedback):
+    """Backpropagation through time, recurrent weights at the rate that such feedback makes."""
+    value, grads = bptt(params, feedback)
+    return value, grads | {"w": size_of(feedback, params) * grads["w"]}
 
 
 METHODS = {
     "bptt": bptt,
+    "bptt, as large": faster,
     "late bptt": late_bptt,
     "rflo": rflo,
     "rflo, symmetric": lambda params, feedback: rflo(params, None),
@@ -134,7 +147,7 @@ def train(keys, *, method, trials):
             return jax.tree.map(lambda w, g: w - RATE * g, params, grads), value
 
         last, losses = lax.scan(step, params, None, trials)
-        return losses, jnp.linalg.norm(feedback["out"]) / jnp.linalg.norm(last["out"])
+        return losses, size_of(feedback, last)
 
     return jax.vmap(run)(keys)
 

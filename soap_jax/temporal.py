@@ -27,9 +27,9 @@ kernels gets the exact gradient, online.
     grad_fn = temporal.value_and_grad(cell, loss)
     value, grads = grad_fn(params, {"out": B}, h0, xs, targets)     # for any optimiser
 
-The learning signal goes from the loss to the cell by `with_feedback`: through random feedback at the
-readout's kernels, feedback equal to them ("symmetric"), learned feedback, or, where none is given,
-the kernels themselves. The readout's own gradient is exact.
+The learning signal goes from the loss to the cell by `with_feedback`: through random feedback at
+the readout's kernels, feedback equal to them ("symmetric"), learned feedback, or, where none is
+given, the kernels themselves. The readout's own gradient is exact.
 
 What one should know:
 
@@ -39,6 +39,8 @@ What one should know:
     these out linearly: it is the same output, and e-prop's filtered traces come by themselves.
 -   The program of the step says whether D is elementwise and on which unit each entry of a param
     acts; values are never looked at. What cannot be followed is refused, with primitive and line.
+-   Feedback larger than the readout multiplies the recurrent weights' learning rate, as everywhere.
+    In Murray's example RFLO owes it all of its speed (`python -m benchmarks.temporal`).
 -   Several layers may be stacked in one cell: see `where` of `online`.
 
 References:
