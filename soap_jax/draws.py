@@ -84,8 +84,13 @@ def _bits(key, shape):
         return jax.random.bits(key, shape)
     data = jax.random.key_data(key)
     keys = data[0], data[1], data[0] ^ data[1] ^ np.uint32(_PARITY)
+    # Or XLA would take the indices, which are always alike, out of a loop that seldom draws.
+    strides = [np.uint32(math.prod(shape[axis + 1 :])) for axis in range(len(shape))]
+    strides = lax.optimization_barrier((data, strides))[1]
     high = jnp.full(shape, keys[0])  # an index has 64 bits; the upper half is 0
-    low = lax.iota(jnp.uint32, size).reshape(shape) + keys[1]
+    low = jnp.full(shape, keys[1])
+    for axis, stride in enumerate(strides):
+        low = low + lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
     for group in range(5):
         for rotation in _ROTATIONS[group % 2]:
             high = high + low

@@ -37,7 +37,7 @@ from soap_jax import (
 )
 from soap_jax import nnx as soap_nnx
 
-MAGNITUDES = ("unit", "glorot", "preserve", "norm", "redraw")
+MAGNITUDES = ("unit", "glorot", "preserve", "norm", "redraw", "kernel")
 WIDTHS = (16, 16, 10)
 ABOVE_FIRST = ["Dense_1/kernel", "Dense_2/kernel"]
 

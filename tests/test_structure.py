@@ -21,7 +21,7 @@ from soap_jax import models, training
 
 SGD = optax.sgd(0.1)
 BACKPROPS = ("FA", "sign, unit", "sign, glorot", "sign, preserve", "sign, norm", "sign, redraw",
-             "transport", "template", "two rules", "FA, sparse", "KP")  # fmt: skip
+             "sign, kernel", "transport", "template", "two rules", "FA, sparse", "KP")  # fmt: skip
 FAST = ("backprop", "FA", "sign, unit", "KP", "DFA")
 NUM_BATCHES, BATCH = 5, 16
 
