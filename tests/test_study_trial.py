@@ -340,7 +340,7 @@ def test_made_batches_and_the_loss_draw_from_different_keys():
         return jnp.ones((2, 3))
 
     task = study.Task(init=lambda key: {}, loss=lambda params, batch: 0.0, train=train)
-    plan = trial.Plan(None, jax.random.key(0), {})
+    plan = trial.Plan(None, jax.random.key(0))
     trial.batch_of(task, {}, plan, 5)
     (made,) = (jax.random.key_data(key).tolist() for key in seen)
     assert made != jax.random.key_data(jax.random.fold_in(plan.key, 5)).tolist()

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jax import lax
+
 from soap_jax import feedback, grids, local, ops, rules, trees
 
 FEEDBACK_RATE = 0.01
@@ -102,6 +104,13 @@ class Method:
         return not made and (self.rule is None or self.rule == rules.Transport())
 
     @property
+    def sync(self) -> rules.Rule | Mapping[str, rules.Rule]:
+        """What its feedback follows; backprop's is W itself."""
+        if self.rule is not None:
+            return self.rule
+        return Scaled(live=self.scale == "live") if self.scale else rules.Transport()
+
+    @property
     def synced(self) -> bool:
         """Whether one period says how often its feedback changes."""
         return isinstance(self.rule, rules.Rule) and not isinstance(self.rule, rules.Fixed)
@@ -132,6 +141,58 @@ class Method:
         said += [f"scale={self.scale!r}"] * bool(self.scale)
         said += ["last_only=True"] * self.last_only
         return ", ".join(said) or "backprop"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scaled(rules.Rule):
+    """Backprop with the scale of signs: `B <- W norm(sign(W)) / norm(W)`, a ratio of the start.
+
+    Attributes:
+        live: whether the ratio is that of now.
+    """
+
+    live: bool = False
+
+    def init(self, kernel, feedback, key):
+        """The ratio, unless it is that of now."""
+        del feedback, key
+        return None if self.live else _ratio(kernel)
+
+    def __call__(self, kernel, feedback, key, memory=None):
+        """Returns the scaled kernel."""
+        del key
+        ratio = _ratio(kernel) if self.live else memory
+        scaled = (ratio * kernel).astype(feedback.dtype)
+        return scaled if self.live else (scaled, memory)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnyOf(rules.Rule):
+    """One of several rules; the entry "index" of its memory, which may be traced, says which."""
+
+    members: tuple[rules.Rule, ...]
+
+    def init(self, kernel, feedback, key):
+        """The index and what each rule remembers."""
+        own = [member.init(kernel, feedback, key) for member in self.members]
+        return {"index": jnp.int32(0), "own": own}
+
+    def __call__(self, kernel, feedback, key, memory):
+        """Returns what the rule at the index makes."""
+
+        def branch(i):
+            def apply(kernel, feedback, own):
+                args, member = (kernel, feedback, key), self.members[i]
+                if own[i] is None:
+                    return member(*args).astype(feedback.dtype), own
+                made, learnt = member(*args, own[i])
+                return made.astype(feedback.dtype), [*own[:i], learnt, *own[i + 1 :]]
+
+            return apply
+
+        branches = list(map(branch, range(len(self.members))))
+        made, own = lax.switch(memory["index"], branches, kernel, feedback, memory["own"])
+        return made, memory | {"own": own}
 
 
 def in_words(value) -> str:
@@ -357,24 +418,7 @@ def resolve(methods: Mapping[str, str | Method] | Sequence[str]) -> dict[str, Me
     return found
 
 
-def amplification(params: chex.ArrayTree, weights: chex.ArrayTree) -> dict[str, jax.Array]:
-    """How much larger than a kernel its signs are, `norm(sign(W)) / norm(W)`, by path.
-
-    Args:
-        params: the parameters.
-        weights: their feedback tree, which says of which kernels to speak.
-
-    Returns:
-        Scalars; 1 for a kernel of zeros.
-
-    Example:
-        >>> amplification({"kernel": jnp.full((2, 1), 0.25)}, {"kernel": jnp.ones((2, 1))})
-        {'kernel': Array(4., dtype=float32)}
-    """
-
-    def ratio(kernel):
-        size = jnp.linalg.norm(kernel)
-        return jnp.where(size > 0, jnp.linalg.norm(jnp.sign(kernel)) / size, 1.0)
-
-    kernels = trees.pairs(params, weights)
-    return {"/".join(path): ratio(kernel) for path, (kernel, _) in kernels.items()}
+def _ratio(kernel):
+    """How much larger than a kernel its signs are; 1 for a kernel of zeros."""
+    size = jnp.linalg.norm(kernel)
+    return jnp.where(size > 0, jnp.linalg.norm(jnp.sign(kernel)) / size, 1.0)
