@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         trees,
     )
     from soap_jax.direct import direct_feedback, direct_target
-    from soap_jax.feedback import FeedbackState, init_feedback, sync_feedback
+    from soap_jax.feedback import FeedbackState, feedback_of, init_feedback, sync_feedback
     from soap_jax.optimizers import kolen_pollack
     from soap_jax.recording import record_alignment
     from soap_jax.rules import Fixed, Rule, SignSync, Transport, WeightMirror
@@ -45,6 +45,7 @@ _NAMES = {  # and the modules they come from; the other public names are modules
     "direct_feedback": "direct",
     "direct_target": "direct",
     "explain": "transform",
+    "feedback_of": "feedback",
     "init_feedback": "feedback",
     "sync_feedback": "feedback",
     "Fixed": "rules",
@@ -70,6 +71,7 @@ __all__ = [
     "direct_feedback",
     "direct_target",
     "explain",
+    "feedback_of",
     "init_feedback",
     "initializers",
     "kolen_pollack",

@@ -41,6 +41,9 @@ from soap_jax import draws, dtypes
 
 Magnitude = Literal["norm", "unit", "preserve", "glorot", "redraw", "kernel"]
 
+Made = jax.Array | tuple[jax.Array, chex.ArrayTree]
+"""What a rule returns: feedback, and its memory if it has one."""
+
 LARGEST = np.iinfo(np.int32).max
 """The largest step and period."""
 
@@ -90,21 +93,15 @@ class Rule:
         del kernel, feedback, key
         return None
 
-    def __call__(
-        self,
-        kernel: jax.Array,
-        feedback: jax.Array,
-        key: chex.PRNGKey,
-        memory: chex.ArrayTree | None = None,
-    ) -> jax.Array | tuple[jax.Array, chex.ArrayTree]:
+    def __call__(self, kernel: jax.Array, feedback: jax.Array, key: chex.PRNGKey) -> Made:
         """Computes new feedback weights for one kernel.
 
         Args:
             kernel: forward weights W.
             feedback: feedback weights B, of the kernel's shape.
             key: differs from layer to layer and step to step.
-            memory: what `init` or the last sync returned. A rule whose `init` returns None is
-                called without it, and need not have this argument.
+            memory: a fourth argument, of a rule whose `init` returns something: that, or what the
+                last sync returned.
 
         Returns:
             The new B, of the same shape; it is cast to B's dtype. Where B is stored as integers
@@ -207,7 +204,7 @@ class SignSync(Rule):
         feedback: jax.Array,
         key: chex.PRNGKey,
         memory: chex.ArrayTree | None = None,
-    ) -> jax.Array | tuple[jax.Array, chex.ArrayTree]:
+    ) -> Made:
         """Returns the magnitudes with the signs of `kernel`; "norm", which has a memory, both."""
         match self.magnitude:
             case "unit":

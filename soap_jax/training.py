@@ -460,7 +460,7 @@ def _value_fn(value_and_grad, has_aux):
 def _sync(params, feedback, state):
     """Syncs, unless the last call's update was held back: then feedback is synced already."""
     held_back = [_held_back(wrapper) for wrapper in _wrappers(state.opt_state)]
-    any_held_back = functools.reduce(jnp.logical_or, held_back, False)
+    any_held_back = jnp.any(jnp.array(held_back, bool))
     return sync_feedback_unless(any_held_back, params, feedback, state.step)
 
 

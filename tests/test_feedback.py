@@ -16,10 +16,18 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import soap_jax.feedback
 import soap_jax.linen
 import soap_jax.nnx
 from soap_jax import ops, optimizers, rules, training
-from soap_jax.feedback import FeedbackState, init_feedback, sync_feedback, sync_feedback_unless
+from soap_jax.feedback import (
+    CONDITIONALS_IN_PLACE,
+    FeedbackState,
+    feedback_of,
+    init_feedback,
+    sync_feedback,
+    sync_feedback_unless,
+)
 
 KEY = jax.random.key(7)
 PARAMS = {
@@ -479,10 +487,44 @@ def test_nothing_of_a_sync_is_computed_outside_its_loop(magnitude):
     state = init(rules.SignSync(period=100, magnitude=magnitude))
     text = sync.lower(PARAMS, state, jnp.int32(0)).compile().as_text()
     entry = text[text.index("\nENTRY") :].split("\n}")[0]
-    assert " while(" in text
+    assert (" conditional(" if CONDITIONALS_IN_PLACE else " while(") in text
     for shape in ("[3,8]", "[8,4]"):  # only handed to the loop, and taken from it
         ops_ = re.findall(rf"= \w+{re.escape(shape)}\S* ([\w-]+)\(", entry)
         assert set(ops_) <= {"parameter", "get-tuple-element", "copy", "bitcast"}, ops_
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_loop_and_a_conditional_sync_alike(monkeypatch, in_place):
+    state = init(EVERY_RULE["mapping"])
+    expected = loop(state, range(4)).feedback
+    monkeypatch.setattr(soap_jax.feedback, "CONDITIONALS_IN_PLACE", in_place)
+    soap_jax.feedback._sync.clear_cache()
+    for step in range(4):
+        state = sync_feedback(params_at(step), state, step)
+    chex.assert_trees_all_close(state.feedback, expected, rtol=1e-6)
+    soap_jax.feedback._sync.clear_cache()
+
+
+@pytest.mark.parametrize(
+    "rule", [*(rules.SignSync(magnitude=m) for m in ("unit", "glorot", "kernel")),
+             rules.Transport()], ids=str,
+)  # fmt: skip
+def test_feedback_of_kernels_is_a_sync_at_every_step(rule):
+    synced = sync(PARAMS, init(rule), 0).feedback
+    chex.assert_trees_all_equal(jax.jit(feedback_of, static_argnums=1)(PARAMS, rule), synced)
+    bars = jax.grad(lambda params: jnp.sum(feedback_of(params, rule)["a"]["kernel"] ** 2))(
+        jax.tree.map(jnp.float32, PARAMS)
+    )
+    assert not np.any(bars["a"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    "rule", [rules.Fixed(), rules.SignSync(), rules.SignSync(magnitude="redraw"),
+             rules.SignSync(magnitude="unit", period=2), rules.Transport(rate=0.5)], ids=str,
+)  # fmt: skip
+def test_feedback_of_kernels_refuses_a_rule_that_needs_more(rule):
+    with pytest.raises(ValueError, match="expected one that reads the kernel alone, at every step"):
+        feedback_of(PARAMS, rule)
 
 
 # Memory
@@ -562,8 +604,9 @@ def test_lowers_for_every_platform(rule):
     traced = sync.trace(PARAMS, init(rule), 0)
     for platform in ("cpu", "cuda", "tpu"):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
-        assert "stablehlo.case" not in text  # which XLA for GPU would copy feedback for
-        assert ("stablehlo.while" in text) == (rule != rules.Fixed())
+        control = "case" if CONDITIONALS_IN_PLACE else "while"
+        for word in ("case", "while"):
+            assert (f"stablehlo.{word}" in text) == (word == control and rule != rules.Fixed())
 
 
 # Checkpoints

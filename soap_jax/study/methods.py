@@ -13,10 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import chex
-import jax
 import jax.numpy as jnp
 import optax
-
 from jax import lax
 
 from soap_jax import feedback, grids, local, ops, rules, trees
@@ -177,7 +175,7 @@ class AnyOf(rules.Rule):
         own = [member.init(kernel, feedback, key) for member in self.members]
         return {"index": jnp.int32(0), "own": own}
 
-    def __call__(self, kernel, feedback, key, memory):
+    def __call__(self, kernel, feedback, key, memory=None):
         """Returns what the rule at the index makes."""
 
         def branch(i):
