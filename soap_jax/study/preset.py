@@ -69,7 +69,7 @@ class Protocol:
             run of the reference reaches within an eighth of the steps.
         evaluations: how often a run is evaluated, in equal distances.
         chunk_size: at most so many runs per device at once; bounds memory on accelerators. By
-            default 4 on CPU, else 64.
+            default 4 on CPU, else 256.
         memory_limit: at most so many GiB per device for the program (a process takes about 0.7
             besides); makes chunks smaller where needed.
     """
