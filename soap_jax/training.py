@@ -31,7 +31,7 @@ from jax import lax
 
 from soap_jax import rules
 from soap_jax.activity import ValueAndGrad as ValueAndGrad
-from soap_jax.feedback import FeedbackState, sync_feedback_unless
+from soap_jax.feedback import FeedbackState, sync_feedback, sync_feedback_unless
 from soap_jax.sweeps import sweep as sweep
 
 ApplyFn = Callable[[chex.ArrayTree, chex.ArrayTree | None, jax.Array], jax.Array]
@@ -460,7 +460,9 @@ def _value_fn(value_and_grad, has_aux):
 def _sync(params, feedback, state):
     """Syncs, unless the last call's update was held back: then feedback is synced already."""
     held_back = [_held_back(wrapper) for wrapper in _wrappers(state.opt_state)]
-    any_held_back = jnp.any(jnp.array(held_back, bool))
+    if not held_back:
+        return sync_feedback(params, feedback, state.step)
+    any_held_back = functools.reduce(jnp.logical_or, held_back)
     return sync_feedback_unless(any_held_back, params, feedback, state.step)
 
 
