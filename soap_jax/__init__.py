@@ -35,7 +35,13 @@ if TYPE_CHECKING:
     from soap_jax.optimizers import kolen_pollack
     from soap_jax.recording import record_alignment
     from soap_jax.rules import Fixed, Rule, SignSync, Transport, WeightMirror
-    from soap_jax.transform import Explanation, explain, with_feedback
+    from soap_jax.transform import (
+        Explanation,
+        explain,
+        init_projections,
+        with_direct_feedback,
+        with_feedback,
+    )
 
 __version__ = "0.1.0"
 
@@ -46,6 +52,7 @@ _NAMES = {  # and the modules they come from; the other public names are modules
     "direct_target": "direct",
     "explain": "transform",
     "init_feedback": "feedback",
+    "init_projections": "transform",
     "sync_feedback": "feedback",
     "Fixed": "rules",
     "Rule": "rules",
@@ -54,6 +61,7 @@ _NAMES = {  # and the modules they come from; the other public names are modules
     "WeightMirror": "rules",
     "kolen_pollack": "optimizers",
     "record_alignment": "recording",
+    "with_direct_feedback": "transform",
     "with_feedback": "transform",
 }
 __all__ = [
@@ -71,6 +79,7 @@ __all__ = [
     "direct_target",
     "explain",
     "init_feedback",
+    "init_projections",
     "initializers",
     "kolen_pollack",
     "linen",
@@ -89,6 +98,7 @@ __all__ = [
     "tasks",
     "training",
     "trees",
+    "with_direct_feedback",
     "with_feedback",
 ]
 
