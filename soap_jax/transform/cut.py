@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend import core, source_info_util
 from jax.interpreters import partial_eval
@@ -27,8 +28,8 @@ from soap_jax import draws, ops
 from soap_jax.transform import nested, tracing
 from soap_jax.transform import values as vals
 
-Stacked = Literal["blocks", "time"]
-"""What a scan runs over that has a tap and not the output."""
+Stacked = Literal["blocks", "time"] | int
+"""What a scan runs over that has a tap and not the output: blocks, time, or the output's axis."""
 
 Values = dict[str, jax.Array]
 """Values of taps, by name."""
@@ -86,13 +87,7 @@ class Cut:
         self.around |= self.around_output
         self.rounds = math.prod(eqn.params["length"] for eqn in around if _is_scan(eqn))
         for tap in self.taps:
-            if self.scans(tap) and not words.get(tap):
-                raise ValueError(
-                    f"the tap {tap!r} at {self.taps[tap].line} is inside a scan at "
-                    f"{_line(self.scans(tap)[0])} that does not have the output. Say what it runs "
-                    "over: stacked='blocks' (each round gets a projection of its own) or "
-                    "stacked='time' (all rounds share one, and each gets the same error)."
-                )
+            self._check_word(tap)
 
     def scans(self, tap: str) -> list[core.JaxprEqn]:
         """The scans that have the tap and not the output, from the outermost."""
@@ -102,6 +97,23 @@ class Cut:
     def stacked(self, tap: str) -> bool:
         """Whether the tap's value has a first axis of blocks where it is joined."""
         return bool(self.scans(tap)) and self.words.get(tap) == "blocks"
+
+    def _check_word(self, tap: str) -> None:
+        scans, word = self.scans(tap), self.words.get(tap)
+        if scans and word is None:
+            raise ValueError(
+                f"the tap {tap!r} at {self.taps[tap].line} is inside a scan at {_line(scans[0])} "
+                "that does not have the output. Say what it runs over: stacked='blocks' (each "
+                "round gets a projection of its own), stacked='time' (all share one, and each gets "
+                "the same error), or an integer, the output's axis of time (all share one, and "
+                "each gets its own step's error)."
+            )
+        if len(scans) > 1 and isinstance(word, int):
+            raise ValueError(
+                f"the tap {tap!r} at {self.taps[tap].line} is inside {len(scans)} scans that do "
+                f"not have the output, and stacked is {word}; expected one scan, over the output's "
+                "axis."
+            )
 
     def show(self, taps: Collection[str]) -> str:
         """Names and lines."""
@@ -188,12 +200,24 @@ def _scan(cut: Cut, eqn, args, state):
 
     options = nested.scan_options(eqn)
     carry, (ys, values) = lax.scan(body, list(init), (list(xs), keys), **options)
-    for tap, value in values.items():
-        if not cut.stacked(tap):
-            values[tap] = lax.reduce_sum(value, (0,))  # whose cotangent is every round's
-        elif eqn is not cut.scans(tap)[-1]:
-            values[tap] = value.reshape(-1, *value.shape[2:])
+    values = {tap: _hoisted(cut, tap, eqn, value) for tap, value in values.items()}
     return [*carry, *ys], State(values)
+
+
+def _hoisted(cut: Cut, tap, eqn, value):
+    """The values of all rounds, `(rounds, ...)`, as the output is to get them."""
+    word = cut.words[tap]
+    if word == "time":
+        return lax.reduce_sum(value, (0,))  # whose cotangent is every round's
+    if word == "blocks":
+        is_innermost = eqn is cut.scans(tap)[-1]
+        return value if is_innermost else value.reshape(-1, *value.shape[2:])
+    if not isinstance(word, int) or word >= value.ndim:
+        raise ValueError(
+            f"stacked is {word} for the tap {tap!r} at {cut.taps[tap].line}, whose values are "
+            f"{value.shape[1:]} in each round; expected the output's axis of time, 0 or 1."
+        )
+    return jnp.moveaxis(value, 0, word)
 
 
 # What can be cut

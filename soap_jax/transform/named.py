@@ -58,8 +58,11 @@ def with_direct_feedback(
     **Scans.** If the tap and the output are named in one body (a step of a recurrent net), each
     step's error goes to that step's value, and no error goes back through time where the tap names
     what is carried. If the scan does not have the output, shapes cannot tell what it runs over:
-    with `stacked="blocks"` each round has a projection of its own, `(blocks, out, *features)`;
-    with `stacked="time"` all share one, and each gets the same error.
+
+        stacked="blocks"    each round has a projection of its own: (blocks, out, *features)
+        stacked="time"      all share one, and each gets the same error: a net read out at the end
+        stacked=1           all share one, and each gets its own step's error: the output has the
+                            steps as this axis, (batch, time, out)
 
     Args:
         fun: `(params, *args, **kwargs) -> outputs`, as for `with_feedback`; a loss, alone or first
@@ -122,14 +125,20 @@ def with_direct_feedback(
     if error not in ("exact", "sign"):
         raise ValueError(f"error is {error!r}; expected 'exact' (DFA) or 'sign' (sDFA).")
     words = dict(stacked) if isinstance(stacked, Mapping) else dict.fromkeys(taps, stacked)
-    if set(words) - set(taps) or set(words.values()) - {"blocks", "time", None}:
+    if set(words) - set(taps) or not all(map(_is_word, words.values())):
         raise ValueError(
             f"stacked is {stacked!r}; expected 'blocks' (a projection for each round of a scan), "
-            "'time' (one for all), or a mapping of taps to these."
+            "'time' (one for all), the number of the output's axis of time, or a mapping of taps "
+            "to these."
         )
     return WithDirectFeedback(
         fun, taps, output, target, error, tuple(words.items()), rows, initializer
     )
+
+
+def _is_word(word) -> bool:
+    is_axis = isinstance(word, int) and not isinstance(word, bool) and word >= 0
+    return word in ("blocks", "time", None) or is_axis
 
 
 @dataclasses.dataclass(frozen=True)
