@@ -154,6 +154,11 @@ class WithDirectFeedback:
     rows: float | None
     initializer: jax.nn.initializers.Initializer
 
+    @property
+    def __name__(self) -> str:
+        """The function's, for profiles."""
+        return getattr(self.fun, "__name__", "with_direct_feedback")
+
     def __call__(
         self,
         params: chex.ArrayTree,
