@@ -131,9 +131,10 @@ def _call(reader, eqn, values, outs):
 
 def _remat(reader, eqn, values, outs):
     f = _inner(reader, close(eqn.params["jaxpr"]), [value.label for value in values])
+    cse = eqn.params["prevent_cse"]  # of all operands, or by operand
     g = jax.checkpoint(
         lambda *forms: _split(f(*forms)),
-        prevent_cse=eqn.params["prevent_cse"],
+        prevent_cse=cse if isinstance(cse, bool) else (list(cse), list(cse)),
         policy=eqn.params["policy"],
     )
     return list(map(Value, outs, *g(*_split(values))))
