@@ -35,7 +35,13 @@ if TYPE_CHECKING:
     from soap_jax.optimizers import kolen_pollack
     from soap_jax.recording import record_alignment
     from soap_jax.rules import Fixed, Rule, SignSync, Transport, WeightMirror
-    from soap_jax.transform import Explanation, explain, with_feedback
+    from soap_jax.transform import (
+        Explanation,
+        explain,
+        init_projections,
+        with_direct_feedback,
+        with_feedback,
+    )
 
 __version__ = "0.1.0"
 
@@ -47,6 +53,7 @@ _NAMES = {  # and the modules they come from; the other public names are modules
     "explain": "transform",
     "feedback_of": "feedback",
     "init_feedback": "feedback",
+    "init_projections": "transform",
     "sync_feedback": "feedback",
     "Fixed": "rules",
     "Rule": "rules",
@@ -55,6 +62,7 @@ _NAMES = {  # and the modules they come from; the other public names are modules
     "WeightMirror": "rules",
     "kolen_pollack": "optimizers",
     "record_alignment": "recording",
+    "with_direct_feedback": "transform",
     "with_feedback": "transform",
 }
 __all__ = [
@@ -73,6 +81,7 @@ __all__ = [
     "explain",
     "feedback_of",
     "init_feedback",
+    "init_projections",
     "initializers",
     "kolen_pollack",
     "linen",
@@ -91,6 +100,7 @@ __all__ = [
     "tasks",
     "training",
     "trees",
+    "with_direct_feedback",
     "with_feedback",
 ]
 

@@ -70,6 +70,9 @@ local loss's gradient."""
 SCOPE = "through_feedback"
 """The name under which profiles show it."""
 
+DIRECT = "direct_feedback"
+"""The name under which profiles show direct feedback, and `soap_jax.transform` knows it."""
+
 MARK = "soap_jax.ops.through_feedback"
 """The name that its kernel gets (`checkpoint_name`), by which `soap_jax.transform` knows it."""
 

@@ -102,6 +102,8 @@ class Label(NamedTuple):
             multiplies it; None of an error.
         rows: of a tangent, whether rows were looked up by an integer argument.
         layer: whether it was just named by a layer that has feedback of its own.
+        ways: of a tangent, the params to which an error comes back through it, each with whether it
+            comes by direct feedback; followed only where nothing is computed.
         refused: of a tangent that no error may come back through, why.
     """
 
@@ -116,6 +118,7 @@ class Label(NamedTuple):
     owners: frozenset[int] | None = None
     rows: bool = False
     layer: bool = False
+    ways: frozenset[tuple[int, bool]] = frozenset()
     refused: str | None = None
 
     @property
@@ -208,6 +211,7 @@ def join(a: Label, b: Label, broken: Broken) -> Label:
         tangent=tangent,
         owners=owned([label for label in (a, b) if label.tangent]),
         rows=a.rows or b.rows,
+        ways=a.ways | b.ways,
         refused=a.refused or b.refused,
     )
 
@@ -230,6 +234,7 @@ def same_kind(a: Label, b: Label) -> Label:
         number=a.number and b.number,
         tangent=a.tangent or b.tangent,
         owners=a.owners if a.tangent else frozenset(),  # zeros, as loops start with: anybody's
+        ways=a.ways | b.ways,
     )
 
 
@@ -241,6 +246,11 @@ def owned(tangents: Sequence[Label]) -> frozenset[int] | None:
             return None
         owners |= label.owners
     return owners
+
+
+def all_ways(tangents: Iterable[Label]) -> frozenset[tuple[int, bool]]:
+    """The ways of a value that is made of these tangents."""
+    return frozenset().union(*(label.ways for label in tangents))
 
 
 class Met(NamedTuple):
@@ -443,6 +453,7 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label], line: str = "") -> Step
         tangent=True,
         data=any(label.data for label in labels),
         whole=_whole(eqn, labels),
+        ways=all_ways(tangents),
         refused=next((label.refused for label in tangents if label.refused), None),
     )
     if not (activation or foreign):

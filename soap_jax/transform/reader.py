@@ -102,6 +102,7 @@ class Reader:
 
     Attributes:
         notes: what was found, by kernel, in order of first use.
+        ways: how errors come back to params from what was read last, see `labels.Label`.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Reader:
         self.abstract = abstract
         self.local_bar: Any = feedback_bar if callable(feedback_bar) else None
         self.notes: dict[int, Notes] = {}
+        self.ways: frozenset[tuple[int, bool]] = frozenset()
         self.backward: dict[int, tuple[core.JaxprEqn, core.ClosedJaxpr]] = {}  # of custom_vjp
         self.quiet = False
         self.product: Product | None = None  # the last one
