@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import partial_eval
 
-from soap_jax import trees
+from soap_jax import dtypes, trees
 from soap_jax.transform import reader, tracing
 from soap_jax.transform import values as vals
 from soap_jax.transform.reader import Use
@@ -39,8 +39,10 @@ class Row:
         uses: where it is used to this effect and, for "error" and "backprop", what stands in the
             way.
         shape: of the param, and of its feedback.
-        dtype: of the param; products are taken in it.
+        dtype: of the param.
         stored: the dtype in which feedback is stored.
+        used: the dtype in which feedback is used: that of the operand at the product that the error
+            passes, or before, where it is masked or scaled; the widest of several.
         nbytes: of the feedback, if there is any to be stored.
     """
 
@@ -50,6 +52,7 @@ class Row:
     shape: tuple[int, ...]
     dtype: np.dtype
     stored: np.dtype
+    used: np.dtype
     nbytes: int
 
 
@@ -152,7 +155,14 @@ def explain(
     order = {i: None for i in [*(i for i in found.notes if found.notes[i].first), *leaves]}
     return Explanation(
         tuple(
-            _finished(traced.operands[i], traced.paths[i], *rows[i], given, feedback is None)
+            _finished(
+                traced.operands[i],
+                traced.paths[i],
+                *rows[i],
+                found.note(i).used,
+                given,
+                feedback is None,
+            )
             for i in order
         )
     )
@@ -226,12 +236,14 @@ def _kept(notes: reader.Notes) -> Found:
     return ("backprop" if effect == "feedback" else effect), uses
 
 
-def _finished(leaf, path, effect, uses, given, open_question) -> Row:
-    stored = effect == "feedback" if open_question else path in given
-    dtype = given[path].dtype if path in given else leaf.dtype
-    nbytes = leaf.size * vals.bits(dtype) // 8 if stored else 0
+def _finished(leaf, path, effect, uses, used, given, open_question) -> Row:
+    is_stored = effect == "feedback" if open_question else path in given
+    stored = np.dtype(given[path].dtype if path in given else leaf.dtype)
+    nbytes = leaf.size * vals.bits(stored) // 8 if is_stored else 0
     uses = tuple(dict.fromkeys(uses))
-    return Row(path, effect, uses, tuple(leaf.shape), leaf.dtype, np.dtype(dtype), nbytes)
+    one, *others = used or [leaf.dtype]
+    used = dtypes.wide(one, *others) if others else np.dtype(one)
+    return Row(path, effect, uses, tuple(leaf.shape), leaf.dtype, stored, used, nbytes)
 
 
 def _shape(operand: jax.ShapeDtypeStruct) -> str:
@@ -250,7 +262,8 @@ def _table(explanation: Explanation) -> str:
     for row in explanation:
         if row.effect != "exact":
             pattern = re.sub(r"\d+", "*", "/".join(row.path))
-            groups.setdefault((pattern, row.effect, row.shape, row.stored), []).append(row)
+            key = (pattern, row.effect, row.shape, row.stored, row.used)
+            groups.setdefault(key, []).append(row)
     notes = []
     for (pattern, *_), rows in groups.items():
         row = rows[0]
@@ -262,8 +275,11 @@ def _table(explanation: Explanation) -> str:
             name = f"{name} and {len(places) - 1} more"
         total = sum(row.nbytes for row in rows)
         narrow = f" {row.stored}" if row.stored != row.dtype else ""
-        stored = f"{filesize.decimal(total)}{narrow}" if total else "-"
-        grid.add_row(*map(text.Text, (path, row.effect, name, operands, stored)))
+        stored = [f"{filesize.decimal(total)}{narrow}"] if total else []
+        if row.used not in (row.dtype, row.stored) and row.effect.endswith("feedback"):
+            stored.append(f"used as {row.used}")
+        cells = path, row.effect, name, operands, ", ".join(stored) or "-"
+        grid.add_row(*map(text.Text, cells))
         if row.effect == "backprop" and all(use.primitive in ELEMENTWISE for use in places):
             notes += [f"{path} {use.problem}." for use in row.uses[:1]]
         else:
