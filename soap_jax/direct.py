@@ -654,3 +654,11 @@ def _check(name, sender, activation, projection, path, *, stacked):
             f"axis of the {name} and features are the last axes of the activation, whose other "
             f"axes begin as those of the {name} do."
         )
+
+
+def check_length(length: int, call: str) -> None:
+    """Raises ValueError unless there can be so many blocks; `call` shows what was meant."""
+    if not hasattr(length, "__index__"):
+        raise ValueError(f"length is a {type(length).__name__}; expected an integer: {call}.")
+    if length < 1:
+        raise ValueError(f"length is {length}; expected 1 or more.")

@@ -102,7 +102,7 @@ def init_feedback(
     where: trees.Where = None,
     initializer: Initializer | Mapping[str, Initializer] = "matched",
     feedback: chex.ArrayTree | None = None,
-    dtype: DTypeLike | None = None,
+    dtype: DTypeLike | Literal["used"] | None = None,
 ) -> FeedbackState:
     """Makes feedback weights for a model's kernels, or adopts the model's own.
 
@@ -140,9 +140,16 @@ def init_feedback(
             signed integer dtype stores their signs (int8: a quarter; int4, int2), for rules whose
             values are whole numbers: `Fixed`, `SignSync` with "unit" or "preserve", or one of your
             own that returns integers.
-            Products are taken in the kernel's dtype all the same: signs train as they do in
+            Products are taken in the model's dtype all the same: signs train as they do in
             float32, bit for bit on CPU, and so do rounded weights. Rules that move feedback in
             small steps lose those that are below its resolution.
+            "used": where products take feedback in fewer bits than its kernel has, as in a model
+            that computes in bfloat16 with float32 params, it is stored in these. That is the same
+            training, bit for bit, with half the memory, and no cast of all feedback at every step.
+            It needs `where=soap_jax.explain(...)`, which knows the dtypes, and leaves feedback as
+            it is where its rule accumulates small steps (`Rule.accumulates`). It is not the
+            default, so that checkpoints and metrics have feedback in the kernel's dtype; and it is
+            not for feedback that an optimiser changes (Kolen-Pollack, local losses).
 
     Returns:
         The state. Leaves of `params` without feedback have `None` in `state.feedback`, which has
@@ -155,7 +162,7 @@ def init_feedback(
             hashable, if nothing is selected, if a kernel is empty or not floating point, if what an
             initialiser returns or the adopted feedback does not fit `params`, or if `dtype` is
             neither floating point nor a signed integer, or an integer one for a rule that returns
-            floats.
+            floats, or "used" without an explanation.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -171,7 +178,9 @@ def init_feedback(
         Array([1, 1], dtype=int8)
     """
     static, period = _split_period(rule)
-    _check_dtype(dtype)
+    as_used = isinstance(dtype, str) and dtype == "used"
+    if not as_used:
+        dtypes.check_stored(dtype)
     feedback_key, rule_key = jax.random.split(draws.typed(key))
     if feedback is None or where is not None:
         chosen = trees.select(params, where)
@@ -197,9 +206,12 @@ def init_feedback(
 
         feedback = jax.tree_util.tree_map_with_path(one, params)
 
+    used = _used(where, static, trees.pairs(params, feedback)) if as_used else {}
+
     def store(path, kernel, leaf):
         trees.check_not_empty(kernel, path)
-        return rules.shard_like(_stored(leaf, dtype), kernel)
+        own = used.get(path) if as_used else dtype
+        return rules.shard_like(dtypes.stored(leaf, own), kernel)
 
     feedback = trees.map_pairs(store, params, feedback)
     try:
@@ -508,32 +520,21 @@ def _rules_of(static, paths, *, complete=False):
     return out
 
 
-def _check_dtype(dtype):
-    if dtype is None:
-        return
-    try:
-        dtype = np.dtype(dtype)
-        if jnp.issubdtype(dtype, jnp.signedinteger):
-            serves = jnp.iinfo(dtype).max >= 1
-        else:  # XLA makes no arrays of 6 bits
-            info = jnp.finfo(dtype) if jnp.issubdtype(dtype, jnp.floating) else None
-            serves = info is not None and bool(info.min < 0) and info.bits != 6
-    except (TypeError, ValueError):  # no dtype at all, or no number's
-        serves = False
-    if not serves:
+def _used(where, static, pairs) -> dict[trees.Path, np.dtype]:
+    """Where feedback is used in fewer bits, and no rule adds small steps up: the dtype, by path."""
+    if not hasattr(where, "rows"):
         raise ValueError(
-            f"dtype is {dtype!r}; expected a floating-point dtype of jax.numpy that holds both "
-            "signs, such as jax.numpy.bfloat16, a signed integer one such as jax.numpy.int8 for "
-            "signs, or None for the kernel's."
+            "dtype='used' needs to know in which dtype products take feedback; expected "
+            "where=soap_jax.explain(fun, params, *args) beside it. Or give the dtype itself, such "
+            "as jax.numpy.bfloat16."
         )
-
-
-def _stored(leaf, dtype):
-    """Feedback as `dtype` holds it: rounded, or its signs."""
-    if dtype is None:
-        return leaf
-    leaf = jnp.asarray(leaf)
-    return (jnp.sign(leaf) if jnp.issubdtype(dtype, jnp.integer) else leaf).astype(dtype)
+    used = {row.path: row.used for row in where.rows}
+    return {
+        path: used[path]
+        for _, rule, paths in _rules_of(static, list(pairs), complete=True)
+        for path in paths
+        if not rule.accumulates and used[path].itemsize < pairs[path][1].dtype.itemsize
+    }
 
 
 def _is_integer(leaf):

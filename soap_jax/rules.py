@@ -75,6 +75,16 @@ class Rule:
     def __post_init__(self):
         check_period(type(self).__name__, self.period)
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether new feedback is computed from the old, so that fewer bits would lose small steps.
+
+        Where it is False, feedback that products take in fewer bits may be stored in these, and
+        training has the same bits: `init_feedback(dtype="used")`. Else that keeps the kernel's
+        dtype, as it does for a rule that does not say.
+        """
+        return True
+
     def init(
         self, kernel: jax.Array, feedback: jax.Array, key: chex.PRNGKey
     ) -> chex.ArrayTree | None:
@@ -125,6 +135,7 @@ class Fixed(Rule):
     """
 
     period: ArrayLike = dataclasses.field(default=1, init=False, repr=False)
+    accumulates = False
 
     def __call__(self, kernel: jax.Array, feedback: jax.Array, key: chex.PRNGKey) -> jax.Array:
         """Returns `feedback`."""
@@ -193,6 +204,11 @@ class SignSync(Rule):
                 f"SignSync: magnitude is {self.magnitude!r}; expected one of "
                 f"{', '.join(map(repr, get_args(Magnitude)))}."
             )
+
+    @property
+    def accumulates(self) -> bool:
+        """Of the old feedback only magnitudes are kept, one by one, but for "norm" their mean."""
+        return self.magnitude == "norm"
 
     def init(self, kernel: jax.Array, feedback: jax.Array, key: chex.PRNGKey) -> jax.Array | None:
         """Returns the root mean square of `feedback` for "norm"."""
@@ -263,6 +279,11 @@ class Transport(Rule):
         super().__post_init__()
         if not (isinstance(self.rate, numbers.Real) and 0 <= self.rate <= 1):
             raise ValueError(f"Transport: rate is {self.rate!r}; expected a number in [0, 1].")
+
+    @property
+    def accumulates(self) -> bool:
+        """At a rate of 1 feedback is a copy of the kernel, whatever it was."""
+        return self.rate != 1
 
     def __call__(self, kernel: jax.Array, feedback: jax.Array, key: chex.PRNGKey) -> jax.Array:
         """Returns `feedback`, moved towards `kernel`."""

@@ -260,6 +260,114 @@ TABLE = """\
 Exact, since no error passes them: 12 bias (add)."""
 
 
+HALF = jnp.bfloat16
+
+
+def in_half(params, x):
+    """A model with float32 params that computes in bfloat16, but for its head."""
+    h = jnp.tanh(x.astype(HALF) @ params["a"].astype(HALF))
+    for block in params["blocks"]:
+        h = jnp.tanh(h @ block["kernel"].astype(HALF))
+    return jnp.sum(h.astype(jnp.float32) @ params["out"])
+
+
+def test_the_dtype_in_which_products_take_feedback_is_told_where_it_is_another():
+    blocks = [{"kernel": jnp.ones((16, 16))} for _ in range(3)]
+    params = {"a": jnp.ones((5, 16)), "blocks": blocks, "out": jnp.ones((16, 3))}
+    found = explain(in_half, params, X)
+    assert str(found) == HALF_TABLE
+    assert [str(row.used) for row in found] == ["bfloat16"] * 4 + ["float32"]
+    state = init_feedback(KEY, params, where=found, dtype="used")
+    found = explain(in_half, params, X, feedback=state.feedback)
+    assert "1.5 kB bfloat16\n" in str(found) and "used as" not in str(found)
+    signs = init_feedback(KEY, params, where=found, dtype=jnp.int8).feedback
+    assert "768 bytes int8, used as bfloat16\n" in str(explain(in_half, params, X, feedback=signs))
+
+
+HALF_TABLE = """\
+ param                       effect      used in       operands                       feedback
+ ─────────────────────────────────────────────────────────────────────────────────────────────
+ a                           no effect   dot_general   4×5 · 5×16                            -
+ blocks/*/kernel (3 times)   feedback    dot_general   4×16 · 16×16   3.1 kB, used as bfloat16
+ out                         feedback    dot_general   4×16 · 16×3                   192 bytes
+
+5 params: 1 no effect, 4 feedback; 3.3 kB of feedback."""
+
+
+def half(w):
+    return w.astype(HALF)
+
+
+USES = {  # (h, w, mask) -> h, and the dtype in which w's feedback is computed with
+    "cast": (lambda h, w, mask: half(h) @ half(w), "bfloat16"),
+    "moved and cast": (lambda h, w, mask: half(h) @ half(w.T[::-1].reshape(5, 5)), "bfloat16"),
+    "cast and back": (lambda h, w, mask: h @ half(w).astype(jnp.float32), "float32"),
+    "masked and cast": (lambda h, w, mask: half(h) @ half(w * mask), "float32"),
+    "cast and masked": (lambda h, w, mask: half(h) @ (half(w) * half(mask)), "bfloat16"),
+    "twice": (lambda h, w, mask: half(half(h) @ half(w)) + half(h @ w), "float32"),
+    "elementwise": (lambda h, w, mask: half(h) * half(w[:1]) @ half(w), "bfloat16"),
+    "penalised": (lambda h, w, mask: half(h) @ half(w) + half(jnp.sum(w**2)), "bfloat16"),
+    "a loop": (
+        lambda h, w, mask: lax.fori_loop(0, 2, lambda _, h: jnp.tanh(h @ half(w)), half(h)),
+        "bfloat16",
+    ),
+    "remat and jit": (jax.checkpoint(jax.jit(lambda h, w, mask: half(h) @ half(w))), "bfloat16"),
+    "a branch": (
+        lambda h, w, mask: lax.cond(h[0, 0] > 0, lambda w: half(h) @ half(w), lambda w: half(h), w),
+        "bfloat16",
+    ),
+    "a derivative of its own": (lambda h, w, mask: layer({"b": half(w)}, half(h)), "bfloat16"),
+    "wider": (lambda h, w, mask: half(h).astype(jnp.float32) @ w, "float32"),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_feedback_stored_as_it_is_used_gives_the_bits_of_its_kernels_dtype(name):
+    middle, expected = USES[name]
+
+    def loss(params, x, mask):
+        h = middle(jnp.tanh(x @ params["a"]), params["b"], mask)
+        return jnp.sum(jnp.sin(h.astype(jnp.float32) @ params["c"]))
+
+    params, mask = {k: PARAMS[k] for k in "abc"}, draw(5, 5, seed=7)
+    found = explain(loss, params, X, mask)
+    assert effects(found) == {"a": "no effect", "b": "feedback", "c": "feedback"}
+    assert [str(found[k].used) for k in "bc"] == [expected, "float32"]
+    wide, stored = (init_feedback(KEY, params, where=found, dtype=d) for d in (None, "used"))
+    assert [str(stored.feedback[k].dtype) for k in "bc"] == [expected, "float32"]
+    gradient = jax.jit(jax.grad(with_feedback(loss)))
+    got, same = (gradient(params, state.feedback, X, mask) for state in (stored, wide))
+    jax.tree.map(np.testing.assert_array_equal, got, same)
+    assert np.abs(got["a"]).max() > 0
+
+
+def test_own_feedback_is_used_in_the_layers_dtype():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            mask = np.tril(np.ones((3, 5, 5), np.float32))
+            x = nn.tanh(linen.FeedbackDense(5, name="half", dtype=HALF)(x))
+            x = nn.tanh(linen.FeedbackConv(5, 3, name="masked", dtype=HALF, mask=mask)(x))
+            hooked = nn.Dense(
+                5, name="hooked", dtype=HALF, dot_general_cls=linen.FeedbackDotGeneral
+            )
+            return linen.FeedbackDense(3, name="full")(hooked(x).astype(jnp.float32))
+
+    variables = Net().init(KEY, X)
+
+    def loss(params, feedback, x):
+        x = jnp.tanh(x @ params["first"])
+        return Net().apply({"params": params["net"], "feedback": feedback}, x).sum()
+
+    params = {"first": PARAMS["a"], "net": variables["params"]}
+    found = explain(loss, params, variables["feedback"], X)
+    used = {"half": "bfloat16", "masked": "float32", "hooked": "bfloat16", "full": "float32"}
+    for name, dtype in used.items():
+        row = found[f"net/{name}/kernel"]
+        assert (row.effect, str(row.used)) == ("own feedback", dtype)
+    assert str(found).count("used as bfloat16") == 2
+
+
 def told(explanation):
     """What is printed, in one line."""
     return " ".join(str(explanation).split())

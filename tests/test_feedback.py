@@ -28,6 +28,7 @@ from soap_jax.feedback import (
     sync_feedback,
     sync_feedback_unless,
 )
+from soap_jax.transform.explanation import Row
 
 KEY = jax.random.key(7)
 PARAMS = {
@@ -1160,7 +1161,68 @@ def test_each_rule_of_a_mapping_is_asked_for_integers():
     assert dtypes(synced) == {"int8", "float32"}
 
 
-@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.bool_, jnp.complex64])
+def explained(dtype):
+    """An explanation of a model that computes in the dtype."""
+    used, full = np.dtype(dtype), np.dtype("float32")
+    rows = [
+        Row((name, "kernel"), "feedback", (), layer["kernel"].shape, full, full, used, 0)
+        for name, layer in PARAMS.items()
+    ]
+    return soap_jax.Explanation(tuple(rows))
+
+
+class Leak(rules.Rule):
+    """A user's own rule, which says nothing of what it does."""
+
+    def __call__(self, kernel, feedback, key):
+        return feedback / 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "stored"),
+    [
+        (rules.Fixed(), "bfloat16"),
+        (rules.SignSync(magnitude="unit"), "bfloat16"),
+        (rules.SignSync(magnitude="glorot"), "bfloat16"),
+        (rules.SignSync(magnitude="preserve"), "bfloat16"),
+        (rules.SignSync(magnitude="redraw"), "bfloat16"),
+        (rules.SignSync(magnitude="norm"), "float32"),
+        (rules.Transport(), "bfloat16"),
+        (rules.Transport(rate=0.5), "float32"),
+        (rules.WeightMirror(), "float32"),
+        (Leak(), "float32"),
+    ],
+    ids=str,
+)
+def test_feedback_is_stored_as_it_is_used_unless_its_rule_accumulates(rule, stored):
+    where = explained("bfloat16")
+    state = init_feedback(KEY, PARAMS, rule, where=where, dtype="used")
+    assert dtypes(state) == {stored} and rule.accumulates == (stored == "float32")
+    drawn = init_feedback(KEY, PARAMS, rule, where=where, dtype=stored)
+    chex.assert_trees_all_equal(state.feedback, drawn.feedback)
+
+
+def test_each_layer_is_stored_as_its_own_rule_allows():
+    rule = {"a/*": rules.Transport(rate=0.5), "*": rules.SignSync(magnitude="unit")}
+    state = init_feedback(KEY, PARAMS, rule, where=explained("float16"), dtype="used")
+    assert [state.feedback[k]["kernel"].dtype.name for k in "ab"] == ["float32", "float16"]
+
+
+def test_feedback_is_never_stored_in_more_bits_than_it_has():
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    for params, feedback in ((half, None), (half, half), (PARAMS, half)):
+        where = explained("float32")
+        state = init_feedback(KEY, params, where=where, feedback=feedback, dtype="used")
+        assert dtypes(state) == {"bfloat16"}
+
+
+@pytest.mark.parametrize("where", [None, "*/kernel", lambda path, leaf: "kernel" in path])
+def test_how_it_is_used_only_an_explanation_says(where):
+    with pytest.raises(ValueError, match=r"dtype='used' .*; expected where=soap_jax.explain\(fun"):
+        init_feedback(KEY, PARAMS, where=where, dtype="used")
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.bool_, jnp.complex64, "unused"])
 def test_a_dtype_that_holds_no_signs_raises(dtype):
     with pytest.raises(ValueError, match=r"dtype is .*; expected a floating-point dtype .*int8"):
         init_feedback(KEY, PARAMS, dtype=dtype)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import partial_eval
 
-from soap_jax import trees
+from soap_jax import dtypes, trees
 from soap_jax.transform import labels as lb
 from soap_jax.transform import reader, tracing
 from soap_jax.transform import values as vals
@@ -42,8 +42,10 @@ class Row:
         uses: where it is used to this effect and, for "error" and "backprop", what stands in the
             way.
         shape: of the param, and of its feedback.
-        dtype: of the param; products are taken in it.
+        dtype: of the param.
         stored: the dtype in which feedback is stored.
+        used: the dtype in which feedback is used: that of the operand at the product that the error
+            passes, or before, where it is masked or scaled; the widest of several.
         nbytes: of the feedback, if there is any to be stored.
         gradient: how errors come to the param, whatever its feedback: "exact", as JAX
             differentiates `fun`; "direct", by direct feedback; "mixed", by both; "none".
@@ -55,6 +57,7 @@ class Row:
     shape: tuple[int, ...]
     dtype: np.dtype
     stored: np.dtype
+    used: np.dtype
     nbytes: int
     gradient: Gradient
 
@@ -170,6 +173,7 @@ def explain(
                 traced.operands[i],
                 traced.paths[i],
                 *rows[i],
+                found.note(i).used,
                 given,
                 feedback is None,
                 _gradient(i, found.ways),
@@ -255,12 +259,15 @@ def _gradient(i: int, ways: frozenset[tuple[int, bool]]) -> Gradient:
     return "exact" if (i, False) in ways else "none"
 
 
-def _finished(leaf, path, effect, uses, given, open_question, gradient) -> Row:
-    stored = effect == "feedback" if open_question else path in given
-    dtype = given[path].dtype if path in given else leaf.dtype
-    nbytes = leaf.size * vals.bits(dtype) // 8 if stored else 0
+def _finished(leaf, path, effect, uses, used, given, open_question, gradient) -> Row:
+    is_stored = effect == "feedback" if open_question else path in given
+    stored = np.dtype(given[path].dtype if path in given else leaf.dtype)
+    nbytes = leaf.size * vals.bits(stored) // 8 if is_stored else 0
     uses = tuple(dict.fromkeys(uses))
-    return Row(path, effect, uses, tuple(leaf.shape), leaf.dtype, np.dtype(dtype), nbytes, gradient)
+    one, *others = used or [leaf.dtype]
+    used = dtypes.wide(one, *others) if others else np.dtype(one)
+    shape = tuple(leaf.shape)
+    return Row(path, effect, uses, shape, leaf.dtype, stored, used, nbytes, gradient)
 
 
 def _gradients(explanation: Explanation) -> list[str]:
@@ -295,7 +302,8 @@ def _table(explanation: Explanation) -> str:
     for row in explanation:
         if row.effect != "exact":
             pattern = re.sub(r"\d+", "*", "/".join(row.path))
-            groups.setdefault((pattern, row.effect, row.shape, row.stored), []).append(row)
+            key = (pattern, row.effect, row.shape, row.stored, row.used)
+            groups.setdefault(key, []).append(row)
     notes = []
     for (pattern, *_), rows in groups.items():
         row = rows[0]
@@ -307,8 +315,11 @@ def _table(explanation: Explanation) -> str:
             name = f"{name} and {len(places) - 1} more"
         total = sum(row.nbytes for row in rows)
         narrow = f" {row.stored}" if row.stored != row.dtype else ""
-        stored = f"{filesize.decimal(total)}{narrow}" if total else "-"
-        grid.add_row(*map(text.Text, (path, row.effect, name, operands, stored)))
+        stored = [f"{filesize.decimal(total)}{narrow}"] if total else []
+        if row.used not in (row.dtype, row.stored) and row.effect.endswith("feedback"):
+            stored.append(f"used as {row.used}")
+        cells = path, row.effect, name, operands, ", ".join(stored) or "-"
+        grid.add_row(*map(text.Text, cells))
         if row.effect == "backprop" and all(use.primitive in ELEMENTWISE for use in places):
             notes += [f"{path} {use.problem}." for use in row.uses[:1]]
         else:
