@@ -2,8 +2,8 @@
 
 The public names below, and the modules `ops`, `direct`, `activity`, `rules`, `local`, `optimizers`,
 `initializers`, `trees`, `linen`, `nnx`, `metrics`, `recording`, `models`, `data`, `training`,
-`sweeps`, `tasks` and `study`. Everything loads on first use, so that `import soap_jax` and
-`soap-jax --help` are quick.
+`sweeps`, `tasks`, `temporal` and `study`. Everything loads on first use, so that
+`import soap_jax` and `soap-jax --help` are quick.
 """
 
 import importlib
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         study,
         sweeps,
         tasks,
+        temporal,
         training,
         trees,
     )
@@ -98,6 +99,7 @@ __all__ = [
     "sweeps",
     "sync_feedback",
     "tasks",
+    "temporal",
     "training",
     "trees",
     "with_direct_feedback",

@@ -43,6 +43,7 @@ def test_all_examples_are_tested():
         "new_rule",
         "activity_propagation",
         "direct_feedback",
+        "rflo",
     }
 
 
@@ -237,6 +238,14 @@ def test_direct_feedback_teaches_hidden_layers_by_errors_that_come_to_point_down
     np.testing.assert_allclose(start, 90, atol=6)  # 88 to 94 over ten seeds
     assert 85 > end[0] > end[1] > end[2] > 40
     assert len(capsys.readouterr().out.splitlines()) == 6
+
+
+def test_rflo_learns_as_backprop_through_time_does_and_not_by_the_readout_alone(capsys):
+    losses = load("rflo").main(trials=400)
+    assert len({float(curve[0]) for curve in losses.values()}) <= 2  # summed in another order
+    last = {name: float(curve[-1]) for name, curve in losses.items()}
+    assert 2 * max(last["RFLO"], last["backprop"]) < last["readout only"] < 0.3
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_activity_propagation_is_slower_than_backprop_and_no_better_for_longer_moves(capsys):

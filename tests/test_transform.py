@@ -860,6 +860,20 @@ def test_inside_shard_map_gradients_are_those_of_the_whole(auto_mesh):
     assert_close(gradients(params, feedback, x), fa(loss_of(mlp))(params, feedback, x)[1])
 
 
+def test_what_is_returned_beside_a_loss_may_be_sharded(mesh):
+    params = jax.device_put(MLP, NamedSharding(mesh, P()))
+    x = jax.device_put(draw(8, 3), NamedSharding(mesh, P("data")))
+
+    def loss(params, x):
+        h = mlp(params, x)
+        return (h**2).sum(), h
+
+    grads, h = jax.jit(jax.grad(with_feedback(loss), has_aux=True))(params, None, x)
+    assert h.sharding.spec[0] == "data"
+    expected = jax.jit(jax.grad(lambda params: loss(params, draw(8, 3))[0]))(MLP)
+    assert_close(jax.device_get(grads), jax.device_get(expected))
+
+
 def test_explicit_sharding_changes_nothing(mesh):
     params, x = MLP, draw(8, 3)
     feedback = like(params, 3)

@@ -159,12 +159,13 @@ def explain(
     traced = tracing.trace(fun, params, args, kwargs)
     inexact = [vals.inexact(x) for x in traced.operands]
     leaves = [i for i, path in enumerate(traced.paths) if path is not None and inexact[i]]
-    found = _read(traced, leaves, has_aux)
+    active = [path is not None for path in traced.paths]
+    found = read(traced, leaves, active, has_aux=has_aux)
     if feedback is None:
         rows = {i: _row(found.note(i)) for i in leaves}
     else:
         mine = [i for i in leaves if traced.paths[i] in given]
-        asked = _read(traced, mine, has_aux)
+        asked = read(traced, mine, active, has_aux=has_aux)
         rows = {i: _given(asked.note(i)) if i in mine else _kept(found.note(i)) for i in leaves}
     order = {i: None for i in [*(i for i in found.notes if found.notes[i].first), *leaves]}
     return Explanation(
@@ -183,12 +184,18 @@ def explain(
     )
 
 
-def _read(traced: tracing.Traced, kernels: Sequence[int], has_aux: bool) -> reader.Reader:
-    """Reads the derivative by params of the live outputs, these being kernels with feedback."""
-    active = [
-        path is not None and vals.inexact(x)
-        for path, x in zip(traced.paths, traced.operands, strict=True)
-    ]
+def read(
+    traced: tracing.Traced, kernels: Sequence[int], active: Sequence[bool], *, has_aux: bool = False
+) -> reader.Reader:
+    """Reads the derivative of the live outputs, by the active operands.
+
+    Args:
+        traced: the function.
+        kernels: the operands that are kernels with feedback.
+        active: by operand, whether one differentiates by it, if it is floating point.
+        has_aux: whether the first of the function's outputs alone is live.
+    """
+    active = [mine and vals.inexact(x) for mine, x in zip(active, traced.operands, strict=True)]
     beside = [x if i in kernels else None for i, x in enumerate(traced.operands)]
     inputs = traced.inputs(traced.operands, beside, active)
     inputs += [traced.tangent(i) for i, mine in enumerate(active) if mine]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.interpreters import ad
 
 from soap_jax.transform import labels as lb
 
@@ -113,5 +114,23 @@ def inexact(x: Any) -> bool:
 
 
 def zeros(aval: Any) -> jax.Array:
-    """Zeros of a type."""
-    return jnp.zeros(aval.shape, aval.dtype)
+    """Zeros of a type, sharded as it is."""
+    if isinstance(aval, jax.ShapeDtypeStruct):
+        return jnp.zeros(aval.shape, aval.dtype)
+    return ad.zeros_like_aval(aval)
+
+
+def vary_like(x: Any, other: Any) -> Any:
+    """Inside `shard_map`, marks a value as varying over the axes over which another does."""
+    axes = tuple(varying(other) - varying(x))
+    if not axes:
+        return x
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, axes, to="varying")
+    return jax.lax.pvary(x, axes)  # type: ignore[attr-defined]  # before JAX 0.9
+
+
+def varying(x: Any) -> frozenset:
+    """The axes of a `shard_map` over which a value varies."""
+    kind = jax.typeof(x)
+    return kind.vma if hasattr(kind, "vma") else kind.mat.varying  # before JAX 0.10, and since
