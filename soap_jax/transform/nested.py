@@ -134,7 +134,7 @@ def _remat(reader, eqn, values, outs):
     cse = eqn.params["prevent_cse"]  # of all operands, or by operand
     g = jax.checkpoint(
         lambda *forms: _split(f(*forms)),
-        prevent_cse=cse if isinstance(cse, bool) else (list(cse), list(cse)),
+        prevent_cse=cse if isinstance(cse, bool) else (list(cse), list(cse)),  # type: ignore[arg-type]
         policy=eqn.params["policy"],
     )
     return list(map(Value, outs, *g(*_split(values))))
