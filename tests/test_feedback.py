@@ -1165,7 +1165,7 @@ def explained(dtype):
     """An explanation of a model that computes in the dtype."""
     used, full = np.dtype(dtype), np.dtype("float32")
     rows = [
-        Row((name, "kernel"), "feedback", (), layer["kernel"].shape, full, full, used, 0)
+        Row((name, "kernel"), "feedback", (), layer["kernel"].shape, full, full, used, 0, "exact")
         for name, layer in PARAMS.items()
     ]
     return soap_jax.Explanation(tuple(rows))
