@@ -77,7 +77,7 @@ ALONE = (
     Case(CONV, 64, (*EVERY, "fa, with_feedback"), FLOAT32 + BFLOAT16),
     Case(TRANSFORMER, 16, THROUGH, FLOAT32 + BFLOAT16),
     Case("8 x 8192", 4096, (*SPLIT, "dfa, parallel"), BFLOAT16),
-    Case(LARGE, 512, SPLIT, form="epoch"),
+    Case(LARGE, 512, ("bp", "fa", "sign", "sign_norm", "sign_redraw", "dfa"), form="epoch"),
 )
 MESHES = (
     *(Case(LARGE, 512, SPLIT, layout=layout) for layout in ("data", "fsdp", "tensor")),

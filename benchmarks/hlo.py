@@ -1,9 +1,8 @@
 """Compiled programs as values: XLA's text (`compiled.as_text()`), read into instructions.
 
     program = parse(compiled.as_text())
-    for instruction in program.entry.instructions.values():
-        instruction.opcode, instruction.arrays, instruction.operands
-        program.called(instruction, "calls")
+    for one in program.entry.instructions.values():
+        one.opcode, one.arrays, one.operands, one.called("calls")
 
 Only what `benchmarks.compiled` asks for is read: types, operands, called computations, attributes.
 """
@@ -16,7 +15,15 @@ import math
 import re
 from collections.abc import Iterator
 
-BITS = {"pred": 8, "token": 0, "opaque": 0}
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLS = re.compile(
+    r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations|"
+    r"called_computations)=(%[\w.\-]+|\{[^}]*\})"
+)
+_HEAD = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
+_LINE = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (.*)$")
+_ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](\{[^}]*\})?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +48,13 @@ class Array:
     @property
     def nbytes(self) -> int:
         """The bytes, without padding."""
-        bits = BITS.get(self.dtype)
+        bits = _BITS.get(self.dtype)
         if bits is None:  # the first number in f32, bf16, s4, f8e4m3fn, c64
             bits = int(re.search(r"\d+", self.dtype)[0])
         return -(-self.size * bits // 8)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Instruction:
     """One line of a computation.
 
@@ -55,61 +62,94 @@ class Instruction:
         name: unique within its program.
         opcode: such as "fusion".
         arrays: of its result, a tuple's in their order, however deep.
-        operands: names of instructions of the same computation.
         inside: what stands between the operands' parentheses, as it is written.
         attributes: what follows, as it is written.
         root: whether it is its computation's result.
+        home: the computation that it stands in.
     """
 
     name: str
     opcode: str
     arrays: tuple[Array, ...]
-    operands: tuple[str, ...]
     inside: str
     attributes: str
     root: bool
+    home: Computation = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def operands(self) -> tuple[Instruction, ...]:
+        """The instructions that make its operands."""
+        if self.opcode in ("constant", "parameter"):
+            return ()
+        return tuple(self.home.instructions[name] for name in _NAME.findall(self.inside))
+
+    @property
+    def users(self) -> list[Instruction]:
+        """The instructions that have it as an operand."""
+        return self.home.users[self.name]
 
     @property
     def nbytes(self) -> int:
         """The bytes of its result."""
         return sum(array.nbytes for array in self.arrays)
 
-    @property
+    @functools.cached_property
     def op_name(self) -> str:
         """Where it comes from in the traced function: "jit(step)/jit(_sync)/cond"."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
-
-    @functools.cached_property
-    def calls(self) -> dict[str, tuple[str, ...]]:
-        """The computations that it names, by attribute: `{"body": ("region_0.1",)}`."""
-        found = _CALLS.findall(self.attributes)
-        return {role: tuple(_NAME.findall(names)) for role, names in found}
+        return self.attribute("op_name") or ""
 
     def attribute(self, name: str) -> str | None:
-        """The value of an attribute without spaces or commas, or within braces or brackets."""
-        value = rf"\b{name}=(\{{[^}}]*\}}|\[[^\]]*\][^,\s]*|\"[^\"]*\"|[^,\s]+)"
-        found = re.search(value, self.attributes)
+        """The value of an attribute: quoted, in braces or brackets, or up to the next comma."""
+        value = r'\{[^}]*\}|\[[^\]]*\][^,\s]*|"[^"]*"|[^,\s}]+'
+        found = re.search(rf"\b{name}=({value})", self.attributes)
         return found[1].strip('"') if found else None
 
+    def called(self, *roles: str) -> list[Computation]:
+        """The computations that these attributes name; without any, all that it names."""
+        return [
+            self.home.program[name]
+            for role, names in _CALLS.findall(self.attributes)
+            if not roles or role in roles
+            for name in _NAME.findall(names)
+        ]
 
-@dataclasses.dataclass(frozen=True)
+    def within(self) -> Iterator[Instruction]:
+        """The instruction, and all of the computations that it calls, however deep."""
+        yield self
+        for computation in self.called():
+            for one in computation.instructions.values():
+                yield from one.within()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Computation:
-    """A computation: its instructions by name, in their order."""
+    """A computation.
+
+    Attributes:
+        name: unique within its program.
+        instructions: by name, in their order.
+        program: all computations of its program by name.
+    """
 
     name: str
-    instructions: dict[str, Instruction]
+    instructions: dict[str, Instruction] = dataclasses.field(repr=False)
+    program: dict[str, Computation] = dataclasses.field(repr=False)
 
     @functools.cached_property
     def root(self) -> Instruction:
         """The instruction that makes the result."""
         return next(one for one in self.instructions.values() if one.root)
 
+    @property
+    def results(self) -> tuple[Instruction, ...]:
+        """The instructions that make the result's parts."""
+        return self.root.operands if self.root.opcode == "tuple" else (self.root,)
+
     @functools.cached_property
-    def parameters(self) -> dict[int, str]:
-        """The names of its parameters, by number."""
+    def parameters(self) -> list[Instruction]:
+        """Its parameters, by number."""
         found = (one for one in self.instructions.values() if one.opcode == "parameter")
-        return {int(one.inside): one.name for one in found}
+        return sorted(found, key=lambda one: int(one.inside))
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
@@ -117,67 +157,32 @@ class Computation:
         found: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for one in self.instructions.values():
             for operand in dict.fromkeys(one.operands):
-                found[operand].append(one)
+                found[operand.name].append(one)
         return found
 
-    def operand(self, instruction: Instruction, i: int) -> Instruction:
-        """The i-th operand of one of its instructions."""
-        return self.instructions[instruction.operands[i]]
 
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A compiled program: its computations by name, of which one is the entry."""
-
-    computations: dict[str, Computation]
-    entry: Computation
-
-    def called(self, instruction: Instruction, *roles: str) -> list[Computation]:
-        """The computations that an instruction names in these attributes."""
-        names = (name for role in roles for name in instruction.calls.get(role, ()))
-        return [self.computations[name] for name in names]
-
-    def within(self, instruction: Instruction) -> Iterator[Instruction]:
-        """An instruction, and all of the computations that it calls, however deep."""
-        yield instruction
-        for computation in self.called(instruction, *instruction.calls):
-            for one in computation.instructions.values():
-                yield from self.within(one)
-
-
-_NAME = re.compile(r"%([\w.\-]+)")
-_CALLS = re.compile(
-    r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations|"
-    r"called_computations)=(%[\w.\-]+|\{[^}]*\})"
-)
-_HEAD = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
-_LINE = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (.*)$")
-_ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](\{[^}]*\})?")
-
-
-def parse(text: str) -> Program:
-    """Reads a compiled program.
+def parse(text: str) -> Computation:
+    """Reads a compiled program; returns its entry.
 
     Raises:
         ValueError: if the text has no entry, as what is not XLA's has none.
     """
-    computations: dict[str, Computation] = {}
+    program: dict[str, Computation] = {}
     entry = current = None
     for line in text.splitlines():
         if head := _HEAD.match(line):
-            current = Computation(head[2], {})
-            computations[current.name] = current
+            current = program[head[2]] = Computation(head[2], {}, program)
             entry = current if head[1] else entry
         elif current is not None and (found := _LINE.match(line)):
-            one = _instruction(found[2], found[3], root=bool(found[1]))
-            current.instructions[one.name] = one
+            root, name, rest = found.groups()
+            current.instructions[name] = _instruction(name, rest, bool(root), current)
         elif line.startswith("}"):
             current = None
     if entry is None:
         raise ValueError(
             f"the text has no ENTRY; expected what compiled.as_text() returns, not {text[:80]!r}."
         )
-    return Program(computations, entry)
+    return entry
 
 
 def arrays(text: str) -> tuple[Array, ...]:
@@ -195,14 +200,12 @@ def arrays(text: str) -> tuple[Array, ...]:
     return tuple(found)
 
 
-def _instruction(name, rest, *, root):
+def _instruction(name, rest, root, home):
     end = _closing(rest) + 1 if rest.startswith("(") else rest.index(" ")
     type_, rest = rest[:end], rest[end:].lstrip()
     opcode, _, rest = rest.partition("(")
     end = _closing("(" + rest) - 1
-    inside = rest[:end]
-    operands = () if opcode in ("constant", "parameter") else tuple(_NAME.findall(inside))
-    return Instruction(name, opcode, arrays(type_), operands, inside, rest[end + 1 :], root)
+    return Instruction(name, opcode, arrays(type_), rest[:end], rest[end + 1 :], root, home)
 
 
 def _closing(text):

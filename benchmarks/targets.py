@@ -89,11 +89,11 @@ FIGURES = {
         bandwidth=3.35e12,
         memory=80e9,
         link=450e9,
-        launch=2.5e-6,
+        launch=1e-6,
         decision=10e-6,
         source="NVIDIA's data sheet of the H100 SXM: dense products of bfloat16 at 989 TFLOP/s, of "
         "float32 as TF32 at 495, which is JAX's default; 3.35 TB/s; NVLink 450 GB/s each way. "
-        "Latencies are round numbers: 2.5 µs a launch (no CUDA graphs), 10 µs a decision.",
+        "Latencies are round numbers: 1 µs a launch, 10 µs a decision.",
     ),
     "v5e": Figures(
         flops={"bf16": 197e12, "f32": 197e12},

@@ -162,14 +162,16 @@ def facts(text, cost=None):
 
 
 def test_instructions_are_read_with_types_operands_and_computations():
-    program = hlo.parse(CONDITIONAL)
-    assert list(program.computations) == ["wrapped_sign", "synced", "left", "gemm", "cast", "main"]
-    cond = program.entry.instructions["cond"]
-    assert (cond.opcode, cond.operands) == ("conditional", ("turn", "both", "one"))
+    entry = hlo.parse(CONDITIONAL)
+    assert list(entry.program) == ["wrapped_sign", "synced", "left", "gemm", "cast", "main"]
+    cond = entry.instructions["cond"]
+    assert cond.opcode == "conditional"
+    assert [one.name for one in cond.operands] == ["turn", "both", "one"]
     assert cond.op_name == "jit(step)/jit(_sync)/cond"
-    assert [one.name for one in program.called(cond, "true_computation")] == ["synced"]
-    assert program.entry.root.operands == ("y", "x_bar", "copy.9")
-    assert program.entry.parameters == {0: "w", 1: "b", 2: "x", 3: "turn"}
+    assert [one.name for one in cond.called("true_computation")] == ["synced"]
+    assert [one.name for one in entry.results] == ["y", "x_bar", "copy.9"]
+    assert [one.name for one in entry.parameters] == ["w", "b", "x", "turn"]
+    assert [one.name for one in entry.instructions["y"].users] == ["x_bar", "out"]
 
 
 def test_types_say_their_bytes_and_memory():
@@ -218,6 +220,18 @@ def test_prefetches_are_no_copies_unless_they_come_back_unchanged():
     work = facts(LOOPS).quiet
     assert work.copies == 1
     assert work.prefetched == 3 * 4 * 48
+
+
+def test_what_passes_through_a_sync_without_its_turn_comes_back_unchanged():
+    loop = LOOPS.replace("tuple(%turns, %squared)", "tuple(%turns, %fetched)").replace(
+        "tuple(%new_b, %again, %last)", "tuple(%kept, %squared, %last)"
+    )
+    back = "(f32[8,6]{1,0}, f32[8,6]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%new_b)"
+    end = "  ROOT %out"
+    loop = loop.replace(end, f"  %keep = {back}\n  %kept = f32[8,6]{{1,0}} copy-done(%keep)\n{end}")
+    loop = loop.replace("%new_b = f32[8,6]{1,0} get", "%new_b = f32[8,6]{1,0:S(1)} get")
+    found = facts(loop)
+    assert (found.quiet.copies, found.sync.copies) == (2, 1)
 
 
 def test_loops_of_known_length_count_as_often_as_they_run():
