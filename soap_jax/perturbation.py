@@ -20,9 +20,9 @@ third derivatives, none where L is quadratic), and around it the variance
 
     E |g - ∇L|² = (N + κ - 2) |∇L|² / n,      N entries in v
 
-So a single direction is a gradient among N times as much noise, and stands a learning rate of about
-1/N of backprop's: what a comparison with feedback takes as its lower end. In node perturbation N
-counts the units (of one example, see there), which are fewer than the weights.
+So one direction has N times as much noise as gradient, and where the loss is curved alike in all
+directions it stands 1/N of backprop's learning rate. That is the lower end of a comparison with
+feedback. In node perturbation N counts units (of one example, see there), which are fewer.
 
 Losses are evaluated 1 + 2n times, or n times with tangents (`jax.vmap` over directions: n times
 the memory). A loss that draws, as with dropout, takes its key among `args`, so that all evaluations
@@ -295,7 +295,8 @@ def _slopes(fun, at, steps, scale):
     def moved(step, sign):
         def one(x, d):
             wide = dtypes.widen(x, d)
-            return (wide[0] + jnp.asarray(sign * scale, wide[1].dtype) * wide[1]).astype(x.dtype)
+            moved = wide[0] + jnp.asarray(sign * scale, wide[1].dtype) * wide[1]
+            return moved.astype(jnp.result_type(x))
 
         return fun(jax.tree.map(one, at, step))
 

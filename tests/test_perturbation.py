@@ -300,6 +300,12 @@ def test_raw_keys_and_other_samplers_will_do():
     assert not np.array_equal(typed[1]["a"], other[1]["a"])
 
 
+def test_params_may_be_numbers():
+    for grad_fn in (forward_gradient(abs), weight_perturbation(abs)):
+        value, gradient = grad_fn(-3.0, key=KEY)
+        assert value == 3 and float(gradient) < 0
+
+
 def test_a_loss_that_draws_draws_the_same_in_all_evaluations():
     def noisy(w, key):
         return jnp.sum(w**2) + 100 * jax.random.normal(key)
