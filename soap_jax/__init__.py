@@ -1,8 +1,8 @@
 """Feedback alignment for JAX and Flax.
 
 The public names below, and the modules `ops`, `direct`, `activity`, `rules`, `local`, `optimizers`,
-`initializers`, `trees`, `linen`, `nnx`, `metrics`, `recording`, `models`, `data`, `training`,
-`sweeps`, `tasks`, `temporal` and `study`. Everything loads on first use, so that
+`initializers`, `perturbation`, `trees`, `linen`, `nnx`, `metrics`, `recording`, `models`, `data`,
+`training`, `sweeps`, `tasks`, `temporal` and `study`. Everything loads on first use, so that
 `import soap_jax` and `soap-jax --help` are quick.
 """
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         nnx,
         ops,
         optimizers,
+        perturbation,
         recording,
         rules,
         study,
@@ -92,6 +93,7 @@ __all__ = [
     "nnx",
     "ops",
     "optimizers",
+    "perturbation",
     "record_alignment",
     "recording",
     "rules",

@@ -1,4 +1,4 @@
-"""Uniform and normal numbers, the same as `jax.random`'s, drawn fast on CPU too.
+"""Uniform and normal numbers, the same as `jax.random`'s, and signs, drawn fast on CPU too.
 
 JAX compiles its generator for CPU as a loop over arrays in memory, to compile sooner. At every step
 of training that is most of what a rule with fresh numbers costs. Here the rounds of the generator
@@ -46,6 +46,17 @@ def normal(key: chex.PRNGKey, shape: tuple[int, ...]) -> jax.Array:
     low = np.nextafter(np.float32(-1), np.float32(0))
     u = jnp.maximum(low, uniform(key, shape) * (1 - low) + low)
     return np.float32(math.sqrt(2)) * lax.erf_inv(u)
+
+
+def signs(key: chex.PRNGKey, shape: tuple[int, ...]) -> jax.Array:
+    """Draws -1 or 1 in float32, each with probability 1/2.
+
+    Example:
+        >>> import jax
+        >>> signs(jax.random.key(0), (5,))
+        Array([-1., -1.,  1.,  1., -1.], dtype=float32)
+    """
+    return 1 - 2 * (_bits(key, shape) >> 31).astype(jnp.float32)
 
 
 def typed(key: chex.PRNGKey) -> chex.PRNGKey:

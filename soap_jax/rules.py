@@ -374,7 +374,7 @@ class WeightMirror(Rule):
                 "Use another rule for it."
             )
         wide = dtypes.wide(kernel, feedback)  # half precision rounds 1 - decay
-        matrix = _replicated(kernel).reshape(-1, kernel.shape[-1]).astype(wide)
+        matrix = replicated(kernel).reshape(-1, kernel.shape[-1]).astype(wide)
         batch_size = int(self.batch_size)
         noise = float(self.scale) * draws.normal(key, (batch_size, len(matrix))).astype(wide)
         seen = noise.T @ (noise @ matrix) / batch_size
@@ -408,14 +408,14 @@ def shard_like(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, jax.typeof(kernel).sharding) if _is_explicit(kernel) else x
 
 
+def replicated(x: jax.Array) -> jax.Array:
+    """`x`, whole on every device where an explicit mesh has it in shards."""
+    return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if _is_explicit(x) else x
+
+
 def _rounded(new, feedback):
     """What a rule computed, as feedback stores it; but never as integers, which cut it off."""
     return new.astype(feedback.dtype) if jnp.issubdtype(feedback.dtype, jnp.inexact) else new
-
-
-def _replicated(x):
-    """`x`, whole on every device where an explicit mesh has it in shards."""
-    return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if _is_explicit(x) else x
 
 
 def _is_explicit(x):

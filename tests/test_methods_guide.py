@@ -165,7 +165,7 @@ def test_every_block_runs(known):
     assert activity.untapped("h", 1) == 1
     assert len(known["angles"]) == 2 and all(np.isfinite(a).all() for a in known["angles"])
     values = known["curves"].values
-    assert np.isfinite(values["gradient_angle"]["first"]["kernel"]).all()
+    assert np.isfinite(values["gradient_angle/first/kernel"]).all()
 
 
 def test_flaxs_models_of_the_guide_learn_in_every_layer(known):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from soap_jax import feedback, grids, local, ops, rules, trees
+from soap_jax import feedback, grids, local, ops, perturbation, rules, trees
 
 FEEDBACK_RATE = 0.01
 """At which feedback descends the losses of `soap_jax.local`, by plain SGD, whatever rate is swept.
@@ -50,6 +50,10 @@ class Method:
         init_feedback: `(key, params, batch) -> feedback`, any tree.
         gradient: `(params, feedback, batch, key, step, learning_rate) -> (loss, gradient)`, for
             what is no gradient of a loss.
+        estimator: what makes gradients of the task's own loss, such as
+            `soap_jax.perturbation.forward_gradient`: `(loss, has_aux=True) -> grad_fn`, where
+            `loss` is `(params, *args) -> (scalar, aux)` and `grad_fn`
+            `(params, *args, key=key) -> ((scalar, aux), gradient)`.
         optimizer: `(base, learning_rate) -> optimiser`, around the task's own.
         reference: the method that it is compared with.
         label: what tables and figures call it; by default its key.
@@ -72,6 +76,7 @@ class Method:
     loss: Callable[..., chex.ArrayTree] | None = None
     init_feedback: Callable[..., chex.ArrayTree] | None = None
     gradient: Callable[..., tuple] | None = None
+    estimator: Callable[..., perturbation.GradFn] | None = None
     optimizer: Callable[..., optax.GradientTransformation] | None = None
     reference: str = "bp"
     label: str | None = None
@@ -93,7 +98,7 @@ class Method:
     @property
     def own(self) -> bool:
         """Whether it has a loss or a gradient of its own."""
-        return self.loss is not None or self.gradient is not None
+        return any(x is not None for x in (self.loss, self.gradient, self.estimator))
 
     @property
     def exact(self) -> bool:
@@ -132,7 +137,8 @@ class Method:
             "Fixed(), feedback_bar='kernel'"
         """
         said = [repr(self.rule)] if self.rule is not None else []
-        for field in ("feedback_bar", "where", "loss", "init_feedback", "gradient", "optimizer"):
+        own = ("feedback_bar", "where", "loss", "init_feedback", "gradient", "estimator")
+        for field in (*own, "optimizer"):
             value = getattr(self, field)
             if value is not None:
                 said.append(f"{field}={in_words(value)}")
@@ -353,6 +359,20 @@ METHODS: dict[str, Method] = {
         color="#00838F",
         isolates="a second-order step of the activities",
         paper="SOAP 2019",
+    ),
+    "forward_gradient": Method(
+        estimator=perturbation.forward_gradient,
+        label="forward gradient",
+        color="#3E7F3E",
+        isolates="one random direction, and the loss's exact slope along it",
+        paper="Baydin et al. 2022",
+    ),
+    "weight_perturbation": Method(
+        estimator=perturbation.weight_perturbation,
+        label="weight perturbation",
+        color="#A0522D",
+        isolates="random signs added to all weights, and how the loss changes",
+        paper="Cauwenberghs 1992",
     ),
 }
 """The library's own methods, by name."""

@@ -148,8 +148,8 @@ class StudyConfig(Protocol, Network):
     Attributes:
         methods: names of the methods to compare, of bp, fa, sign, sign_preserve, sign_norm,
             bp_scaled, bp_scaled_live, frozen, sign_glorot, sign_redraw, transport, weight_mirror,
-            kp, information_alignment, symmetric_alignment, activation_alignment and, with mlp, dfa,
-            sdfa, drtp, activity_propagation.
+            kp, information_alignment, symmetric_alignment, activation_alignment, forward_gradient,
+            weight_perturbation and, with mlp, dfa, sdfa, drtp, activity_propagation.
 
     Raises:
         ValueError: for a value out of range.

@@ -37,6 +37,8 @@ PROBE_SIZE = 256
 """Examples on which gradients are compared."""
 LOSS_STREAM, STATE_STREAM, EVALUATION_KEY, BATCH_STREAM = range(2**30, 2**30 + 4)
 """Folded into a seed's key, beside its streams for params, feedback and order."""
+DIRECTION_STREAM = 2**30 + 4
+"""Folded into a step's key, for gradients that are estimated."""
 
 Optimizer = Callable[[Any], optax.GradientTransformation]
 """`learning_rate -> optimiser`."""
@@ -209,6 +211,10 @@ def make(
         return method.loss(params, weights, state, batch, key)
 
     def value_and_grad(params, weights, state, batch, key, step, learning_rate):
+        if method.estimator is not None:
+            grad_fn = method.estimator(plain, has_aux=True)
+            draw = jax.random.fold_in(key, DIRECTION_STREAM)
+            return grad_fn(params, state, batch, key, key=draw)
         if method.gradient is None:
             argnums = (0, 1) if learns else 0
             gradient = jax.value_and_grad(of_method, argnums, has_aux=True)
@@ -306,11 +312,12 @@ def make(
             row |= {f"validation_{name}": value for name, value in found.items()}
         probe = data.get("validation", data.get("train"))
         probe = task.train(plan.key) if probe is None else probe
-        size = batch_size if method.gradient is not None else PROBE_SIZE
+        of_no_loss = method.gradient is not None or method.estimator is not None
+        size = batch_size if of_no_loss else PROBE_SIZE
         probe = jax.tree.map(lambda leaf: leaf[:size], probe)
         args = state.model, probe, key
         true, true_errors = gradient_and_errors(plain, has_aux=True)(params, None, *args)
-        if method.gradient is not None:
+        if of_no_loss:
             pseudo = value_and_grad(params, weights, *args, train.step, learning_rate)[1]
             errors: dict[str, jax.Array] = {}
         elif method.loss is not None:
@@ -331,7 +338,7 @@ def make(
             if name in errors and name in true_errors:
                 angles = metrics.angles_by_example(errors[name], true_errors[name], num)
                 row[f"error_angle/{name}"] = jnp.nanmean(angles)  # NaN of those without an error
-        if method.loss is None and method.gradient is None:
+        if not method.own:
             for metric in (metrics.weight_angle, metrics.norm_ratio):
                 found = trees.named(metric(params, weights))
                 row |= {f"{metric.__name__}/{name}": value for name, value in found.items()}
