@@ -88,7 +88,9 @@ WRAPS = {
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
 def test_it_is_direct_feedback_written_by_hand(wraps):
     loss = with_direct_feedback(functools.partial(mlp, **WRAPS[wraps]), ("h1", "h2"), "z")
-    chex.assert_trees_all_equal(gradient(loss, PARAMS, P, X, Y), expected())
+    # What remat computes again may round in another way, as it does with JAX 0.11.
+    tolerance = {"rtol": 1e-5, "atol": 1e-7} if "remat" in wraps else {"rtol": 0}
+    chex.assert_trees_all_close(gradient(loss, PARAMS, P, X, Y), expected(), **tolerance)
 
 
 def test_the_value_is_the_functions():
