@@ -39,7 +39,8 @@ def test_all_examples_are_tested():
     loops = {"linen_loop", "nnx_loop", "sign_sync_sweep", "bump_regression"}
     transformed = {"conv_batchnorm", "equinox_mlp", "lstm_sequences", "transformer"}
     compared = {"compare_conv", "compare_regression", "my_task"}
-    assert set(NAMES) == loops | transformed | compared | {
+    recipes = {"federated", "private_feedback"}
+    assert set(NAMES) == loops | transformed | compared | recipes | {
         "new_rule",
         "activity_propagation",
         "direct_feedback",
@@ -246,6 +247,21 @@ def test_rflo_learns_as_backprop_through_time_does_and_not_by_the_readout_alone(
     last = {name: float(curve[-1]) for name, curve in losses.items()}
     assert 2 * max(last["RFLO"], last["backprop"]) < last["readout only"] < 0.3
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_federated_clients_gain_by_the_global_weights_as_feedback(capsys):
+    right = load("federated").main(seeds=1, rounds=6)
+    assert np.all(right["global weights"] > right["backprop"])
+    assert np.all(right["backprop"] > 0.4)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_private_gradients_of_dfa_learn_and_noise_costs(capsys):
+    right = load("private_feedback").main(seeds=1, steps=40, noises=(0.0, 6.0))
+    assert len(capsys.readouterr().out.splitlines()) == len(right) == 4
+    for method in ("backprop", "DFA"):
+        assert right[method, 0.0] > 0.7
+        assert 0.15 < right[method, 6.0] < right[method, 0.0] - 0.1
 
 
 def test_activity_propagation_is_slower_than_backprop_and_no_better_for_longer_moves(capsys):
