@@ -14,7 +14,8 @@ are paired: the same initial weights for all methods, which are
     late bptt       as the notebook writes it: the error of a step goes back from the step before,
                     and the last one's counts twice
     rflo            by random feedback
-    rflo, symmetric by feedback equal to the readout
+    rflo, symmetric             by feedback equal to the readout
+    rflo, symmetric, as large   by the readout's direction with random feedback's size
     readout         recurrent weights not trained
 
 Losses are of the last trial. Their means over seeds are geometric, the ratio's interval is by a
@@ -105,18 +106,25 @@ def rflo(params, feedback):
     return temporal.value_and_grad(cell, loss)(params, feedback, H0, None, TARGETS)
 
 
+def as_large(params, feedback):
+    """Feedback along the readout, and as large as the random one."""
+    size = jnp.linalg.norm(feedback["out"]) / jnp.linalg.norm(params["out"])
+    return rflo(params, {"out": size * params["out"]})
+
+
 METHODS = {
     "bptt": bptt,
     "late bptt": late_bptt,
     "rflo": rflo,
     "rflo, symmetric": lambda params, feedback: rflo(params, None),
+    "rflo, symmetric, as large": as_large,
     "readout": readout,
 }
 
 
 @functools.partial(jax.jit, static_argnames=("method", "trials"))
 def train(keys, *, method, trials):
-    """The losses of each trial, `(seeds, trials)`."""
+    """The losses of each trial, `(seeds, trials)`, and feedback's size to the last readout's."""
 
     def run(key):
         params, feedback = init(key)
@@ -125,7 +133,8 @@ def train(keys, *, method, trials):
             value, grads = METHODS[method](params, feedback)
             return jax.tree.map(lambda w, g: w - RATE * g, params, grads), value
 
-        return lax.scan(step, params, None, trials)[1]
+        last, losses = lax.scan(step, params, None, trials)
+        return losses, jnp.linalg.norm(feedback["out"]) / jnp.linalg.norm(last["out"])
 
     return jax.vmap(run)(keys)
 
@@ -152,7 +161,8 @@ def main():
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
     rows = []
     for method in METHODS:
-        found = np.asarray(train(keys, method=method, trials=trials), np.float64)
+        found, size = train(keys, method=method, trials=trials)
+        found = np.asarray(found, np.float64)
         last = found[:, -1]
         reference = rows[0]["losses"] if rows else last
         printed = PRINTED.get(method)
@@ -162,6 +172,7 @@ def main():
                 "loss": statistics.geometric_mean(last),
                 "ratio": ratio(last, reference),
                 "losses": last.tolist(),
+                "feedback_to_readout": statistics.geometric_mean(map(float, size)),
                 "mean_curve": found.mean(0)[:: max(1, trials // 100)].tolist(),
                 "printed": printed,
                 "below_printed": None if printed is None else int(np.sum(last <= printed)),

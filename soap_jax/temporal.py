@@ -1,22 +1,22 @@
-"""Learning in time without going back in time: RFLO, e-prop, and their kind for any recurrent cell.
+"""Learning in time without going back in time: RFLO and e-prop, for any recurrent cell.
 
 Backpropagation through time sends an error back through all earlier steps. Here nothing goes back:
-what a param did to each unit, until now, is carried forwards in a trace, and the present error
-meets the trace. Let D be the Jacobian of a step by its state, and M that by the params, with no
-error passing a recurrent kernel (`with_feedback` of the cell, with feedback of zeros there). Then
+traces carry forwards what each param did to its unit until now, and the present error multiplies
+them. Let D be the Jacobian of one step by the state before it, and M the one by the params, both
+with feedback of zeros at the recurrent kernels (`with_feedback`), so that no error passes these:
 
     E ← M + D E                     the trace, of every param and state variable
     gradient = Σ_t  L_t · E_t       L: the learning signal, the present loss's error by the state
 
-Without recurrent kernels D is elementwise, unit by unit, so that a trace is as large as its param,
-not as units times params, and M and D take one vjp each, of ones, for a state variable. With
+Such a D must be elementwise, unit by unit. Then a trace is as large as its param, not as units
+times params, and a vjp with a cotangent of ones gives M and D of a state variable. This is
 
-    h ← (1 - 1/τ) h + tanh(h W + x U) / τ           this is RFLO (Murray 2019)
-    an adaptive LIF neuron, its surrogate gradient   e-prop (Bellec et al. 2020)
+    RFLO (Murray 2019)              for h ← (1 - 1/τ) h + tanh(h W + x U) / τ
+    e-prop (Bellec et al. 2020)     for adaptive LIF neurons with a surrogate gradient
 
-and with any other cell whose D is elementwise, be it of Linen, NNX, Equinox or a plain function,
-the same for that cell: an LSTM keeps traces of its cell state, a cell whose D is zero (`SimpleCell`
-of Flax) none at all, and one without recurrent kernels the exact gradient, online.
+and the same for the cells of Linen, NNX and Equinox and for your own. An LSTM keeps traces of its
+cell state. A cell whose D is zero (`SimpleCell` of Flax) keeps none. A cell without recurrent
+kernels gets the exact gradient, online.
 
     def cell(params, h, x):                             # one example
         return h + (jnp.tanh(h @ params["w"] + x @ params["u"]) - h) / 10.0
@@ -27,19 +27,19 @@ of Flax) none at all, and one without recurrent kernels the exact gradient, onli
     grad_fn = temporal.value_and_grad(cell, loss)
     value, grads = grad_fn(params, {"out": B}, h0, xs, targets)     # for any optimiser
 
-The learning signal takes the way from the loss to the cell that `with_feedback` gives it: random
-feedback at the readout's kernels, feedback equal to them ("symmetric e-prop"), learned feedback, or
-none given, which is exact. What lies on this way, the readout above all, has its exact gradient.
+The learning signal goes from the loss to the cell by `with_feedback`: through random feedback at the
+readout's kernels, feedback equal to them ("symmetric"), learned feedback, or, where none is given,
+the kernels themselves. The readout's own gradient is exact.
 
 What one should know:
 
--   In a spiking neuron the reset is a product with the spike. Both papers leave it out of the
-    trace: put that spike under `jax.lax.stop_gradient`.
+-   A spiking neuron's reset is a product with its spike, and e-prop leaves it out of the trace: put
+    that spike under `jax.lax.stop_gradient`.
 -   A leaky readout is not local. Let the cell keep leaky averages of its spikes instead, and read
     these out linearly: it is the same output, and e-prop's filtered traces come by themselves.
 -   The program of the step says whether D is elementwise and on which unit each entry of a param
     acts; values are never looked at. What cannot be followed is refused, with primitive and line.
--   The error may pass several cells that are stacked into one, see `where` of `online`.
+-   Several layers may be stacked in one cell: see `where` of `online`.
 
 References:
     James M. Murray. Local online learning in recurrent networks with random feedback. eLife, 2019.
@@ -79,7 +79,8 @@ class Carry(NamedTuple):
 
     Attributes:
         state: the cell's state, leaves `(batch, ...)`.
-        traces: those that a later error can meet; none of a variable without a past.
+        traces: by state variable, "" for a state of one array, and by param; none of a variable on
+            which the next step does not depend elementwise.
     """
 
     state: chex.ArrayTree

@@ -265,6 +265,8 @@ def test_private_gradients_of_dfa_learn_and_noise_costs(capsys):
     for method in ("backprop", "DFA"):
         assert right[method, 0.0] > 0.7
         assert 0.15 < right[method, 6.0] < right[method, 0.0] - 0.1
+
+
 def test_direct_feedback_by_names_is_that_by_hand():
     example = load("direct_feedback")
     x, labels = jnp.ones((5, 64)) * jnp.arange(5.0)[:, None], jnp.arange(5)

@@ -309,7 +309,13 @@ CELLS = {  # how to make it, its recurrent kernels, its state variables with tra
 SQUARE = normal(9, TIME, BATCH, UNITS)  # as many inputs as units: shapes do not tell axes
 
 
-@pytest.mark.parametrize("name", CELLS)
+LIKE_ANOTHER = ("linen optimized LSTM", "nnx LSTM", "nnx optimized LSTM", "equinox LSTM")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in LIKE_ANOTHER)) for n in CELLS],
+)
 def test_every_librarys_cells_are_the_definition(name):
     make, kind, cut, carried = CELLS[name]
     params, state, module = make(kind)

@@ -19,6 +19,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax.extend import core, source_info_util
 
+from soap_jax.transform import labels as lb
 from soap_jax.transform import values as vals
 
 
@@ -48,7 +49,7 @@ Label = Local | Mixed | Literal["free", "zero"]
 _ELEMENTWISE = (
     *("add", "add_any", "complex", "conj", "convert_element_type", "copy", "copy_p", "div", "imag"),
     *("mul", "name", "neg", "pcast", "pvary", "real", "reduce_precision"),
-    *("select_n", "stop_gradient", "sub"),
+    *("select_n", "sub"),
 )
 _PRODUCTS = ("conv_general_dilated", "dot_general", "mul")
 _CALLS = {
@@ -102,6 +103,8 @@ def _equation(eqn, labels, line) -> list[Label]:
         return read(closed, labels, line)
     if name in _PRODUCTS and "zero" in labels:
         label: Label = "zero"
+    elif name in lb.LAYOUTS and set(_floats(eqn, labels)) == {"zero"}:
+        label = "zero"
     elif name == "optimization_barrier":
         return list(labels)
     elif name in _ELEMENTWISE or name in _MOVES:
@@ -111,6 +114,12 @@ def _equation(eqn, labels, line) -> list[Label]:
     else:
         label = here if any(map(depends, labels)) else "free"
     return [label] * len(eqn.outvars)
+
+
+def _floats(eqn, labels) -> list[Label]:
+    """The labels of operands that are no indices."""
+    pairs = zip(eqn.invars, labels, strict=True)
+    return [label for operand, label in pairs if lb.is_float(operand.aval)]
 
 
 def _joined(eqn, labels, here) -> Label:
