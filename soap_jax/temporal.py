@@ -27,9 +27,9 @@ kernels gets the exact gradient, online.
     grad_fn = temporal.value_and_grad(cell, loss)
     value, grads = grad_fn(params, {"out": B}, h0, xs, targets)     # for any optimiser
 
-The learning signal goes from the loss to the cell by `with_feedback`: through random feedback at the
-readout's kernels, feedback equal to them ("symmetric"), learned feedback, or, where none is given,
-the kernels themselves. The readout's own gradient is exact.
+The learning signal goes from the loss to the cell by `with_feedback`: through random feedback at
+the readout's kernels, feedback equal to them ("symmetric"), learned feedback, or, where none is
+given, the kernels themselves. The readout's own gradient is exact.
 
 What one should know:
 
