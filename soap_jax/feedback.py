@@ -407,8 +407,14 @@ def _memory_of(static, pairs, key):
     for _, rule, paths in _rules_of(static, list(pairs), complete=True):
         for path in paths:
             own = rule.init(*pairs[path], _fold_in_path(key, path))
-            if own is not None:
-                memory[_name(path)] = jax.tree.map(jnp.asarray, own)
+            if own is None:
+                continue
+            if _name(path) in memory:
+                raise ValueError(
+                    f"two kernels are called {_name(path)!r} where '/' joins the parts of a path; "
+                    f"expected one, since what {rule} remembers is kept by that name."
+                )
+            memory[_name(path)] = jax.tree.map(jnp.array, own)  # a copy, which can be donated
     return memory
 
 

@@ -594,6 +594,28 @@ def test_a_rule_with_a_memory_returns_both_the_memory_alike(what, message):
         sync_feedback(PARAMS, init(Returns(what=what)), 0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Remembers(rules.Rule):
+    """A rule whose memory is the feedback itself."""
+
+    def init(self, kernel, feedback, key):
+        return feedback
+
+    def __call__(self, kernel, feedback, key, memory):
+        return memory, feedback
+
+
+def test_a_memory_shares_no_buffer_with_feedback():
+    state = jax.jit(sync_feedback, donate_argnums=1)(PARAMS, init(Remembers()), 0)
+    assert set(state.memory) == {"a/kernel", "b/kernel"}
+
+
+def test_two_kernels_of_one_name_have_no_common_memory():
+    params = {"a": {"b": np.ones((2, 3), np.float32)}, "a/b": np.ones((2, 3), np.float32)}
+    with pytest.raises(ValueError, match="two kernels are called 'a/b'"):
+        init_feedback(KEY, params, rules.SignSync(), where=lambda path, leaf: True)
+
+
 def test_a_state_without_the_memory_that_its_rule_needs_is_refused():
     state = dataclasses.replace(init(rules.SignSync()), memory={})
     with pytest.raises(ValueError, match="was called without its memory"):
