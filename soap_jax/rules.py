@@ -433,6 +433,7 @@ def _glorot_deviation(shape: tuple[int, ...]) -> float:
     return math.sqrt(2 / (math.prod(shape[:-2]) * (shape[-2] + shape[-1])))
 
 
+@jax.jit  # one program, also where `x` lies on several devices
 def root_mean_square(x: jax.Array) -> jax.Array:
     """`√(mean(x²))`, a scalar, also where squares of the numbers leave their range.
 
