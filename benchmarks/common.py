@@ -18,9 +18,12 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import jax
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OUT = pathlib.Path("benchmarks/results")
 
@@ -152,6 +155,8 @@ def dot_plot(
         lines: where to draw vertical lines.
         columns: panels side by side.
     """
+    from matplotlib.figure import Figure
+
     panels = list(dict.fromkeys(row[panel] for row in rows))
     labels = list(dict.fromkeys(row[label] for row in rows))
     columns = min(columns, len(panels))

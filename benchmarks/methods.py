@@ -5,7 +5,8 @@
     state, loss = step(state, batch)
 
 Layers with feedback are those of `soap_jax.linen`; "with_feedback" and "direct" are the network of
-Flax's own layers, transformed. Of one network, all methods start from the same params.
+Flax's own layers, transformed. Of one network, all methods start from the same params. `sketch`
+gives shapes in place of arrays, for steps that are only compiled.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 
 import soap_jax
 from benchmarks.transform import Transformer
-from soap_jax import direct, models, ops, optimizers, training
+from soap_jax import direct, models, ops, optimizers, rules, training
 
 CLASSES = 10
 DECAY = 1e-4  # of Kolen-Pollack, per update
@@ -41,7 +43,7 @@ class Method:
             `vmap`.
         direct: direct feedback, by projections that are stored; or drawn anew in every backward
             pass, from keys; or stored, and all hidden layers but the first as one stack, whose
-            backward pass is parallel.
+            backward pass is a scan or parallel.
         options: more arguments of `init_feedback`.
     """
 
@@ -49,28 +51,38 @@ class Method:
     transformed: bool = False
     learns: bool = False
     per_example: bool = False
-    direct: Literal["stored", "keys", "parallel"] | None = None
+    direct: Literal["stored", "keys", "scan", "parallel"] | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+RULES = {
+    "sign": rules.SignSync(magnitude="unit"),
+    **{f"sign_{m}": rules.SignSync(magnitude=m) for m in get_args(rules.Magnitude) if m != "unit"},
+    "transport": rules.Transport(),
+    "weight_mirror": rules.WeightMirror(),
+}
+PERIODS = (1, 10, 100)
+
+_SYNCED = {
+    f"{name}, T={period}": Method(dataclasses.replace(rule, period=period))
+    for name, rule in RULES.items()
+    for period in PERIODS
+}
+_FEEDBACK = {"fa": Method(soap_jax.Fixed()), **_SYNCED}
+
 METHODS = {
     "bp": Method(),
-    "fa": Method(soap_jax.Fixed()),
-    "fa, with_feedback": Method(soap_jax.Fixed(), transformed=True),
-    "sign, T=1": Method(soap_jax.SignSync(period=1, magnitude="unit")),
-    "sign, T=10": Method(soap_jax.SignSync(period=10, magnitude="unit")),
-    "sign, T=100": Method(soap_jax.SignSync(period=100, magnitude="unit")),
-    "sign_preserve, T=1": Method(soap_jax.SignSync(period=1, magnitude="preserve")),
-    "sign_norm, T=1": Method(soap_jax.SignSync(period=1, magnitude="norm")),
-    "sign_redraw, T=1": Method(soap_jax.SignSync(period=1, magnitude="redraw")),
-    "weight_mirror, T=1": Method(soap_jax.WeightMirror(period=1)),
+    **_FEEDBACK,
+    **{
+        f"{name}, with_feedback": dataclasses.replace(method, transformed=True)
+        for name, method in _FEEDBACK.items()
+    },
     "fa, bfloat16": Method(soap_jax.Fixed(), options={"dtype": jnp.bfloat16}),
-    "sign, T=1, int8": Method(
-        soap_jax.SignSync(period=1, magnitude="unit"), options={"dtype": jnp.int8}
-    ),
+    "sign, T=1, int8": dataclasses.replace(_SYNCED["sign, T=1"], options={"dtype": jnp.int8}),
     "kp": Method(soap_jax.Fixed(), learns=True),
     "dfa": Method(direct="stored"),
     "dfa, keys": Method(direct="keys"),
+    "dfa, scan": Method(direct="scan"),
     "dfa, parallel": Method(direct="parallel"),
     "bp, per example": Method(per_example=True),
     "fa, per example": Method(soap_jax.Fixed(), per_example=True),
@@ -111,23 +123,31 @@ def _mlp(*features, **more):
     )
 
 
-def _tapped_transformer(tap):
-    def intercept(call, args, kwargs, context):
-        y = call(*args, **kwargs)
-        return tap(y) if context.module.name in ("embed", "block_0", "block_1") else y
+def _transformer(shape, **sizes):
+    """A network of `Transformer`, tapped after its embedding and after every block."""
 
-    def apply(variables, x):
-        with nn.intercept_methods(intercept):
-            return Transformer(feedback=False).apply(variables, x)
+    def tapped(tap):
+        def intercept(call, args, kwargs, context):
+            y = call(*args, **kwargs)
+            return tap(y) if (context.module.name or "").startswith(("embed", "block_")) else y
 
-    return apply
+        def apply(variables, x):
+            with nn.intercept_methods(intercept):
+                return Transformer(feedback=False, **sizes).apply(variables, x)
+
+        return apply
+
+    return Network(functools.partial(Transformer, **sizes), shape, tapped)
 
 
 NETWORKS = {
     "784-256-10": _mlp(256),
     "784-1024-1024-1024-10": _mlp(1024, 1024, 1024, stack=True),
+    "8 x 4096": _mlp(*8 * [4096], stack=True),
+    "8 x 8192": _mlp(*8 * [8192], stack=True),
     "conv 32-64": _by_activation(models.ConvNet, (28, 28, 1)),
-    "transformer, 2 blocks of 128": Network(Transformer, (64, 32), _tapped_transformer),
+    "transformer, 2 blocks of 128": _transformer((64, 32)),
+    "transformer, 8 blocks of 2048": _transformer((1536, 256), blocks=8, width=2048, heads=16),
 }
 
 
@@ -147,7 +167,7 @@ class Training(NamedTuple):
 
 def supports(method: str, network: str) -> bool:
     """Whether there is such a step: a stack asks for a network with one."""
-    return METHODS[method].direct != "parallel" or NETWORKS[network].stack
+    return METHODS[method].direct not in ("scan", "parallel") or NETWORKS[network].stack
 
 
 def make(
@@ -157,15 +177,53 @@ def make(
     optimizer: optax.GradientTransformation | None = None,
 ) -> Training:
     """Makes one method's train step of one network, by default by SGD."""
+    batch = random_batch(NETWORKS[network].shape, batch_size)
+    variables = jax.tree.map(jnp.copy, _variables(network))  # of its own: it will be donated
+    return Training(*_start(method, network, variables, batch, optimizer, None), batch)
+
+
+def sketch(
+    method: str,
+    network: str,
+    batch_size: int,
+    optimizer: optax.GradientTransformation | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+) -> Training:
+    """`make` with shapes (`jax.ShapeDtypeStruct`) for arrays: a large network is not made.
+
+    Args:
+        method: of `METHODS`.
+        network: of `NETWORKS`.
+        batch_size: examples per step.
+        optimizer: by default SGD.
+        dtype: in which layers compute, as Flax's layers have it; params, feedback and the loss
+            remain float32.
+    """
+    net = NETWORKS[network]
+    x = jax.ShapeDtypeStruct((batch_size, *net.shape), jnp.float32)
+    batch = x, jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    step = None
+
+    def start(variables):
+        nonlocal step
+        step, state = _start(method, network, variables, batch, optimizer, dtype)
+        return state
+
+    variables = jax.eval_shape(net.module(True).init, jax.random.key(0), x)
+    state = jax.eval_shape(start, variables)
+    return Training(step, state, batch)
+
+
+def _start(method, network, variables, batch, optimizer, dtype):
+    """The step, and the state before the first one."""
     spec, net = METHODS[method], NETWORKS[network]
     optimizer = optimizer or optax.sgd(0.01)
-    batch = random_batch(net.shape, batch_size)
-    variables = jax.tree.map(jnp.copy, _variables(network))  # of its own: it will be donated
     params = variables["params"]
     apply_fn, feedback = _plain(net), None
-    if spec.direct == "parallel":
+    if spec.direct in ("scan", "parallel"):
         params = _stacked(params)
-        apply_fn, feedback = _direct_stack(params)
+        apply_fn, feedback = _direct_stack(params, parallel=spec.direct == "parallel")
     elif spec.direct:
         apply_fn, feedback = _direct(net, params, batch[0], stored=spec.direct == "stored")
     elif spec.rule is not None:
@@ -175,13 +233,14 @@ def make(
         )
     if spec.per_example:
         apply_fn = _per_example(apply_fn)
+    if dtype is not None:
+        apply_fn = _in_dtype(apply_fn, dtype)
     if spec.learns:
         optimizer = optimizers.kolen_pollack(optimizer, decay=DECAY)
     step = training.make_train_step(apply_fn, optimizer, learn_feedback=spec.learns)
-    state = training.init_train_state(
+    return step, training.init_train_state(
         params, optimizer, feedback=feedback, learn_feedback=spec.learns
     )
-    return Training(step, state, batch)
 
 
 @functools.cache
@@ -211,6 +270,16 @@ def _layers(net):
 def _transformed(net):
     module = net.module(False)
     return soap_jax.with_feedback(lambda params, x: module.apply({"params": params}, x))
+
+
+def _in_dtype(apply_fn, dtype):
+    """Computes in a dtype, as layers with `dtype=` do: they cast kernels, biases and inputs."""
+
+    def apply_cast(params, feedback, x):
+        cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        return apply_fn(cast, feedback, x.astype(dtype)).astype(jnp.float32)
+
+    return apply_cast
 
 
 def _per_example(apply_fn):
@@ -246,8 +315,8 @@ def _stacked(params):
     return {"first": first, "stack": jax.tree.map(lambda *s: jnp.stack(s), *stack), "last": last}
 
 
-def _direct_stack(params):
-    """As `_direct`, the stack's backward pass in parallel."""
+def _direct_stack(params, *, parallel):
+    """As `_direct`, the hidden layers but the first as a stack."""
 
     def dense(layer, x):
         return x @ layer["kernel"] + layer["bias"]
@@ -257,7 +326,7 @@ def _direct_stack(params):
 
     def apply_fn(params, projections, x):
         first = block(params["first"], x)
-        stack = direct.scan_blocks(block, params["stack"], first)
+        stack = direct.scan_blocks(block, params["stack"], first, parallel=parallel)
         output = dense(params["last"], ops.detach(stack[-1]))
         output = direct.direct_feedback(output, stack, projections["stack"], stacked=True)
         return direct.direct_feedback(output, first, projections["first"])

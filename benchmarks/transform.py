@@ -26,6 +26,7 @@ class TransformerBlock(nn.Module):
     """Self-attention and a dense net, `(batch, time, width) -> (batch, time, width)`."""
 
     feedback: bool = True
+    heads: int = 4
 
     @nn.compact
     def __call__(self, x):
@@ -34,23 +35,27 @@ class TransformerBlock(nn.Module):
         dense = linen.FeedbackDense if self.feedback else nn.Dense
         width = x.shape[-1]
         h = nn.LayerNorm()(x)
-        q, k, v = (general((4, width // 4), name=name)(h) for name in ("query", "key", "value"))
+        split = self.heads, width // self.heads
+        q, k, v = (general(split, name=name)(h) for name in ("query", "key", "value"))
         x = x + general(width, axis=(-2, -1), name="out")(nn.dot_product_attention(q, k, v))
         h = nn.gelu(dense(4 * width, name="up")(nn.LayerNorm()(x)))
         return x + dense(width, name="down")(h)
 
 
 class Transformer(nn.Module):
-    """Two blocks between plain layers: `(batch, time, width) -> (batch, 10)`."""
+    """Blocks between an embedding and a head: `(batch, time, inputs) -> (batch, 10)`."""
 
     feedback: bool = True
+    blocks: int = 2
+    width: int = 128
+    heads: int = 4
 
     @nn.compact
     def __call__(self, x):
         """Returns the logits."""
-        x = nn.Dense(128, name="embed")(x)
-        for i in range(2):
-            x = TransformerBlock(self.feedback, name=f"block_{i}")(x)
+        x = nn.Dense(self.width, name="embed")(x)
+        for i in range(self.blocks):
+            x = TransformerBlock(self.feedback, self.heads, name=f"block_{i}")(x)
         dense = linen.FeedbackDense if self.feedback else nn.Dense
         return dense(10, name="head")(x.mean(1))
 

@@ -1,8 +1,8 @@
 """Feedback alignment for JAX and Flax.
 
 The public names below, and the modules `ops`, `direct`, `activity`, `rules`, `local`, `optimizers`,
-`initializers`, `trees`, `linen`, `nnx`, `metrics`, `recording`, `models`, `data`, `training`,
-`sweeps`, `tasks`, `temporal` and `study`. Everything loads on first use, so that
+`initializers`, `perturbation`, `trees`, `linen`, `nnx`, `metrics`, `recording`, `models`, `data`,
+`training`, `sweeps`, `tasks`, `temporal` and `study`. Everything loads on first use, so that
 `import soap_jax` and `soap-jax --help` are quick.
 """
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         nnx,
         ops,
         optimizers,
+        perturbation,
         recording,
         rules,
         study,
@@ -32,11 +33,17 @@ if TYPE_CHECKING:
         trees,
     )
     from soap_jax.direct import direct_feedback, direct_target
-    from soap_jax.feedback import FeedbackState, init_feedback, sync_feedback
+    from soap_jax.feedback import FeedbackState, feedback_of, init_feedback, sync_feedback
     from soap_jax.optimizers import kolen_pollack
     from soap_jax.recording import record_alignment
     from soap_jax.rules import Fixed, Rule, SignSync, Transport, WeightMirror
-    from soap_jax.transform import Explanation, explain, with_feedback
+    from soap_jax.transform import (
+        Explanation,
+        explain,
+        init_projections,
+        with_direct_feedback,
+        with_feedback,
+    )
 
 __version__ = "0.1.0"
 
@@ -46,7 +53,9 @@ _NAMES = {  # and the modules they come from; the other public names are modules
     "direct_feedback": "direct",
     "direct_target": "direct",
     "explain": "transform",
+    "feedback_of": "feedback",
     "init_feedback": "feedback",
+    "init_projections": "transform",
     "sync_feedback": "feedback",
     "Fixed": "rules",
     "Rule": "rules",
@@ -55,6 +64,7 @@ _NAMES = {  # and the modules they come from; the other public names are modules
     "WeightMirror": "rules",
     "kolen_pollack": "optimizers",
     "record_alignment": "recording",
+    "with_direct_feedback": "transform",
     "with_feedback": "transform",
 }
 __all__ = [
@@ -71,7 +81,9 @@ __all__ = [
     "direct_feedback",
     "direct_target",
     "explain",
+    "feedback_of",
     "init_feedback",
+    "init_projections",
     "initializers",
     "kolen_pollack",
     "linen",
@@ -81,6 +93,7 @@ __all__ = [
     "nnx",
     "ops",
     "optimizers",
+    "perturbation",
     "record_alignment",
     "recording",
     "rules",
@@ -91,6 +104,7 @@ __all__ = [
     "temporal",
     "training",
     "trees",
+    "with_direct_feedback",
     "with_feedback",
 ]
 

@@ -552,6 +552,7 @@ STRUCTURES = {
     "switch": switch,
     "a choice by platform": by_platform,
     "checkpoint": lambda h, p: jax.checkpoint(layer)(h, p["w"]),
+    "checkpoint by operand": repeat(jax.checkpoint(layer, prevent_cse=(True, False))),
     "checkpoint with a policy": repeat(jax.checkpoint(layer, policy=POLICY)),
     "checkpointed scan over kernels": over_layers(jax.checkpoint(layer, prevent_cse=False)),
     "custom_jvp": lambda h, p: own_jvp(product(h, p["w"])),

@@ -32,13 +32,6 @@ class Value(NamedTuple):
         return self.array if self.feedback is None else self.feedback
 
 
-_MOVES = (
-    *(*lb.PARTS, "broadcast_in_dim", "copy", "copy_p", "expand_dims", "name"),
-    *("optimization_barrier", "reshape", "rev", "squeeze", "stop_gradient", "tile", "transpose"),
-)
-"""Layouts that do no arithmetic: feedback in fewer bits than its kernel stays as it is stored."""
-
-
 def constant(x: Any) -> Value:
     """A value that the function closes over: a constant, unless it is traced outside."""
     traced = isinstance(x, jax.core.Tracer)
@@ -67,7 +60,7 @@ def bind_wide(eqn: core.JaxprEqn, arrays: Sequence[Any]) -> list:
     if name == "convert_element_type" and lb.is_float(eqn.outvars[0].aval):
         if bits(arrays[0].dtype) <= bits(_dtype(eqn.outvars[0])):
             return list(arrays)
-    elif name in _MOVES:
+    elif name in lb.MOVES:
         return bind(eqn, arrays)
 
     def wide(*arrays):
