@@ -39,8 +39,9 @@ What one should know:
     these out linearly: it is the same output, and e-prop's filtered traces come by themselves.
 -   The program of the step says whether D is elementwise and on which unit each entry of a param
     acts; values are never looked at. What cannot be followed is refused, with primitive and line.
--   Feedback larger than the readout multiplies the recurrent weights' learning rate, as everywhere.
-    In Murray's example RFLO owes it all of its speed (`python -m benchmarks.temporal`).
+-   Feedback larger than the readout multiplies the recurrent weights' learning rate. In Murray's
+    example RFLO is as good as backpropagation through time for this reason alone: see
+    `python -m benchmarks.temporal`.
 -   Several layers may be stacked in one cell: see `where` of `online`.
 
 References:
