@@ -1,9 +1,9 @@
 """Feedback alignment for JAX and Flax.
 
 The public names below, and the modules `ops`, `direct`, `activity`, `rules`, `local`, `optimizers`,
-`initializers`, `trees`, `linen`, `nnx`, `metrics`, `recording`, `models`, `data`, `training`,
-`sweeps`, `tasks` and `study`. Everything loads on first use, so that `import soap_jax` and
-`soap-jax --help` are quick.
+`initializers`, `perturbation`, `trees`, `linen`, `nnx`, `metrics`, `recording`, `models`, `data`,
+`training`, `sweeps`, `tasks`, `temporal` and `study`. Everything loads on first use, so that
+`import soap_jax` and `soap-jax --help` are quick.
 """
 
 import importlib
@@ -22,20 +22,28 @@ if TYPE_CHECKING:
         nnx,
         ops,
         optimizers,
+        perturbation,
         recording,
         rules,
         study,
         sweeps,
         tasks,
+        temporal,
         training,
         trees,
     )
     from soap_jax.direct import direct_feedback, direct_target
-    from soap_jax.feedback import FeedbackState, init_feedback, sync_feedback
+    from soap_jax.feedback import FeedbackState, feedback_of, init_feedback, sync_feedback
     from soap_jax.optimizers import kolen_pollack
     from soap_jax.recording import record_alignment
     from soap_jax.rules import Fixed, Rule, SignSync, Transport, WeightMirror
-    from soap_jax.transform import Explanation, explain, with_feedback
+    from soap_jax.transform import (
+        Explanation,
+        explain,
+        init_projections,
+        with_direct_feedback,
+        with_feedback,
+    )
 
 __version__ = "0.1.0"
 
@@ -45,7 +53,9 @@ _NAMES = {  # and the modules they come from; the other public names are modules
     "direct_feedback": "direct",
     "direct_target": "direct",
     "explain": "transform",
+    "feedback_of": "feedback",
     "init_feedback": "feedback",
+    "init_projections": "transform",
     "sync_feedback": "feedback",
     "Fixed": "rules",
     "Rule": "rules",
@@ -54,6 +64,7 @@ _NAMES = {  # and the modules they come from; the other public names are modules
     "WeightMirror": "rules",
     "kolen_pollack": "optimizers",
     "record_alignment": "recording",
+    "with_direct_feedback": "transform",
     "with_feedback": "transform",
 }
 __all__ = [
@@ -70,7 +81,9 @@ __all__ = [
     "direct_feedback",
     "direct_target",
     "explain",
+    "feedback_of",
     "init_feedback",
+    "init_projections",
     "initializers",
     "kolen_pollack",
     "linen",
@@ -80,6 +93,7 @@ __all__ = [
     "nnx",
     "ops",
     "optimizers",
+    "perturbation",
     "record_alignment",
     "recording",
     "rules",
@@ -87,8 +101,10 @@ __all__ = [
     "sweeps",
     "sync_feedback",
     "tasks",
+    "temporal",
     "training",
     "trees",
+    "with_direct_feedback",
     "with_feedback",
 ]
 

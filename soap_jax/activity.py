@@ -64,7 +64,7 @@ ValueAndGrad = Callable[..., tuple[Any, chex.ArrayTree]]
 For `soap_jax.training.make_gradient_step` `*args` are the feedback weights (None without) and the
 batch."""
 
-_MARK = "soap_jax.activity:"  # before a tap's number, in the jaxpr that `_types_of_taps` reads
+_MARK = "soap_jax.activity:"  # before a tap's number, in the jaxpr that `types_of_taps` reads
 _TRANSPARENT = ("jit", "pjit", "checkpoint", "remat", "remat2")  # primitives that a tap may be in
 
 
@@ -142,15 +142,15 @@ def value_and_grad(
     References:
         SOAP, the PyTorch package that this one grew from; there is no paper.
     """
-    _check_positive("learning_rate", learning_rate)
-    _check_positive("bias", bias)
+    check_positive("learning_rate", learning_rate)
+    check_positive("bias", bias)
     warmup = _check_warmup(warmup)
 
     def backprop(params, args):
         return jax.value_and_grad(lambda p: loss(untapped, p, *args), has_aux=has_aux)(params)
 
     def propagate(params, args):
-        types = _types_of_taps(lambda tap: loss(tap, params, *args))
+        types = types_of_taps(lambda tap: loss(tap, params, *args))
 
         def first(shifts):
             return loss(lambda name, a: a + shifts[name], params, *args)
@@ -175,37 +175,7 @@ def value_and_grad(
     return grad_fn
 
 
-@jax.custom_vjp
-def _move(a, g, rate, bias):
-    """The second pass's tap: shifts `a`, and hands on the secant step."""
-    return _move_fwd(a, g, rate, bias)[0]
-
-
-def _move_fwd(a, g, rate, bias):
-    wide = _at_least_float32(a.dtype)
-    shift = jnp.asarray(rate, wide) * g.astype(wide)
-    return (a.astype(wide) - shift).astype(a.dtype), (g, rate, bias)
-
-
-def _move_bwd(residuals, arrived):
-    g, rate, bias = residuals
-    wide = _at_least_float32(g.dtype)
-    rate, bias = jnp.asarray(rate, wide), jnp.asarray(bias, wide)
-    difference = g.astype(wide) - arrived.astype(wide)
-    biased = jnp.where(difference == 0, bias, difference + 2 * bias * jnp.sign(difference))
-    # Not g² first: of an error of 1e-20 it is zero in float32.
-    a_bar = g.astype(wide) * (rate * g.astype(wide) / biased)
-    return a_bar.astype(g.dtype), None, None, None
-
-
-_move.defvjp(_move_fwd, _move_bwd)
-
-
-def _at_least_float32(dtype: DTypeLike):
-    return np.promote_types(dtype, np.float32)
-
-
-def _types_of_taps(run: Callable[[Tap], Any]) -> dict[str, jax.ShapeDtypeStruct]:
+def types_of_taps(run: Callable[[Tap], Any]) -> dict[str, jax.ShapeDtypeStruct]:
     """The type of each tapped activation, by name; computes nothing.
 
     A tap in a mapped or repeated part of the loss sees one example, or many in turn. It could not
@@ -248,6 +218,49 @@ def _types_of_taps(run: Callable[[Tap], Any]) -> dict[str, jax.ShapeDtypeStruct]
             "tap to be called once whenever the loss is evaluated."
         )
     return types
+
+
+def check_positive(name: str, value: ArrayLike) -> None:
+    """Raises ValueError unless the value is a positive number, or one that is traced."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    try:
+        number = float(value)  # type: ignore[arg-type]
+        positive = np.ndim(value) == 0 and 0 < number < np.inf
+    except (TypeError, ValueError):
+        positive = False
+    if not positive:
+        raise ValueError(f"{name} is {value!r}; expected a positive number.")
+
+
+@jax.custom_vjp
+def _move(a, g, rate, bias):
+    """The second pass's tap: shifts `a`, and hands on the secant step."""
+    return _move_fwd(a, g, rate, bias)[0]
+
+
+def _move_fwd(a, g, rate, bias):
+    wide = _at_least_float32(a.dtype)
+    shift = jnp.asarray(rate, wide) * g.astype(wide)
+    return (a.astype(wide) - shift).astype(a.dtype), (g, rate, bias)
+
+
+def _move_bwd(residuals, arrived):
+    g, rate, bias = residuals
+    wide = _at_least_float32(g.dtype)
+    rate, bias = jnp.asarray(rate, wide), jnp.asarray(bias, wide)
+    difference = g.astype(wide) - arrived.astype(wide)
+    biased = jnp.where(difference == 0, bias, difference + 2 * bias * jnp.sign(difference))
+    # Not g² first: of an error of 1e-20 it is zero in float32.
+    a_bar = g.astype(wide) * (rate * g.astype(wide) / biased)
+    return a_bar.astype(g.dtype), None, None, None
+
+
+_move.defvjp(_move_fwd, _move_bwd)
+
+
+def _at_least_float32(dtype: DTypeLike):
+    return np.promote_types(dtype, np.float32)
 
 
 def _marks(jaxpr, inside: str = "") -> Iterator[tuple[int, tuple[int, ...], str]]:
@@ -294,17 +307,6 @@ def _check_step(step):
             f"step is {what}; expected an integer scalar, the number of completed updates, as in "
             "grad_fn(params, *args, step=step)."
         )
-
-
-def _check_positive(name, value):
-    if isinstance(value, jax.core.Tracer):
-        return
-    try:
-        positive = np.ndim(value) == 0 and float(value) > 0 and np.isfinite(float(value))
-    except (TypeError, ValueError):
-        positive = False
-    if not positive:
-        raise ValueError(f"{name} is {value!r}; expected a positive number.")
 
 
 def _check_warmup(warmup) -> int:

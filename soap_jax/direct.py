@@ -33,6 +33,16 @@ ones broadcast:
 targets lose it, so sDFA and DRTP divide by the number of output rows themselves. A projection may
 have any floating-point or integer dtype (signs in int8, say), and is cast to the activation's.
 
+**Devices.** In place of an array a function `(error, shape, key) -> x_bar` may stand: a projection
+that is noisy or quantised, or that an analog or optical device computes (`jax.pure_callback`). It
+gets what is sent, `(*leading, out)`, and returns the cotangent of an activation of that shape:
+
+    def noisy(error, shape, key):
+        return (error @ p + 0.1 * jax.random.normal(key, shape)).reshape(shape)
+
+Functions are no arguments for `jax.jit`; with its arrays a function is one as
+`jax.tree_util.Partial(project, p)`, which is called as `project(p, error, shape, key)`.
+
 References:
     Arild Nøkland. Direct feedback alignment provides learning in deep neural networks. NeurIPS,
     2016. https://arxiv.org/abs/1609.01596
@@ -54,20 +64,21 @@ from typing import Literal
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
 from soap_jax import draws, dtypes, ops, trees
 from soap_jax.feedback import glorot_normal
 
+ProjectFn = Callable[[jax.Array, tuple[int, ...], chex.PRNGKey | None], jax.Array]
+"""`(error, shape, key) -> x_bar`, of this shape: a projection as a device computes it."""
+
 Error = Literal["exact", "sign"]
 """What is sent: the output's cotangent (DFA), or its signs (sDFA)."""
 
 Block = Callable[[chex.ArrayTree, jax.Array], jax.Array]
 """`(params, x) -> y`, y of x's shape and dtype."""
-
-SCOPE = "direct_feedback"
-"""The name under which profiles show it."""
 
 
 def direct_feedback(
@@ -76,9 +87,11 @@ def direct_feedback(
     projection: chex.ArrayTree,
     *,
     error: Error = "exact",
+    target: jax.Array | None = None,
     stacked: bool = False,
     rows: float | None = None,
     initializer: jax.nn.initializers.Initializer = glorot_normal,
+    key: chex.PRNGKey | None = None,
 ) -> jax.Array:
     """Direct feedback alignment: hands the output's error to activations.
 
@@ -86,24 +99,32 @@ def direct_feedback(
 
         a_bar = e · P                  error="exact": DFA
         a_bar = sign(e) · P / rows     error="sign": sDFA
+        a_bar = t · P / rows           with a target t: DRTP, see also `direct_target`
 
     e itself goes on to what made the output. The activation's ordinary path must be stopped with
     `soap_jax.ops.detach` where it goes on to the next block. With one hidden layer, and P the
     transpose of its feedback, this is feedback alignment.
 
     Args:
-        output: `(*leading, out)`.
+        output: `(*leading, out)`; with a target any array on which the loss depends.
         activation: `(*leading', *features)`, or a tree of such.
         projection: `(out, *features)`, or a tree of such, of activation's structure; see
             `draw_projections`. A typed PRNG key stands for `draw_projection(key, out, features)`,
             features being all axes but as many as the output leads with (the last at least):
-            nothing is stored, and the backward pass draws it again. Projections get no gradient.
+            nothing is stored, and the backward pass draws it again. A function
+            `(error, shape, key) -> x_bar` stands for a device, see the module's docstring.
+            Projections get no gradient.
         error: "exact" or "sign".
+        target: `(*leading, out)`, floating point: what is sent in place of the output's error.
         stacked: whether activations and projections (or keys) have a first axis of blocks, as
-            `scan_blocks` gives them: one matrix product then serves all blocks.
-        rows: with "sign", how many rows of output the loss is a mean of; by default the product of
-            the output's axes but the last. Give it where `vmap` or `shard_map` splits the batch.
+            `scan_blocks` gives them: one matrix product then serves all blocks. A function is
+            called once for all of them.
+        rows: with "sign" and with a target, how many rows the loss is a mean of; by default the
+            product of the output's (the target's) axes but the last. Give it where `vmap` or
+            `shard_map` splits the batch.
         initializer: with which keys draw, as in `draw_projection`.
+        key: a PRNG key for projections that are functions, each of which gets a key of its own
+            made of it (None without one): fresh noise takes a fresh key at every step.
 
     Returns:
         `output`.
@@ -125,31 +146,40 @@ def direct_feedback(
     """
     if error not in ("exact", "sign"):
         raise ValueError(f"error is {error!r}; expected 'exact' (DFA) or 'sign' (sDFA).")
-    _check_array("output", output)
-    rows = _rows(rows, output)
+    if error == "sign" and target is not None:
+        raise ValueError("error='sign' and a target; expected one of them: what is sent.")
+    name, sender = ("output", output) if target is None else ("target", target)
+    _check_array(name, sender)
+    rows = _rows(rows, sender)
     paths, activations, projections = _pairs(activation, projection)
     for path, a, p in zip(paths, activations, projections, strict=True):
-        _check("output", output, a, p, path, stacked=stacked)
+        _check(name, sender, a, p, path, stacked=stacked)
     types = [jax.typeof(a) for a in activations]
+    keys = [None if key is None else jax.random.fold_in(draws.typed(key), _number(path))
+            for path in paths]  # fmt: skip
+    arrays, whole = _arrays((projections, keys, target))
 
-    def f(output, activations, projections):
-        del activations, projections
+    def f(output, activations, arrays):
+        del activations, arrays
         return output
 
-    def f_fwd(output, activations, projections):
+    def f_fwd(output, activations, arrays):
         del activations
-        return output, (projections,)
+        return output, (arrays,)
 
     def f_bwd(residuals, e):
-        (projections,) = residuals
-        sent = e if error == "exact" else jnp.sign(e) / rows
+        (arrays,) = residuals
+        projections, keys, target = whole(arrays)
+        sent = e if target is None else target / rows
+        if error == "sign":
+            sent = jnp.sign(e) / rows
         project = functools.partial(_project, sent, stacked=stacked, initializer=initializer)
-        return e, list(map(project, types, projections)), None
+        return e, list(map(project, types, projections, keys, paths)), None
 
     f = jax.custom_vjp(f)
     f.defvjp(f_fwd, f_bwd)
-    with jax.named_scope(SCOPE):
-        return f(output, activations, projections)
+    with jax.named_scope(ops.DIRECT):
+        return f(output, activations, lax.stop_gradient(arrays))
 
 
 def direct_target(
@@ -159,6 +189,7 @@ def direct_target(
     *,
     rows: float | None = None,
     initializer: jax.nn.initializers.Initializer = glorot_normal,
+    key: chex.PRNGKey | None = None,
 ) -> jax.Array:
     """Direct random target projection (DRTP): the target in place of an error.
 
@@ -174,10 +205,11 @@ def direct_target(
         activation: `(*leading', *features)`.
         target: `(*leading, out)`, floating point, such as `jax.nn.one_hot(labels, classes)`; its
             leading axes are aligned with the activation's as in `direct_feedback`.
-        projection: `(out, *features)`, or a typed PRNG key, as in `direct_feedback`.
+        projection: `(out, *features)`, a typed PRNG key or a function, as in `direct_feedback`.
         rows: how many targets the loss is a mean of; by default the product of the target's axes
             but the last. Give it where `vmap` or `shard_map` splits the batch.
         initializer: with which a key draws, as in `draw_projection`.
+        key: as in `direct_feedback`.
 
     Returns:
         `activation`.
@@ -197,27 +229,15 @@ def direct_target(
     """
     for name, array in (("activation", activation), ("target", target), ("projection", projection)):
         _check_array(name, array)
-    _check("target", target, activation, projection, (), stacked=False)
-    rows = _rows(rows, target)
-    activation_type = jax.typeof(activation)
-
-    def f(activation, target, projection):
-        del target, projection
-        return activation
-
-    def f_fwd(activation, target, projection):
-        return activation, (target, projection)
-
-    def f_bwd(residuals, _):
-        target, projection = residuals
-        sent = target / rows
-        bar = _project(sent, activation_type, projection, stacked=False, initializer=initializer)
-        return bar, None, None
-
-    f = jax.custom_vjp(f)
-    f.defvjp(f_fwd, f_bwd)
-    with jax.named_scope(SCOPE):
-        return f(activation, target, projection)
+    return direct_feedback(
+        ops.detach(activation),
+        activation,
+        projection,
+        target=target,
+        rows=rows,
+        initializer=initializer,
+        key=key,
+    )
 
 
 def draw_projection(
@@ -315,8 +335,7 @@ def draw_projections(
     key = draws.typed(key)
 
     def one(path, leaf):
-        place = "/".join(trees.path_of(path))
-        leaf_key = jax.random.fold_in(key, zlib.crc32(place.encode()))
+        leaf_key = jax.random.fold_in(key, _number(path))
         shape = jnp.shape(leaf)
         if stacked:
             leaf_key, shape = jax.random.split(leaf_key, shape[0]), shape[1:]
@@ -433,9 +452,11 @@ def _scan_then_vmap(block, params, x):
     return f(params, x, constants)
 
 
-def _project(error, activation_type, projection, *, stacked, initializer):
+def _project(error, activation_type, projection, key, path, *, stacked, initializer):
     """The error's way through a projection, with axes aligned: see the module's docstring."""
     shape, dtype = activation_type.shape[stacked:], activation_type.dtype
+    if callable(projection):
+        return _called(projection, error, activation_type, key, path)
     if _is_key(projection):
         projection = _draw(projection, error.shape, shape, stacked=stacked, initializer=initializer)
     rank = projection.ndim - 1 - stacked
@@ -459,6 +480,21 @@ def _project(error, activation_type, projection, *, stacked, initializer):
     axes = (*range(stacked + shared), *range(stacked + lead, stacked + len(shape)))
     out_sharding = _sharding(activation_type, *activation_type.sharding.spec)
     return lax.broadcast_in_dim(y, activation_type.shape, axes, out_sharding=out_sharding)
+
+
+def _called(projection, error, activation_type, key, path):
+    """What a function makes of the error."""
+    shape, dtype = activation_type.shape, activation_type.dtype
+    bar = projection(error, shape, key)
+    found = getattr(bar, "shape", None), getattr(bar, "dtype", None)
+    if found[0] != shape or not dtypes.holds(dtype, found[1]):
+        got = f"{found[1]}{list(found[0])}" if found[0] is not None else type(bar).__name__
+        raise ValueError(
+            f"the projection{_at(path)}, a function, returned {got}; expected an array of shape "
+            f"{shape} that can be cast to {dtype}: the activation's cotangent. It got an error of "
+            f"shape {error.shape}."
+        )
+    return bar.astype(dtype)
 
 
 def _sharding(of, *split):
@@ -506,19 +542,45 @@ def _check_array(name, array):
         raise ValueError(f"the {name} is a {type(array).__name__}; expected one array.")
 
 
+def _number(path) -> int:
+    """A number that stands for a place in a tree."""
+    return zlib.crc32("/".join(trees.path_of(path)).encode())
+
+
+def _arrays(tree):
+    """A tree's arrays, and how to put them back beside its functions and their other constants."""
+    leaves, structure = jax.tree.flatten(tree)
+    is_array = [isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in leaves]
+
+    def whole(arrays):
+        left = iter(arrays)
+        return jax.tree.unflatten(
+            structure, [next(left) if a else x for a, x in zip(is_array, leaves, strict=True)]
+        )
+
+    return [leaf for a, leaf in zip(is_array, leaves, strict=True) if a], whole
+
+
+def _at(path) -> str:
+    at = jax.tree_util.keystr(path)
+    return f" at {at}" if at else ""
+
+
 def _is_key(projection) -> bool:
     return jnp.issubdtype(jnp.result_type(projection), jax.dtypes.prng_key)
 
 
 def _sketch(tree):
     """A tree's structure with its leaves' shapes."""
-    return jax.tree.map(jnp.shape, tree)
+    return jax.tree.map(
+        lambda x: "function" if callable(x) else jnp.shape(x), tree, is_leaf=callable
+    )
 
 
 def _pairs(activation, projection):
     """Paths, activations and projections, as lists of leaves that belong together."""
     flat, structure = jax.tree_util.tree_flatten_with_path(activation)
-    projections, projection_structure = jax.tree.flatten(projection)
+    projections, projection_structure = jax.tree.flatten(projection, is_leaf=callable)
     if structure != projection_structure or not flat:  # type: ignore[operator]
         raise ValueError(
             f"activations are {_sketch(activation)}, projections {_sketch(projection)}; expected "
@@ -530,15 +592,21 @@ def _pairs(activation, projection):
 
 def _check(name, sender, activation, projection, path, *, stacked):
     """Raises ValueError unless a projection leads from the sender to the activation."""
-    at = jax.tree_util.keystr(path)
-    at = f" at {at}" if at else ""
-    shape, of = jnp.shape(activation), jnp.shape(projection)
+    at, shape = _at(path), jnp.shape(activation)
     for what, array in ((name, sender), (f"activation{at}", activation)):
         if not jnp.issubdtype(jnp.result_type(array), jnp.inexact):
             hint = ", such as jax.nn.one_hot(labels, classes)" if what == "target" else ""
             raise ValueError(
                 f"the {what} has dtype {jnp.result_type(array)}; expected floating point{hint}."
             )
+    if jnp.ndim(sender) < 1:
+        raise ValueError(f"the {name} is a scalar; expected (*leading, out): a row per example.")
+    if jnp.ndim(activation) < 1 + stacked:
+        expected = "(blocks, *leading, *features)" if stacked else "(*leading, *features)"
+        raise ValueError(f"the activation{at} has shape {shape}; expected {expected}.")
+    if callable(projection):
+        return  # it may do what it likes
+    of = jnp.shape(projection)
     if not _is_key(projection) and not dtypes.holds(
         jnp.result_type(activation), jnp.result_type(projection)
     ):
@@ -546,11 +614,6 @@ def _check(name, sender, activation, projection, path, *, stacked):
             f"the projection{at} has dtype {jnp.result_type(projection)} and the activation "
             f"{jnp.result_type(activation)}; expected real numbers for a real activation."
         )
-    if jnp.ndim(sender) < 1:
-        raise ValueError(f"the {name} is a scalar; expected (*leading, out): a row per example.")
-    if jnp.ndim(activation) < 1 + stacked:
-        expected = "(blocks, *leading, *features)" if stacked else "(*leading, *features)"
-        raise ValueError(f"the activation{at} has shape {shape}; expected {expected}.")
     if of == (2,) and jnp.result_type(projection) == jnp.uint32:
         raise ValueError(
             f"the projection{at} is a raw key, as jax.random.PRNGKey makes; expected a projection "
@@ -591,3 +654,11 @@ def _check(name, sender, activation, projection, path, *, stacked):
             f"axis of the {name} and features are the last axes of the activation, whose other "
             f"axes begin as those of the {name} do."
         )
+
+
+def check_length(length: int, call: str) -> None:
+    """Raises ValueError unless there can be so many blocks; `call` shows what was meant."""
+    if not hasattr(length, "__index__"):
+        raise ValueError(f"length is a {type(length).__name__}; expected an integer: {call}.")
+    if length < 1:
+        raise ValueError(f"length is {length}; expected 1 or more.")

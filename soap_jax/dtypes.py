@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 
 def wide(*arrays: Any) -> np.dtype:
@@ -70,3 +71,44 @@ def holds(dtype: Any, other: Any) -> bool:
     is_number = jnp.issubdtype(other, jnp.number) or jnp.issubdtype(other, jnp.bool_)
     is_complex = jnp.issubdtype(other, jnp.complexfloating)
     return is_number and (not is_complex or jnp.issubdtype(dtype, jnp.complexfloating))
+
+
+def check_stored(dtype: DTypeLike | None, name: str = "dtype") -> None:
+    """Raises ValueError unless feedback can be stored in the dtype.
+
+    Args:
+        dtype: a floating-point dtype that holds both signs, a signed integer one, or None.
+        name: of the argument, for the message.
+    """
+    if dtype is None:
+        return
+    try:
+        dtype = np.dtype(dtype)
+        if jnp.issubdtype(dtype, jnp.signedinteger):
+            serves = jnp.iinfo(dtype).max >= 1
+        else:  # XLA makes no arrays of 6 bits
+            info = jnp.finfo(dtype) if jnp.issubdtype(dtype, jnp.floating) else None
+            serves = info is not None and bool(info.min < 0) and info.bits != 6
+    except (TypeError, ValueError):  # no dtype at all, or no number's
+        serves = False
+    if not serves:
+        raise ValueError(
+            f"{name} is {dtype!r}; expected a floating-point dtype of jax.numpy that holds both "
+            "signs, such as jax.numpy.bfloat16, a signed integer one such as jax.numpy.int8 for "
+            "signs, or None for the kernel's."
+        )
+
+
+def stored(feedback: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    """Feedback as it is stored in the dtype: rounded, or of an integer one its signs.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> stored(jnp.array([0.3, -0.2]), jnp.int8)
+        Array([ 1, -1], dtype=int8)
+    """
+    if dtype is None:
+        return feedback
+    feedback = jnp.asarray(feedback)
+    is_integer = jnp.issubdtype(dtype, jnp.integer)
+    return (jnp.sign(feedback) if is_integer else feedback).astype(dtype)

@@ -45,6 +45,9 @@ class FeedbackState:
         feedback: the feedback tree, which the model uses; see `soap_jax.trees`.
         period: int32 scalar, the number of updates from one sync to the next; with a mapping of
             rules, a dict of such scalars by pattern.
+        memory: what rules remember, by path ("Dense_1/kernel"), of the rules that do (`Rule.init`).
+            It belongs to the feedback: put other feedback in its place by
+            `init_feedback(feedback=...)`.
         key_data: uint32, the data of `key`. A typed key among its leaves would keep JAX off its
             fast path whenever a jitted function returns the state.
         rule: static: the rule with its period set to 1, or `(pattern, rule)` pairs.
@@ -53,6 +56,7 @@ class FeedbackState:
 
     feedback: chex.ArrayTree
     period: chex.ArrayTree
+    memory: dict[str, chex.ArrayTree]
     key_data: jax.Array
     rule: rules.Rule | RulesByPattern = dataclasses.field(metadata={"static": True})
     key_impl: Hashable = dataclasses.field(metadata={"static": True})
@@ -63,7 +67,7 @@ class FeedbackState:
         return jax.random.wrap_key_data(self.key_data, impl=self.key_impl)
 
 
-_ARRAYS = ("feedback", "period", "key_data")
+_ARRAYS = ("feedback", "period", "memory", "key_data")
 
 
 def _to_state_dict(state):
@@ -74,7 +78,9 @@ def _from_state_dict(state, content):
     if set(content) != set(_ARRAYS):
         raise ValueError(
             f"the content of a FeedbackState has the entries {sorted(content)}; expected "
-            f"{', '.join(_ARRAYS)}, as flax.serialization.to_state_dict gives them."
+            f"{', '.join(_ARRAYS)}, as flax.serialization.to_state_dict gives them. Adopt the "
+            "weights of an older state: init_feedback(key, params, rule, "
+            "feedback=content['feedback']) also makes what the rule remembers."
         )
     arrays = {
         name: serialization.from_state_dict(getattr(state, name), content[name], name)
@@ -96,7 +102,7 @@ def init_feedback(
     where: trees.Where = None,
     initializer: Initializer | Mapping[str, Initializer] = "matched",
     feedback: chex.ArrayTree | None = None,
-    dtype: DTypeLike | None = None,
+    dtype: DTypeLike | Literal["used"] | None = None,
 ) -> FeedbackState:
     """Makes feedback weights for a model's kernels, or adopts the model's own.
 
@@ -134,9 +140,16 @@ def init_feedback(
             signed integer dtype stores their signs (int8: a quarter; int4, int2), for rules whose
             values are whole numbers: `Fixed`, `SignSync` with "unit" or "preserve", or one of your
             own that returns integers.
-            Products are taken in the kernel's dtype all the same: signs train as they do in
+            Products are taken in the model's dtype all the same: signs train as they do in
             float32, bit for bit on CPU, and so do rounded weights. Rules that move feedback in
             small steps lose those that are below its resolution.
+            "used": where products take feedback in fewer bits than its kernel has, as in a model
+            that computes in bfloat16 with float32 params, it is stored in these. That is the same
+            training, bit for bit, with half the memory, and no cast of all feedback at every step.
+            It needs `where=soap_jax.explain(...)`, which knows the dtypes, and leaves feedback as
+            it is where its rule accumulates small steps (`Rule.accumulates`). It is not the
+            default, so that checkpoints and metrics have feedback in the kernel's dtype; and it is
+            not for feedback that an optimiser changes (Kolen-Pollack, local losses).
 
     Returns:
         The state. Leaves of `params` without feedback have `None` in `state.feedback`, which has
@@ -149,7 +162,7 @@ def init_feedback(
             hashable, if nothing is selected, if a kernel is empty or not floating point, if what an
             initialiser returns or the adopted feedback does not fit `params`, or if `dtype` is
             neither floating point nor a signed integer, or an integer one for a rule that returns
-            floats.
+            floats, or "used" without an explanation.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -165,7 +178,9 @@ def init_feedback(
         Array([1, 1], dtype=int8)
     """
     static, period = _split_period(rule)
-    _check_dtype(dtype)
+    as_used = isinstance(dtype, str) and dtype == "used"
+    if not as_used:
+        dtypes.check_stored(dtype)
     feedback_key, rule_key = jax.random.split(draws.typed(key))
     if feedback is None or where is not None:
         chosen = trees.select(params, where)
@@ -191,9 +206,12 @@ def init_feedback(
 
         feedback = jax.tree_util.tree_map_with_path(one, params)
 
+    used = _used(where, static, trees.pairs(params, feedback)) if as_used else {}
+
     def store(path, kernel, leaf):
         trees.check_not_empty(kernel, path)
-        return rules.shard_like(_stored(leaf, dtype), kernel)
+        own = used.get(path) if as_used else dtype
+        return rules.shard_like(dtypes.stored(leaf, own), kernel)
 
     feedback = trees.map_pairs(store, params, feedback)
     try:
@@ -203,9 +221,9 @@ def init_feedback(
             f"rule is {rule!r}, which is not hashable ({error}); expected fields that are numbers, "
             "strings or tuples, since the rule is static under `jit`."
         ) from error
-    _rules_of(static, list(trees.pairs(params, feedback)), complete=True)
+    memory = _memory_of(static, trees.pairs(params, feedback), rule_key)
     data, impl = jax.random.key_data(rule_key), jax.random.key_impl(rule_key)
-    state = FeedbackState(feedback, period, data, static, impl)
+    state = FeedbackState(feedback, period, memory, data, static, impl)
     if any(map(_is_integer, jax.tree.leaves(feedback))):
         jax.eval_shape(lambda: sync_feedback(params, state, 0))  # raises where a rule needs floats
     return state
@@ -247,6 +265,22 @@ def sync_feedback(params: chex.ArrayTree, state: FeedbackState, step: ArrayLike)
         Liao, Leibo, Poggio. How important is weight symmetry in backpropagation? AAAI, 2016.
         https://arxiv.org/abs/1510.05067
     """
+    return sync_feedback_unless(False, params, state, step)
+
+
+def sync_feedback_unless(
+    held_back: ArrayLike, params: chex.ArrayTree, state: FeedbackState, step: ArrayLike
+) -> FeedbackState:
+    """As `sync_feedback`; where `held_back`, a boolean scalar, is true, it leaves the state alone.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> params = {"kernel": jnp.array([[2.0, -3.0]])}
+        >>> state = init_feedback(jax.random.key(0), params, rules.SignSync(magnitude="unit"))
+        >>> new = sync_feedback_unless(True, params, state, 20).feedback["kernel"]
+        >>> new - state.feedback["kernel"]
+        Array([[0., 0.]], dtype=float32)
+    """
     if not isinstance(state, FeedbackState):
         raise ValueError(
             f"state is a {type(state).__name__}; expected the FeedbackState that init_feedback "
@@ -255,41 +289,185 @@ def sync_feedback(params: chex.ArrayTree, state: FeedbackState, step: ArrayLike)
     step = _as_step(step)
     pairs = trees.pairs(params, state.feedback)
     new: dict[trees.Path, jax.Array] = {}
+    memory = dict(state.memory)
     for pattern, rule, paths in _rules_of(state.rule, list(pairs)):
         if type(rule) is rules.Fixed or not paths:
             continue
-        kernels, feedback = ({path: pairs[path][i] for path in paths} for i in (0, 1))
+        kernels = {path: lax.stop_gradient(pairs[path][0]) for path in paths}
+        old = {path: pairs[path][1] for path in paths}
+        remembered = {name: memory[name] for name in map(_name, paths) if name in memory}
         period = state.period if pattern is None else state.period[pattern]
-        new |= _sync(rule, kernels, feedback, period, state.key, step)
-    synced = trees.map_pairs(lambda path, w, b: new.get(path, b), params, state.feedback)
-    return dataclasses.replace(state, feedback=synced)
+        synced, learnt = _sync(rule, kernels, old, remembered, period, state.key, step, held_back)
+        new |= synced
+        memory |= learnt
+    feedback = trees.map_pairs(lambda path, w, b: new.get(path, b), params, state.feedback)
+    return dataclasses.replace(state, feedback=feedback, memory=memory)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # a call outside `jit` then compiles only once
-def _sync(rule, kernels, feedback, period, key, step):
-    """Applies one rule to feedback by path, if its turn has come."""
+def _sync(rule, kernels, feedback, memory, period, key, step, held_back):
+    """Applies one rule to feedback by path and memory by name, if its turn has come."""
+    # A traced period may be anything; below 1 no turn ever comes.
+    period = period.astype(step.dtype)
+    its_turn = (step % jnp.maximum(period, 1) == 0) & (period >= 1) & jnp.logical_not(held_back)
+    return _apply_if(rule, its_turn, kernels, jax.random.fold_in(key, step), feedback, memory)
 
-    def one(path, leaf, key):
-        new = rule(lax.stop_gradient(kernels[path]), leaf, _fold_in_path(key, path))
-        _check_drawn(f"{rule} returned", new, leaf.shape, leaf.dtype, path)
-        if _is_integer(leaf) and not _is_integer(new):
+
+CONDITIONALS_IN_PLACE = jax.__version_info__ >= (0, 11)
+"""Whether XLA for GPU leaves what passes through a conditional where it is.
+
+Before JAX 0.11 it copies it, at every step and beside the original: compiled for an H100, feedback
+is there twice. A loop of one trip or none is written in place in all versions, but reads its
+condition back to the host: on an H100 a step of 784-256-10 takes 44 µs, with a conditional 31."""
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _apply_if(rule, its_turn, kernels, key, feedback, memory):
+    """Applies the rule once or not at all, without a copy of what it leaves alone."""
+    if CONDITIONALS_IN_PLACE:
+        apply = functools.partial(_apply, rule, kernels, key)
+        return lax.cond(its_turn, apply, lambda *old: old, feedback, memory)
+
+    def once(carry):
+        trips, feedback, memory = carry
+
+        def here(x):
+            """`x`; else XLA would compute what follows from it before the loop, at every step."""
+            return lax.optimization_barrier((trips, x))[1]
+
+        applied = _apply(rule, jax.tree.map(here, kernels), here(key), feedback, memory)
+        # `trips - 1` rather than 0, which under `shard_map` is of another type.
+        return trips - 1, *applied
+
+    carry = its_turn.astype(jnp.int32), feedback, memory
+    return lax.while_loop(lambda carry: carry[0] > 0, once, carry)[1:]
+
+
+@_apply_if.defjvp
+def _apply_if_jvp(rule, primals, tangents):
+    """By feedback and memory: at a sync the rule's derivative, between syncs the identity."""
+    its_turn, kernels, key, *old = primals
+    kept = tuple(tangents[3:])
+    _, moved = jax.jvp(functools.partial(_apply, rule, kernels, key), tuple(old), kept)
+
+    def select(moved, kept):
+        is_integer = kept.dtype == jax.dtypes.float0
+        return kept if is_integer else jnp.where(its_turn, moved, kept)
+
+    return _apply_if(rule, *primals), jax.tree.map(select, moved, kept)
+
+
+def _apply(rule, kernels, key, feedback, memory):
+    """The feedback by path and the memory by name that a rule makes of what they were."""
+    new, learnt = {}, {}
+    for path, old in feedback.items():
+        args = kernels[path], old, _fold_in_path(key, path)
+        name = _name(path)
+        if name in memory:
+            made, learnt[name] = _with_memory(rule, args, memory[name], path)
+        else:
+            made = rule(*args)
+        _check_drawn(f"{rule} returned", made, old.shape, old.dtype, path)
+        if _is_integer(old) and not _is_integer(made):
             raise ValueError(
-                f"{rule} returned {jnp.result_type(new)} for {trees.show(path)}, whose feedback is "
-                f"stored as {leaf.dtype}, which would cut them off to whole numbers. Store it as "
+                f"{rule} returned {jnp.result_type(made)} for {trees.show(path)}, whose feedback "
+                f"is stored as {old.dtype}, which would cut them off to whole numbers. Store it as "
                 "floating point (bfloat16, say), or use Fixed(), or SignSync with 'unit' or "
                 "'preserve'. A rule of your own whose values are whole numbers returns them "
                 "`.astype(feedback.dtype)`."
             )
-        return jnp.asarray(new).astype(leaf.dtype)
+        new[path] = jnp.asarray(made).astype(old.dtype)
+    return new, learnt
 
-    def apply(feedback):
-        now = jax.random.fold_in(key, step)
-        return {path: one(path, leaf, now) for path, leaf in feedback.items()}
 
-    # A traced period may be anything; below 1 no turn ever comes.
-    period = period.astype(step.dtype)
-    its_turn = (step % jnp.maximum(period, 1) == 0) & (period >= 1)
-    return lax.cond(its_turn, apply, lambda feedback: feedback, feedback)
+def _with_memory(rule, args, memory, path):
+    """Calls a rule that has a memory; ValueError unless it returns the two, the memory alike."""
+    made = rule(*args, memory)
+    if not (isinstance(made, tuple) and len(made) == 2):
+        raise ValueError(
+            f"{rule} returned a {type(made).__name__} for {trees.show(path)}; expected (feedback, "
+            "memory), since its `init` returned a memory."
+        )
+    feedback, learnt = made
+
+    def type_of(tree):
+        return jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), tree)
+
+    if type_of(learnt) != type_of(memory):
+        raise ValueError(
+            f"{rule} returned a memory of {type_of(learnt)} for {trees.show(path)}; expected "
+            f"{type_of(memory)}, the shapes and dtypes that its `init` gave."
+        )
+    return feedback, learnt
+
+
+def _memory_of(static, pairs, key):
+    """What each rule remembers at the start, by name, of the rules that do."""
+    memory = {}
+    for _, rule, paths in _rules_of(static, list(pairs), complete=True):
+        for path in paths:
+            own = rule.init(*pairs[path], _fold_in_path(key, path))
+            if own is None:
+                continue
+            if _name(path) in memory:
+                raise ValueError(
+                    f"two kernels are called {_name(path)!r} where '/' joins the parts of a path; "
+                    f"expected one, since what {rule} remembers is kept by that name."
+                )
+            memory[_name(path)] = jax.tree.map(jnp.array, own)  # a copy, which can be donated
+    return memory
+
+
+def _name(path):
+    return "/".join(path)
+
+
+def feedback_of(
+    params: chex.ArrayTree, rule: rules.Rule, *, where: trees.Where = None
+) -> chex.ArrayTree:
+    """Feedback that its kernels alone decide, computed where it is used: nothing is stored.
+
+    That is a sync at every step, as fast as one of stored feedback or faster:
+
+        loss_fa(params, feedback_of(params, SignSync(magnitude="unit")), batch)
+
+    Args:
+        params: the parameters.
+        rule: one that reads the kernel alone: `SignSync` with "unit", "glorot" or "kernel", or
+            `Transport(rate=1)`. Its period must be 1.
+        where: as in `init_feedback`.
+
+    Returns:
+        The feedback tree, with None for leaves without. No gradient flows from it to `params`.
+
+    Raises:
+        ValueError: for another rule, or as `init_feedback` for `where`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"kernel": jnp.array([[2.0, -3.0]]), "bias": jnp.zeros(2)}
+        >>> feedback_of(params, rules.SignSync(magnitude="unit"))
+        {'bias': None, 'kernel': Array([[ 1., -1.]], dtype=float32)}
+    """
+    reads_kernel_alone = (
+        isinstance(rule, rules.SignSync) and rule.magnitude in ("unit", "glorot", "kernel")
+    ) or rule == rules.Transport()
+    if not (reads_kernel_alone and rule.period == 1):
+        raise ValueError(
+            f"rule is {rule!r}; expected one that reads the kernel alone, at every step: "
+            "SignSync(magnitude='unit'), 'glorot' or 'kernel', or Transport(). For others keep "
+            "feedback in a state: init_feedback, sync_feedback."
+        )
+    chosen = trees.select(params, where)
+    key = jax.random.key(0)  # these rules draw nothing
+
+    def one(keys, kernel):
+        if trees.path_of(keys) not in chosen:
+            return None
+        kernel = lax.stop_gradient(kernel)
+        return jnp.asarray(rule(kernel, kernel, key)).astype(kernel.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _as_step(step) -> jax.Array:
@@ -348,32 +526,21 @@ def _rules_of(static, paths, *, complete=False):
     return out
 
 
-def _check_dtype(dtype):
-    if dtype is None:
-        return
-    try:
-        dtype = np.dtype(dtype)
-        if jnp.issubdtype(dtype, jnp.signedinteger):
-            serves = jnp.iinfo(dtype).max >= 1
-        else:  # XLA makes no arrays of 6 bits
-            info = jnp.finfo(dtype) if jnp.issubdtype(dtype, jnp.floating) else None
-            serves = info is not None and bool(info.min < 0) and info.bits != 6
-    except (TypeError, ValueError):  # no dtype at all, or no number's
-        serves = False
-    if not serves:
+def _used(where, static, pairs) -> dict[trees.Path, np.dtype]:
+    """Where feedback is used in fewer bits, and no rule adds small steps up: the dtype, by path."""
+    if not hasattr(where, "rows"):
         raise ValueError(
-            f"dtype is {dtype!r}; expected a floating-point dtype of jax.numpy that holds both "
-            "signs, such as jax.numpy.bfloat16, a signed integer one such as jax.numpy.int8 for "
-            "signs, or None for the kernel's."
+            "dtype='used' needs to know in which dtype products take feedback; expected "
+            "where=soap_jax.explain(fun, params, *args) beside it. Or give the dtype itself, such "
+            "as jax.numpy.bfloat16."
         )
-
-
-def _stored(leaf, dtype):
-    """Feedback as `dtype` holds it: rounded, or its signs."""
-    if dtype is None:
-        return leaf
-    leaf = jnp.asarray(leaf)
-    return (jnp.sign(leaf) if jnp.issubdtype(dtype, jnp.integer) else leaf).astype(dtype)
+    used = {row.path: row.used for row in where.rows}
+    return {
+        path: used[path]
+        for _, rule, paths in _rules_of(static, list(pairs), complete=True)
+        for path in paths
+        if not rule.accumulates and used[path].itemsize < pairs[path][1].dtype.itemsize
+    }
 
 
 def _is_integer(leaf):
@@ -408,16 +575,10 @@ def _draw_matched(key, kernel, path):
             " or call init_feedback within jax.eval_shape."
         )
     wide = dtypes.wide(kernel)
-    magnitude = jnp.abs(jnp.asarray(kernel).astype(wide))
-    largest = jnp.max(magnitude)
-    size = jnp.sqrt(jnp.mean(jnp.square(magnitude)))
-    # Squares of the largest and the smallest numbers leave the range.
-    divisor = jnp.where(largest > 0, largest, 1)
-    scaled = divisor * jnp.sqrt(jnp.mean(jnp.square(magnitude / divisor)))
-    size = jnp.where((size > 0) & jnp.isfinite(size), size, scaled)
+    size = rules.root_mean_square(jnp.asarray(kernel))
     *window, fan_in, fan_out = (1, 1, *kernel.shape) if kernel.ndim < 2 else kernel.shape
     glorot = math.sqrt(2 / (math.prod(window) * (fan_in + fan_out)))
-    size = jnp.where(largest > 0, size, glorot)
+    size = jnp.where(size > 0, size, glorot)
     return (size * jax.random.normal(key, kernel.shape, wide)).astype(kernel.dtype)
 
 

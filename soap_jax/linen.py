@@ -1,8 +1,8 @@
 """Flax Linen layers that learn by feedback alignment, and by direct feedback.
 
-The layers with a kernel are Flax's own, with all their arguments, plus `feedback_init`. The forward
-pass, the parameters and their gradients are Flax's; only the way back to the layer's input goes
-through the variable `feedback/<layer>/kernel` in place of `params/<layer>/kernel`:
+The layers with a kernel are Flax's own, with all their arguments and a few more. The forward pass,
+the parameters and their gradients are Flax's; only the way back to the layer's input goes through
+the variable `feedback/<layer>/kernel` in place of `params/<layer>/kernel`:
 
     model = nn.Sequential([nn.Dense(256), nn.tanh, FeedbackDense(10)])
     variables = model.init({"params": key, "feedback": other_key}, x)
@@ -14,6 +14,15 @@ cotangent): use Flax's own there. In lifted transforms name the collection besid
 `nn.scan(..., variable_axes={"params": 0, "feedback": 0}, split_rngs={"params": True, "feedback":
 True})`. The leaf `None` in place of feedback runs that layer by exact backpropagation, and so does
 a missing leaf in a collection that is there.
+
+Layers that Flax makes itself, such as the projections of attention, take feedback by
+`qkv_dot_general_cls=FeedbackDotGeneral`; what has no such hook, such as recurrent cells, by
+`soap_jax.with_feedback`.
+
+Feedback is stored in its kernel's dtype, as checkpoints and metrics have it. Where a layer computes
+in fewer bits (`dtype=jnp.bfloat16`, params in float32) it is cast at every step;
+`feedback_dtype=jnp.bfloat16` stores it so instead. Training has the same bits for the rules for
+which `init_feedback(dtype="used")` would do so.
 
 Feedback keeps its kernel's box (`nn.Partitioned`), so that it is sharded alike. Under
 `flax.nnx.bridge.ToNNX`, which has one name for each variable of a module, give the layers
@@ -41,74 +50,60 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from jax import lax
+from jax.typing import DTypeLike
 
-from soap_jax import direct, ops, trees
+from soap_jax import direct, dtypes, ops, trees
 from soap_jax.feedback import glorot_normal
 
 COLLECTION = "feedback"
 PROJECTION = "projection"
 
 
-class _FeedbackLayer(nn.Module, kw_only=True):
-    """Mixin before one of Flax's layers: a bilinear op of input and kernel, and perhaps a bias."""
+class _Feedback(nn.Module, kw_only=True):
+    """The feedback of one kernel: its options, how it is made, and how it is read."""
 
     feedback_init: nn.initializers.Initializer | None = None
     feedback_bar: ops.FeedbackBar = None
     feedback_name: str = "kernel"
-
-    @nn.nowrap  # Flax's own `__call__` is; twice would record its intermediates twice
-    def __call__(self, inputs: jax.Array, *args, **kwargs) -> jax.Array:
-        """Applies Flax's layer; its input's cotangent goes through feedback."""
-        if self.is_initializing():
-            # First, so that it draws what Flax's layer draws.
-            y = super().__call__(inputs, *args, **kwargs)
-            if not self.has_variable(COLLECTION, self.feedback_name):
-                if not self.is_mutable_collection(COLLECTION):
-                    raise ValueError(self._no_collection())
-                twin = self._flax_layer(kernel_init=self.feedback_init or self.kernel_init)
-                drawn = twin.init(self.make_rng(COLLECTION), inputs, *args, **kwargs)
-                feedback = drawn["params"]["kernel"]
-                kernel: Any = self.get_variable("params", "kernel")
-                if _is_boxed(kernel) and not _is_boxed(feedback):
-                    feedback = kernel.replace_boxed(feedback)
-                trees.check_feedback(meta.unbox(feedback), meta.unbox(kernel), self._feedback_path)
-                self.put_variable(COLLECTION, self.feedback_name, feedback)
-            return y
-        feedback = self._read_feedback()
-        if feedback is None:
-            return super().__call__(inputs, *args, **kwargs)
-        kernel = meta.unbox(self.get_variable("params", "kernel"))
-        trees.check_feedback(feedback, kernel, self._feedback_path)
-        if getattr(self, "mask", None) is not None:  # out here, where a traced mask is an argument
-            mask = jnp.asarray(self.mask).astype(kernel.dtype)
-            feedback = ops.cast_feedback(feedback, kernel) * mask
-        linear = self._flax_layer()
-        flax_call = super().__call__
-
-        def op(x, kernel):
-            return linear.apply({"params": {"kernel": kernel}}, x, *args, **kwargs)
-
-        def forward(x):
-            return flax_call(x, *args, **kwargs)
-
-        return ops.through_feedback(
-            op, inputs, kernel, feedback, forward=forward, feedback_bar=self.feedback_bar
-        )
-
-    def _flax_layer(self, **changes):
-        """Flax's own layer with this one's fields, without a bias: bilinear in input and kernel."""
-        layer = next(c for c in type(self).__mro__ if c.__module__.startswith("flax."))
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(layer) if f.init}
-        if "mask" in fields:
-            fields["mask"] = None
-        return layer(**fields | {"parent": None, "name": None, "use_bias": False} | changes)
+    feedback_dtype: DTypeLike | None = None
 
     @property
-    def _feedback_path(self):
-        return (*self.path, self.feedback_name)
+    def _layer(self):
+        """The module whose kernel it is, and beside whose kernel it lies."""
+        return self
+
+    @property
+    def _path(self):
+        return (*self._layer.path, self.feedback_name)
+
+    @nn.nowrap  # as what follows, or tables of a model would list it
+    def _make(self, twin, *args, **kwargs):
+        """Draws it, if it is not there yet, as the twin draws a kernel."""
+        layer = self._layer
+        if layer.has_variable(COLLECTION, self.feedback_name):
+            return
+        if not layer.is_mutable_collection(COLLECTION):
+            raise ValueError(self._no_collection())
+        dtypes.check_stored(self.feedback_dtype, "feedback_dtype")
+        drawn = twin.init(layer.make_rng(COLLECTION), *args, **kwargs)["params"]["kernel"]
+        kernel: Any = layer.get_variable("params", "kernel")
+        if _is_boxed(kernel) and not _is_boxed(drawn):
+            drawn = kernel.replace_boxed(drawn)
+        trees.check_feedback(meta.unbox(drawn), meta.unbox(kernel), self._path)
+        stored = jax.tree.map(lambda leaf: dtypes.stored(leaf, self.feedback_dtype), drawn)
+        layer.put_variable(COLLECTION, self.feedback_name, stored)
+
+    @nn.nowrap
+    def _read(self):
+        layer = self._layer
+        assert layer.scope is not None  # Flax has bound the module
+        if COLLECTION not in layer.scope.root.variables():
+            raise ValueError(self._no_collection())
+        return meta.unbox(layer.get_variable(COLLECTION, self.feedback_name))
 
     def _no_collection(self):
-        path = "/".join(self.path)
+        path = "/".join(self._layer.path)
         return (
             f"{type(self).__name__} at {path or 'the top'} found no collection 'feedback'. "
             "Pass it beside the parameters:\n"
@@ -118,11 +113,43 @@ class _FeedbackLayer(nn.Module, kw_only=True):
             "For exact backpropagation pass None as the layer's leaf."
         )
 
-    def _read_feedback(self):
-        assert self.scope is not None  # Flax has bound the module
-        if COLLECTION not in self.scope.root.variables():
-            raise ValueError(self._no_collection())
-        return meta.unbox(self.get_variable(COLLECTION, self.feedback_name))
+
+class _FeedbackLayer(_Feedback, kw_only=True):
+    """Mixin before one of Flax's layers: a bilinear op of input and kernel, and perhaps a bias.
+
+    One mechanism for all five. Flax's hooks for products are none: two of the layers lack them, and
+    they see neither a mask nor the output, which `feedback_bar` may ask for.
+    """
+
+    @nn.nowrap  # Flax's own `__call__` is; twice would record its intermediates twice
+    def __call__(self, inputs: jax.Array, *args, **kwargs) -> jax.Array:
+        """Applies Flax's layer; its input's cotangent goes through feedback."""
+        if self.is_initializing():
+            # First, so that it draws what Flax's layer draws.
+            y = super().__call__(inputs, *args, **kwargs)
+            twin = self._flax_layer(kernel_init=self.feedback_init or self.kernel_init)
+            self._make(twin, inputs, *args, **kwargs)
+            return y
+        feedback = self._read()
+        linear, flax_call = self._flax_layer(), super().__call__
+        return ops.through_feedback(
+            lambda x, kernel: linear.apply({"params": {"kernel": kernel}}, x, *args, **kwargs),
+            inputs,
+            meta.unbox(self.get_variable("params", "kernel")),
+            feedback,
+            forward=lambda x: flax_call(x, *args, **kwargs),
+            feedback_bar=self.feedback_bar,
+            mask=getattr(self, "mask", None),
+            path=self._path,
+        )
+
+    def _flax_layer(self, **changes):
+        """Flax's own layer with this one's fields, without a bias: bilinear in input and kernel."""
+        layer = next(c for c in type(self).__mro__ if c.__module__.startswith("flax."))
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(layer) if f.init}
+        if "mask" in fields:
+            fields["mask"] = None
+        return layer(**fields | {"parent": None, "name": None, "use_bias": False} | changes)
 
 
 def _is_boxed(leaf) -> bool:
@@ -134,15 +161,17 @@ class FeedbackDense(_FeedbackLayer, nn.Dense):
 
     Attributes:
         feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
-            start of one size; every attribute but these three is Flax's. (Where `kernel_init` gives
+            start of one size; every attribute but these four is Flax's. (Where `kernel_init` gives
             zeros, give another: zeros send back no error.)
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
         feedback_name: the variable's name in the collection, "kernel" or, for `nnx.bridge.ToNNX`,
             "feedback".
+        feedback_dtype: of what is stored, by default the kernel's; see the module's docstring. A
+            signed integer dtype stores signs.
 
     Raises:
-        ValueError: in `apply`, without the collection "feedback" or with feedback of a shape that
-            is not the kernel's.
+        ValueError: in `init`, if nothing can be stored in `feedback_dtype`; in `apply`, without the
+            collection "feedback" or with feedback of a shape that is not the kernel's.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -159,17 +188,7 @@ class FeedbackDense(_FeedbackLayer, nn.Dense):
 class FeedbackDenseGeneral(_FeedbackLayer, nn.DenseGeneral):
     """Feedback-alignment `nn.DenseGeneral`: a dense layer over any axes.
 
-    Attributes:
-        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
-            start of one size; every attribute but these three is Flax's. (Where `kernel_init` gives
-            zeros, give another: zeros send back no error.)
-        feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
-        feedback_name: the variable's name in the collection, "kernel" or, for `nnx.bridge.ToNNX`,
-            "feedback".
-
-    Raises:
-        ValueError: in `apply`, without the collection "feedback" or with feedback of a shape that
-            is not the kernel's.
+    Its attributes are Flax's, and those of `FeedbackDense` that begin with `feedback_`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -177,26 +196,13 @@ class FeedbackDenseGeneral(_FeedbackLayer, nn.DenseGeneral):
         >>> variables = layer.init(jax.random.key(0), jnp.ones((4, 3)))
         >>> variables["feedback"]["kernel"].shape
         (3, 2, 5)
-
-    References:
-        Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
     """
 
 
 class FeedbackEinsum(_FeedbackLayer, nn.Einsum):
     """Feedback-alignment `nn.Einsum`: an einsum of the input with the kernel.
 
-    Attributes:
-        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
-            start of one size; every attribute but these three is Flax's. (Where `kernel_init` gives
-            zeros, give another: zeros send back no error.)
-        feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
-        feedback_name: the variable's name in the collection, "kernel" or, for `nnx.bridge.ToNNX`,
-            "feedback".
-
-    Raises:
-        ValueError: in `apply`, without the collection "feedback" or with feedback of a shape that
-            is not the kernel's.
+    Its attributes are Flax's, and those of `FeedbackDense` that begin with `feedback_`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -204,26 +210,13 @@ class FeedbackEinsum(_FeedbackLayer, nn.Einsum):
         >>> variables = layer.init(jax.random.key(0), jnp.ones((4, 3)))
         >>> variables["feedback"]["kernel"].shape
         (3, 2)
-
-    References:
-        Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
     """
 
 
 class FeedbackConv(_FeedbackLayer, nn.Conv):
     """Feedback-alignment `nn.Conv`: a convolution over `(batch, *spatial, features)`.
 
-    Attributes:
-        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
-            start of one size; every attribute but these three is Flax's. (Where `kernel_init` gives
-            zeros, give another: zeros send back no error.)
-        feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
-        feedback_name: the variable's name in the collection, "kernel" or, for `nnx.bridge.ToNNX`,
-            "feedback".
-
-    Raises:
-        ValueError: in `apply`, without the collection "feedback" or with feedback of a shape that
-            is not the kernel's.
+    Its attributes are Flax's, and those of `FeedbackDense` that begin with `feedback_`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -231,26 +224,13 @@ class FeedbackConv(_FeedbackLayer, nn.Conv):
         >>> variables = layer.init(jax.random.key(0), jnp.ones((4, 8, 8, 1)))
         >>> variables["feedback"]["kernel"].shape
         (3, 3, 1, 2)
-
-    References:
-        Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
     """
 
 
 class FeedbackConvTranspose(_FeedbackLayer, nn.ConvTranspose):
     """Feedback-alignment `nn.ConvTranspose`: a transposed convolution.
 
-    Attributes:
-        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
-            start of one size; every attribute but these three is Flax's. (Where `kernel_init` gives
-            zeros, give another: zeros send back no error.)
-        feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
-        feedback_name: the variable's name in the collection, "kernel" or, for `nnx.bridge.ToNNX`,
-            "feedback".
-
-    Raises:
-        ValueError: in `apply`, without the collection "feedback" or with feedback of a shape that
-            is not the kernel's.
+    Its attributes are Flax's, and those of `FeedbackDense` that begin with `feedback_`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -258,10 +238,62 @@ class FeedbackConvTranspose(_FeedbackLayer, nn.ConvTranspose):
         >>> variables = layer.init(jax.random.key(0), jnp.ones((4, 8, 8, 1)))
         >>> variables["feedback"]["kernel"].shape
         (3, 3, 1, 2)
-
-    References:
-        Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
     """
+
+
+class FeedbackDotGeneral(_Feedback):
+    """Feedback for layers that Flax makes itself: a `dot_general_cls`.
+
+    In `nn.Dense`, `nn.DenseGeneral` and what is made of them, such as the four projections of
+    attention,
+
+        own = FeedbackDotGeneral
+        nn.MultiHeadDotProductAttention(4, qkv_dot_general_cls=own, out_dot_general_cls=own)
+
+    it makes `nn.Dense(10, dot_general_cls=FeedbackDotGeneral)` what `FeedbackDense(10)` is: the
+    feedback lies at the kernel's path, `feedback/<layer>/kernel`, and is drawn alike. Its own
+    attributes, given by `functools.partial`, are those of `FeedbackDense`; only a `feedback_bar`
+    that is a function sees the product in the place of the layer, without the bias and in the dtype
+    of the computation. Recurrent cells have no such hook: see `soap_jax.with_feedback`.
+
+    Raises:
+        ValueError: as `FeedbackDense`; or if what calls it is no layer with a `dot_general_cls` and
+            a param "kernel".
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> layer = nn.MultiHeadDotProductAttention(2, qkv_dot_general_cls=FeedbackDotGeneral)
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 5, 6)))
+        >>> jax.tree.map(jnp.shape, variables["feedback"]["query"])
+        {'kernel': (6, 2, 3)}
+    """
+
+    @property
+    def _layer(self):
+        return self.parent
+
+    @nn.nowrap
+    def __call__(self, x: jax.Array, kernel: jax.Array, *args, **kwargs) -> jax.Array:
+        """Applies `jax.lax.dot_general`; the cotangent of `x` goes through feedback."""
+        layer = self._layer
+        has_hook = hasattr(layer, "dot_general_cls") and layer.has_variable("params", "kernel")
+        if isinstance(layer, _Feedback) or not has_hook:
+            raise ValueError(
+                f"FeedbackDotGeneral was called within {type(layer).__name__}; expected a layer of "
+                "Flax with a param 'kernel': nn.Dense(10, dot_general_cls=FeedbackDotGeneral)."
+            )
+
+        def product(x, kernel):
+            return lax.dot_general(x, kernel, *args, **kwargs)
+
+        if layer.is_initializing():
+            init = self.feedback_init or layer.kernel_init
+            none = {"parent": None, "name": None, "dot_general": None, "dot_general_cls": None}
+            self._make(layer.clone(**none, kernel_init=init), x)
+            return product(x, kernel)
+        return ops.through_feedback(
+            product, x, kernel, self._read(), feedback_bar=self.feedback_bar, path=self._path
+        )
 
 
 class _Projections(nn.Module, kw_only=True):
@@ -470,13 +502,7 @@ class DirectStack(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns the activations after every block."""
-        if not hasattr(self.length, "__index__"):
-            raise ValueError(
-                f"length is a {type(self.length).__name__}; expected an integer: "
-                "DirectStack(block, length)."
-            )
-        if self.length < 1:
-            raise ValueError(f"length is {self.length}; expected 1 or more.")
+        direct.check_length(self.length, "DirectStack(block, length)")
         if not isinstance(self.block, nn.Module):
             kind = "class" if isinstance(self.block, type) else type(self.block).__name__
             raise ValueError(f"block is a {kind}; expected an instance, such as nn.Dense(64).")

@@ -6,6 +6,14 @@ the angle of a zero tensor to anything is NaN.
 Metrics of weights take `(params, feedback)`, as `sync_feedback` does, and return a tree of scalars
 of feedback's structure. Metrics of one layer's error take `(y_bar, kernel, feedback)`, where
 `y_bar`, the cotangent of the layer's output, is the error e of the papers.
+
+Loggers want numbers by one name: `soap_jax.trees.named` makes any of these trees flat.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"in": {"kernel": jnp.eye(2)}, "out": {"kernel": jnp.eye(2)}}
+    >>> feedback = {"in": None, "out": {"kernel": -jnp.eye(2)}}
+    >>> trees.named({"weight_angle": weight_angle(params, feedback)})
+    {'weight_angle/out/kernel': Array(180., dtype=float32)}
 """
 
 from __future__ import annotations
@@ -21,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from soap_jax import dtypes, ops, trees
+from soap_jax import dtypes, ops, rules, trees
 
 
 def angle(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
@@ -329,6 +337,78 @@ def angles_by_example(a: jax.Array, b: jax.Array, batch_size: int) -> jax.Array:
     """
     axes = [axis for axis, length in enumerate(jnp.shape(a)) if length == batch_size]
     return jax.vmap(angle, in_axes=axes[0])(a, b) if axes else angle(a, b)
+
+
+def effective_rank(errors: chex.ArrayTree, *, batch_size: int | None = None) -> chex.ArrayTree:
+    """Effective rank of a batch's errors, layer by layer: in how many directions they point.
+
+        exp(- Σ pᵢ log pᵢ),    p = σ / Σ σ
+
+    where σ are the singular values of the errors as a matrix, a row for each example. It is 1 where
+    all examples have their error along one line, and n for n orthogonal ones of equal length; never
+    more than the rank. The errors of feedback alignment have a lower one than backprop's.
+
+    Of several errors of one example, as at the places of an image, `x.reshape(-1, channels)` makes
+    rows of their own; as they are, they are one long row.
+
+    Singular values are those of the R of a QR decomposition, in float32 exact to their seventh
+    digit beside the largest. (The eigenvalues of the Gram matrix are cheaper and know only values
+    above 1/200 of the largest: of a feedback-aligned layer's rank they miss up to a tenth.) For 256
+    examples at 256 units that is 6 ms on one core of a CPU: measure every so many steps
+    (`soap_jax.record_alignment`), or fewer examples, 0.5 ms for 64.
+
+    Args:
+        errors: `(batch, ...)`; or a tree of such arrays, as of `soap_jax.transform.layer_errors`.
+        batch_size: the number of examples. The first axis of this length is taken for theirs, so
+            that the errors of a scan over time fit, too; by default the first axis.
+
+    Returns:
+        A tree of the same structure of scalars from 1 to min(batch, size); 0 for errors of zero,
+        NaN where one is not finite.
+
+    Raises:
+        ValueError: if an array has fewer than two axes, is empty, or has no axis of the batch.
+
+    Example:
+        >>> import functools, jax, jax.numpy as jnp
+        >>> from soap_jax import record_alignment, transform
+        >>> effective_rank({"one": jnp.ones((3, 2)), "three": 5 * jnp.eye(3)})["three"].round(4)
+        Array(3., dtype=float32)
+        >>> def loss(params, x):
+        ...     return jnp.sum(jnp.tanh(x @ params["in"]) @ params["out"])
+        >>> def error_rank(x, params, feedback):
+        ...     return effective_rank(transform.layer_errors(loss)(params, feedback, x))
+        >>> params = {"in": jnp.eye(3), "out": jnp.ones((3, 1))}
+        >>> chosen = {"error_rank": functools.partial(error_rank, jnp.eye(3))}
+        >>> row = record_alignment(chosen, params, {"out": -params["out"]}, step=0, period=100)
+        >>> row.values["error_rank/out"].round(4)
+        Array(1., dtype=float32)
+
+    References:
+        Olivier Roy, Martin Vetterli. The effective rank: a measure of effective dimensionality.
+        EUSIPCO, 2007. https://infoscience.epfl.ch/record/110188
+        Gauthier Boeshertz, Razvan Pascanu, Claudia Clopath. Overcoming rank collapse in feedback
+        alignment. 2026 (the rank of errors; its formula was not read). https://arxiv.org/abs/2606.11123
+    """
+
+    def one(keys, x):
+        shape = jnp.shape(x)
+        num = shape[0] if batch_size is None and shape else batch_size
+        if len(shape) < 2 or 0 in shape or num not in shape:
+            where = "/".join(trees.path_of(keys))
+            raise ValueError(
+                f"the error{where and f' at {where}'} has the shape {shape}; expected (batch, ...) "
+                f"with {'one example or more' if batch_size is None else f'{num} examples'}."
+            )
+        _, (x,) = _scaled(dtypes.widen(x))
+        rows = jnp.moveaxis(rules.replicated(x), shape.index(num), 0).reshape(num, -1)
+        tall = rows if rows.shape[0] >= rows.shape[1] else rows.T
+        values = jnp.linalg.svd(jnp.linalg.qr(tall, mode="r"), compute_uv=False)
+        total = jnp.sum(values)
+        share = values / jnp.where(total == 0, 1, total)
+        return jnp.where(total == 0, 0, jnp.exp(jnp.sum(jax.scipy.special.entr(share))))
+
+    return jax.tree_util.tree_map_with_path(one, errors)
 
 
 def path_angle(kernels: Sequence[jax.Array], feedback: Sequence[jax.Array]) -> jax.Array:

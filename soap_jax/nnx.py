@@ -1,8 +1,8 @@
 """Flax NNX layers that learn by feedback alignment, and by direct feedback.
 
-The layers with a kernel are Flax's own, with all their arguments, plus `feedback_init`. The forward
-pass, the parameters and their gradients are Flax's; only the way back to the layer's input goes
-through `layer.feedback` in place of `layer.kernel`. `Feedback` is a variable type of its own, not a
+The layers with a kernel are Flax's own, with all their arguments and a few more. The forward pass,
+the parameters and their gradients are Flax's; only the way back to the layer's input goes through
+`layer.feedback` in place of `layer.kernel`. `Feedback` is a variable type of its own, not a
 `Param`, so that no optimiser sees it:
 
     params, feedback = nnx.state(model, nnx.Param), nnx.state(model, Feedback)
@@ -14,6 +14,20 @@ The same `rngs` give the same kernels as in a model of plain Flax layers, whethe
 stream `feedback` or not, so runs with and without feedback are paired. The first layer of a model
 needs no feedback (nobody uses its input's cotangent): use Flax's own there. The value `None` in
 place of feedback runs that layer by exact backpropagation.
+
+Layers that Flax makes itself can be replaced. (Its hooks for products do not know which layer they
+serve.) Of attention, and of a GRU's cell:
+
+    for name in ("query", "key", "value"):
+        layer = FeedbackLinearGeneral(6, (heads, size), rngs=rngs)
+        layer.kernel, layer.bias = getattr(attention, name).kernel, getattr(attention, name).bias
+        setattr(attention, name, layer)
+    cell.dense_h = FeedbackLinear(4, 12, use_bias=False, rngs=rngs)
+
+Feedback is stored in its kernel's dtype, as checkpoints and metrics have it. Where a layer computes
+in fewer bits (`dtype=jnp.bfloat16`, params in float32) it is cast at every step;
+`feedback_dtype=jnp.bfloat16` stores it so instead. Training has the same bits for the rules for
+which `init_feedback(dtype="used")` would do so.
 
 Direct feedback (`soap_jax.direct`) has no kernels whose place it could take, so its projections are
 variables of another type, `Projection`, drawn by the same stream of keys:
@@ -33,8 +47,9 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
-from soap_jax import direct, ops, trees
+from soap_jax import direct, dtypes, ops, trees
 from soap_jax.feedback import glorot_normal
 
 
@@ -84,34 +99,30 @@ class _FeedbackLayer(_Base):
         *args,
         feedback_init: nnx.Initializer | None = None,
         feedback_bar: ops.FeedbackBar = None,
+        feedback_dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
         **kwargs,
     ):
         _check_rngs(rngs)
+        dtypes.check_stored(feedback_dtype, "feedback_dtype")
         feedback_rngs = nnx.Rngs(params=_feedback_key(rngs))
         super().__init__(*args, rngs=rngs, **kwargs)
         if feedback_init is not None:
             kwargs["kernel_init"] = feedback_init
         twin = _flax_layer(type(self))(*args, rngs=feedback_rngs, **kwargs)
-        trees.check_feedback(twin.kernel[...], self.kernel[...], ("feedback",))
+        drawn = twin.kernel[...]
+        trees.check_feedback(drawn, self.kernel[...], ("feedback",))
         # Sharding and whatever else the kernel carries, unless `feedback_init` says otherwise.
         metadata = self.kernel.get_metadata() | twin.kernel.get_metadata()
         metadata.pop("on_create_value", None)  # which made the twin's value
-        self.feedback: Feedback | None = Feedback(twin.kernel[...], **metadata)
+        stored = dtypes.stored(drawn, feedback_dtype)
+        self.feedback: Feedback | None = Feedback(stored, **metadata)
         self.feedback_bar = feedback_bar
 
     def __call__(self, inputs: jax.Array, *args, **kwargs) -> jax.Array:
         """Applies Flax's layer; its input's cotangent goes through feedback."""
         feedback = None if self.feedback is None else self.feedback.get_value()
-        if feedback is None:
-            return super().__call__(inputs, *args, **kwargs)
-        kernel = self.kernel[...]
-        trees.check_feedback(feedback, kernel, ("feedback",))
-        flax_layer = _flax_layer(type(self))
-        if getattr(self, "mask", None) is not None:  # out here, where a traced mask is an argument
-            mask = jnp.asarray(self.mask).astype(kernel.dtype)
-            feedback = ops.cast_feedback(feedback, kernel) * mask
-        flax_call = super().__call__
+        flax_layer, flax_call = _flax_layer(type(self)), super().__call__
         # `op` may close over no traced value: not over the layer, but over its structure.
         graph, state = nnx.split(self)
         shapes = jax.eval_shape(lambda: state)
@@ -122,11 +133,15 @@ class _FeedbackLayer(_Base):
             layer.mask = None
             return flax_layer.__call__(layer, x, *args, **kwargs)
 
-        def forward(x):
-            return flax_call(x, *args, **kwargs)
-
         return ops.through_feedback(
-            op, inputs, kernel, feedback, forward=forward, feedback_bar=self.feedback_bar
+            op,
+            inputs,
+            self.kernel[...],
+            feedback,
+            forward=lambda x: flax_call(x, *args, **kwargs),
+            feedback_bar=self.feedback_bar,
+            mask=getattr(self, "mask", None),
+            path=("feedback",),
         )
 
 
@@ -158,10 +173,13 @@ class FeedbackLinear(_FeedbackLayer, nnx.Linear):
         feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
             start of one size. (Where that gives zeros, give another: zeros send back no error.)
         feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
+        feedback_dtype: of what is stored, by default the kernel's; see the module's docstring. A
+            signed integer dtype stores signs.
         rngs: as in Flax; a stream `feedback`, if there is one, draws the feedback weights.
 
     Raises:
-        ValueError: when called with feedback of a shape that is not the kernel's.
+        ValueError: if nothing can be stored in `feedback_dtype`; and when called with feedback of a
+            shape that is not the kernel's.
 
     Example:
         >>> from flax import nnx
@@ -176,96 +194,48 @@ class FeedbackLinear(_FeedbackLayer, nnx.Linear):
 class FeedbackLinearGeneral(_FeedbackLayer, nnx.LinearGeneral):
     """Feedback-alignment `nnx.LinearGeneral`: a linear layer over any axes.
 
-    Takes the arguments of Flax's layer, and
-
-    Args:
-        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
-            start of one size. (Where that gives zeros, give another: zeros send back no error.)
-        feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
-        rngs: as in Flax; a stream `feedback`, if there is one, draws the feedback weights.
-
-    Raises:
-        ValueError: when called with feedback of a shape that is not the kernel's.
+    Its arguments are Flax's, and those of `FeedbackLinear` that begin with `feedback_`.
 
     Example:
         >>> from flax import nnx
         >>> FeedbackLinearGeneral(3, (2, 5), rngs=nnx.Rngs(0)).feedback.shape
         (3, 2, 5)
-
-    References:
-        Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
     """
 
 
 class FeedbackEinsum(_FeedbackLayer, nnx.Einsum):
     """Feedback-alignment `nnx.Einsum`: an einsum of the input with the kernel.
 
-    Takes the arguments of Flax's layer, and
-
-    Args:
-        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
-            start of one size. (Where that gives zeros, give another: zeros send back no error.)
-        feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
-        rngs: as in Flax; a stream `feedback`, if there is one, draws the feedback weights.
-
-    Raises:
-        ValueError: when called with feedback of a shape that is not the kernel's.
+    Its arguments are Flax's, and those of `FeedbackLinear` that begin with `feedback_`.
 
     Example:
         >>> from flax import nnx
         >>> FeedbackEinsum("bi,io->bo", (3, 2), rngs=nnx.Rngs(0)).feedback.shape
         (3, 2)
-
-    References:
-        Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
     """
 
 
 class FeedbackConv(_FeedbackLayer, nnx.Conv):
     """Feedback-alignment `nnx.Conv`: a convolution over `(batch, *spatial, features)`.
 
-    Takes the arguments of Flax's layer, and
-
-    Args:
-        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
-            start of one size. (Where that gives zeros, give another: zeros send back no error.)
-        feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
-        rngs: as in Flax; a stream `feedback`, if there is one, draws the feedback weights.
-
-    Raises:
-        ValueError: when called with feedback of a shape that is not the kernel's.
+    Its arguments are Flax's, and those of `FeedbackLinear` that begin with `feedback_`.
 
     Example:
         >>> from flax import nnx
         >>> FeedbackConv(1, 2, (3, 3), rngs=nnx.Rngs(0)).feedback.shape
         (3, 3, 1, 2)
-
-    References:
-        Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
     """
 
 
 class FeedbackConvTranspose(_FeedbackLayer, nnx.ConvTranspose):
     """Feedback-alignment `nnx.ConvTranspose`: a transposed convolution.
 
-    Takes the arguments of Flax's layer, and
-
-    Args:
-        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
-            start of one size. (Where that gives zeros, give another: zeros send back no error.)
-        feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
-        rngs: as in Flax; a stream `feedback`, if there is one, draws the feedback weights.
-
-    Raises:
-        ValueError: when called with feedback of a shape that is not the kernel's.
+    Its arguments are Flax's, and those of `FeedbackLinear` that begin with `feedback_`.
 
     Example:
         >>> from flax import nnx
         >>> FeedbackConvTranspose(1, 2, (3, 3), rngs=nnx.Rngs(0)).feedback.shape
         (3, 3, 1, 2)
-
-    References:
-        Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
     """
 
 
@@ -492,13 +462,7 @@ class DirectStack(nnx.Module):
                 f"make_block is a {type(make_block).__name__}; expected a function of rngs, which "
                 "makes a block: `lambda rngs: nnx.Linear(64, 64, rngs=rngs)`."
             )
-        if not hasattr(length, "__index__"):
-            raise ValueError(
-                f"length is a {type(length).__name__}; expected an integer: "
-                "DirectStack(make_block, length, rngs=rngs)."
-            )
-        if length < 1:
-            raise ValueError(f"length is {length}; expected 1 or more.")
+        direct.check_length(length, "DirectStack(make_block, length, rngs=rngs)")
         blocks = [make_block(rngs) for _ in range(length)]
         graph, *states = nnx.split(blocks[0], nnx.Param, ...)
         if kinds := {type(leaf).__name__ for _, leaf in nnx.to_flat_state(states[1])}:

@@ -70,6 +70,9 @@ local loss's gradient."""
 SCOPE = "through_feedback"
 """The name under which profiles show it."""
 
+DIRECT = "direct_feedback"
+"""The name under which profiles show direct feedback, and `soap_jax.transform` knows it."""
+
 MARK = "soap_jax.ops.through_feedback"
 """The name that its kernel gets (`checkpoint_name`), by which `soap_jax.transform` knows it."""
 
@@ -130,10 +133,12 @@ def through_feedback(
     op: BilinearOp,
     x: jax.Array,
     kernel: jax.Array,
-    feedback: jax.Array,
+    feedback: jax.Array | None,
     *,
     forward: Callable[[jax.Array], jax.Array] | None = None,
     feedback_bar: FeedbackBar = None,
+    mask: jax.Array | None = None,
+    path: trees.Path = (),
 ) -> jax.Array:
     """Applies a bilinear op, and on the way back sends its cotangent to `x` through `feedback`.
 
@@ -144,9 +149,12 @@ def through_feedback(
         op: the bilinear op, a pure function that closes over no traced value.
         x: the op's input; its cotangent is the op's own at `(y_bar, feedback)`.
         kernel: the op's kernel.
-        feedback: feedback weights, of the kernel's shape; cast to the kernel's dtype.
+        feedback: feedback weights, of the kernel's shape; cast to the kernel's dtype. None means
+            exact backpropagation.
         forward: `x -> y`, by default `op(x, kernel)`; may add what does not depend on `x` (a bias).
         feedback_bar: feedback's own cotangent; see `feedback_op`.
+        mask: by what `forward`, but not `op`, multiplies the kernel; may be traced.
+        path: feedback's path, for error messages.
 
     Returns:
         `forward(x)`.
@@ -165,8 +173,13 @@ def through_feedback(
         >>> layer(x), jax.grad(lambda x: layer(x).sum())(x)
         (Array([2., 2.], dtype=float32), Array([10., 10.], dtype=float32))
     """
-    trees.check_feedback(feedback, kernel)
     check_feedback_bar(feedback_bar)
+    forward = forward or (lambda x: op(x, kernel))
+    if feedback is None:
+        return forward(x)
+    trees.check_feedback(feedback, kernel, path)
+    if mask is not None:
+        feedback = cast_feedback(feedback, kernel) * jnp.asarray(mask).astype(kernel.dtype)
     x_type, kernel_type = jax.typeof(x), jax.typeof(kernel)
     if not _has_cotangent(feedback):
         feedback_bar = None
@@ -210,7 +223,7 @@ def through_feedback(
 
     f = jax.custom_vjp(f)
     f.defvjp(f_fwd, f_bwd)
-    y = op(detach(x), kernel) if forward is None else forward(detach(x))
+    y = forward(detach(x))
     with jax.named_scope(SCOPE):
         return f(y, x, jax.ad_checkpoint.checkpoint_name(kernel, MARK), feedback)
 
@@ -270,8 +283,6 @@ def feedback_op(op: BilinearOp, *, feedback_bar: FeedbackBar = None) -> Feedback
     def f(x: jax.Array, kernel: jax.Array, feedback: jax.Array | None) -> jax.Array:
         trees.check_kernel(kernel)
         x, kernel = _promote(x, kernel)
-        if feedback is None:
-            return op(x, kernel)
         return through_feedback(op, x, kernel, feedback, feedback_bar=feedback_bar)
 
     return f

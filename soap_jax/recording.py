@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from soap_jax import rules
+from soap_jax import rules, trees
 from soap_jax.feedback import FeedbackState, sync_feedback
 
 Metric = Callable[[chex.ArrayTree, chex.ArrayTree], chex.ArrayTree]
@@ -37,11 +37,12 @@ class Row(NamedTuple):
 
     Attributes:
         step: int32, the number of completed updates; -1 where nothing was measured.
-        values: metrics by name, each a tree of float scalars; NaN where nothing was measured.
+        values: float scalars by metric and path, such as "weight_angle/Dense_1/kernel", as loggers
+            and the tables of `soap_jax.study` have them; NaN where nothing was measured.
     """
 
     step: jax.Array
-    values: dict[str, chex.ArrayTree]
+    values: dict[str, jax.Array]
 
 
 def record_alignment(
@@ -56,7 +57,8 @@ def record_alignment(
 
     Args:
         metrics: by name, such as `{"weight_angle": soap_jax.metrics.weight_angle}`; bind what else
-            a metric needs: `functools.partial(soap_jax.metrics.gradient_angle, gradient)`.
+            a metric needs, such as a batch: `functools.partial(soap_jax.metrics.gradient_angle,
+            gradient)`, or as `soap_jax.metrics.effective_rank` shows.
         params: as in `soap_jax.trees.map_pairs`.
         feedback: as there, or whatever the metrics take. A `FeedbackState` is synced first, with
             `step`, so that metrics see the feedback that the next training step will use.
@@ -77,9 +79,9 @@ def record_alignment(
         ...     chosen = {"norm_ratio": metrics.norm_ratio}
         ...     return carry, record_alignment(chosen, params, feedback, step, period=2)
         >>> _, rows = jax.lax.scan(body, None, jnp.arange(5))
-        >>> rows.step, rows.values["norm_ratio"]["w"]
+        >>> rows.step, rows.values["norm_ratio/w"]
         (Array([ 0, -1,  2, -1,  4], dtype=int32), Array([ 3., nan,  3., nan,  3.], dtype=float32))
-        >>> recorded(rows).values["norm_ratio"]["w"]
+        >>> recorded(rows).values["norm_ratio/w"]
         array([3., 3., 3.], dtype=float32)
     """
     if not (isinstance(metrics, Mapping) and metrics and all(map(callable, metrics.values()))):
@@ -93,7 +95,7 @@ def record_alignment(
         weights = feedback
         if isinstance(feedback, FeedbackState):
             weights = sync_feedback(params, feedback, step).feedback
-        measured = {name: metric(params, weights) for name, metric in metrics.items()}
+        measured = trees.named({name: of(params, weights) for name, of in metrics.items()})
         return jax.tree.map(lambda leaf: jnp.asarray(leaf, _inexact(leaf)), measured)
 
     def skip():

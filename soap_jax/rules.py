@@ -16,6 +16,9 @@ A rule is a frozen, hashable value whose heart is one pure function on a pair of
     >>> Leak(period=10, rate=0.5)
     Leak(period=10, rate=0.5)
 
+A rule that remembers something from sync to sync says by `init` what, and then is
+`rule(kernel, feedback, key, memory) -> (feedback, memory)`.
+
 Rules hold numbers and strings, never functions or arrays (two equal initialisers do not compare
 equal, and would retrace). The one exception is an array `period`, for sweeps over the period: it
 makes the rule unhashable until `init_feedback` has moved the period into the state.
@@ -32,12 +35,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 
 from soap_jax import draws, dtypes
 
-Magnitude = Literal["norm", "unit", "preserve", "glorot", "redraw"]
+Magnitude = Literal["norm", "unit", "preserve", "glorot", "redraw", "kernel"]
+
+Made = jax.Array | tuple[jax.Array, chex.ArrayTree]
+"""What a rule returns: feedback, and its memory if it has one."""
 
 LARGEST = np.iinfo(np.int32).max
 """The largest step and period."""
@@ -70,17 +75,48 @@ class Rule:
     def __post_init__(self):
         check_period(type(self).__name__, self.period)
 
-    def __call__(self, kernel: jax.Array, feedback: jax.Array, key: chex.PRNGKey) -> jax.Array:
+    @property
+    def accumulates(self) -> bool:
+        """Whether new feedback is computed from the old, so that fewer bits would lose small steps.
+
+        Where it is False, feedback that products take in fewer bits may be stored in these, and
+        training has the same bits: `init_feedback(dtype="used")`. Else that keeps the kernel's
+        dtype, as it does for a rule that does not say.
+        """
+        return True
+
+    def init(
+        self, kernel: jax.Array, feedback: jax.Array, key: chex.PRNGKey
+    ) -> chex.ArrayTree | None:
+        """What the rule remembers of one kernel's feedback; None, as by default, if nothing.
+
+        `init_feedback` calls it once. It is kept in the state, and handed on from sync to sync.
+
+        Args:
+            kernel: forward weights W.
+            feedback: feedback weights B as they are stored.
+            key: differs from layer to layer.
+
+        Returns:
+            None, or a tree of arrays.
+        """
+        del kernel, feedback, key
+        return None
+
+    def __call__(self, kernel: jax.Array, feedback: jax.Array, key: chex.PRNGKey) -> Made:
         """Computes new feedback weights for one kernel.
 
         Args:
             kernel: forward weights W.
             feedback: feedback weights B, of the kernel's shape.
             key: differs from layer to layer and step to step.
+            memory: a fourth argument, of a rule whose `init` returns something: that, or what the
+                last sync returned.
 
         Returns:
             The new B, of the same shape; it is cast to B's dtype. Where B is stored as integers
-            (`init_feedback(dtype=...)`), integers.
+            (`init_feedback(dtype=...)`), integers. Of a rule with a memory the pair `(B, memory)`,
+            the memory of the same structure, shapes and dtypes.
         """
         raise NotImplementedError(f"{type(self).__name__} must define __call__.")
 
@@ -99,6 +135,7 @@ class Fixed(Rule):
     """
 
     period: ArrayLike = dataclasses.field(default=1, init=False, repr=False)
+    accumulates = False
 
     def __call__(self, kernel: jax.Array, feedback: jax.Array, key: chex.PRNGKey) -> jax.Array:
         """Returns `feedback`."""
@@ -112,7 +149,9 @@ class SignSync(Rule):
 
     The magnitudes m are, by name,
 
-        "norm"      norm(B) / sqrt(size), so norm(B) = norm(B0) forever: the clean control
+        "norm"      norm(B0) / sqrt(size), so norm(B) = norm(B0) forever: the clean control
+        "kernel"    norm(W) / norm(sign(W)) of now, so norm(B) = norm(W): Moskovitz's strict
+                    normalisation. sign(0) = 0
         "unit"      1: SOAP's sync, and uSF. sign(0) = 0
         "glorot"    sqrt(2 / (fan_in + fan_out)): uSF as BioTorch scales it. sign(0) = 0
         "preserve"  abs(B), so abs(B0) forever: SOAP's remedy, and frSF at period 1
@@ -123,9 +162,14 @@ class SignSync(Rule):
     below and easily passes for a better method. In "norm", "preserve" and "redraw" a zero weight
     counts as positive, so that no magnitude is ever lost.
 
+    "norm" remembers one number a kernel, the root mean square of B0 (`init`). The norm of "kernel"
+    is the whole kernel's, wherever its parts lie on a mesh; but under `shard_map` a rule sees its
+    shard, and takes the norm of that.
+
     A kernel is taken for one matrix or convolution, `(*window, in, out)`. Of kernels stacked by
-    `nn.scan`, "norm" would pool the layers, and "glorot" and "redraw" would count the layers as a
-    window: use "unit" or "preserve", or a rule of your own around `jax.vmap(SignSync(...))`.
+    `nn.scan`, "norm" and "kernel" would pool the layers, and "glorot" and "redraw" would count the
+    layers as a window: use "unit" or "preserve", or a rule of your own around
+    `jax.vmap(SignSync(...))` and, for "norm", `jax.vmap(SignSync(...).init)`.
 
     Attributes:
         period: as in `Rule`.
@@ -145,6 +189,10 @@ class SignSync(Rule):
     References:
         Qianli Liao, Joel Z. Leibo, Tomaso Poggio. How important is weight symmetry in
         backpropagation? AAAI, 2016. https://arxiv.org/abs/1510.05067
+
+        Theodore H. Moskovitz, Ashok Litwin-Kumar, L. F. Abbott. Feedback alignment in deep
+        convolutional networks. 2018 ("kernel", and "preserve" at period 1).
+        https://arxiv.org/abs/1812.06488
     """
 
     magnitude: Magnitude = "norm"
@@ -157,8 +205,23 @@ class SignSync(Rule):
                 f"{', '.join(map(repr, get_args(Magnitude)))}."
             )
 
-    def __call__(self, kernel: jax.Array, feedback: jax.Array, key: chex.PRNGKey) -> jax.Array:
-        """Returns the magnitudes with the signs of `kernel`."""
+    @property
+    def accumulates(self) -> bool:
+        """Of the old feedback only magnitudes are kept, one by one, but for "norm" their mean."""
+        return self.magnitude == "norm"
+
+    def init(self, kernel: jax.Array, feedback: jax.Array, key: chex.PRNGKey) -> jax.Array | None:
+        """Returns the root mean square of `feedback` for "norm"."""
+        return root_mean_square(feedback) if self.magnitude == "norm" else None
+
+    def __call__(
+        self,
+        kernel: jax.Array,
+        feedback: jax.Array,
+        key: chex.PRNGKey,
+        memory: chex.ArrayTree | None = None,
+    ) -> Made:
+        """Returns the magnitudes with the signs of `kernel`; "norm", which has a memory, both."""
         match self.magnitude:
             case "unit":
                 return jnp.sign(kernel).astype(feedback.dtype)  # whole numbers, also as integers
@@ -168,8 +231,17 @@ class SignSync(Rule):
                 if jnp.issubdtype(feedback.dtype, jnp.integer):
                     feedback = feedback.astype(jnp.int32)  # there is no abs of int4
                 magnitude = jnp.abs(feedback)
+            case "kernel":
+                w = kernel.astype(dtypes.wide(kernel))
+                alive = jnp.maximum(jnp.sum(w != 0), 1).astype(w.dtype)
+                return jnp.sqrt(jnp.sum(jnp.square(w)) / alive) * jnp.sign(w)
             case "norm":
-                magnitude = _root_mean_square(feedback)
+                if memory is None:
+                    raise ValueError(
+                        f"{self} was called without its memory; expected `rule(kernel, feedback, "
+                        "key, rule.init(kernel, feedback, key))`, which returns (feedback, memory)."
+                    )
+                return jnp.where(kernel < 0, -memory, memory), memory
             case "redraw":
                 largest = math.sqrt(3) * _glorot_deviation(kernel.shape)
                 draw = largest * (1 - draws.uniform(key, kernel.shape))  # never 0
@@ -207,6 +279,11 @@ class Transport(Rule):
         super().__post_init__()
         if not (isinstance(self.rate, numbers.Real) and 0 <= self.rate <= 1):
             raise ValueError(f"Transport: rate is {self.rate!r}; expected a number in [0, 1].")
+
+    @property
+    def accumulates(self) -> bool:
+        """At a rate of 1 feedback is a copy of the kernel, whatever it was."""
+        return self.rate != 1
 
     def __call__(self, kernel: jax.Array, feedback: jax.Array, key: chex.PRNGKey) -> jax.Array:
         """Returns `feedback`, moved towards `kernel`."""
@@ -297,7 +374,7 @@ class WeightMirror(Rule):
                 "Use another rule for it."
             )
         wide = dtypes.wide(kernel, feedback)  # half precision rounds 1 - decay
-        matrix = _replicated(kernel).reshape(-1, kernel.shape[-1]).astype(wide)
+        matrix = replicated(kernel).reshape(-1, kernel.shape[-1]).astype(wide)
         batch_size = int(self.batch_size)
         noise = float(self.scale) * draws.normal(key, (batch_size, len(matrix))).astype(wide)
         seen = noise.T @ (noise @ matrix) / batch_size
@@ -331,14 +408,14 @@ def shard_like(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, jax.typeof(kernel).sharding) if _is_explicit(kernel) else x
 
 
+def replicated(x: jax.Array) -> jax.Array:
+    """`x`, whole on every device where an explicit mesh has it in shards."""
+    return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if _is_explicit(x) else x
+
+
 def _rounded(new, feedback):
     """What a rule computed, as feedback stores it; but never as integers, which cut it off."""
     return new.astype(feedback.dtype) if jnp.issubdtype(feedback.dtype, jnp.inexact) else new
-
-
-def _replicated(x):
-    """`x`, whole on every device where an explicit mesh has it in shards."""
-    return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if _is_explicit(x) else x
 
 
 def _is_explicit(x):
@@ -356,26 +433,21 @@ def _glorot_deviation(shape: tuple[int, ...]) -> float:
     return math.sqrt(2 / (math.prod(shape[:-2]) * (shape[-2] + shape[-1])))
 
 
-def _root_mean_square(x: jax.Array) -> jax.Array:
-    """`sqrt(mean(x²))`, in one pass; exactly abs(x) where all abs(x) are equal: no sync drifts."""
+@jax.jit  # one program, also where `x` lies on several devices
+def root_mean_square(x: jax.Array) -> jax.Array:
+    """`√(mean(x²))`, a scalar, also where squares of the numbers leave their range.
 
-    def magnitude(x):
-        return jnp.abs(x.astype(dtypes.wide(x)))
-
-    def relative_to(scale):
-        scale = jnp.where(scale > 0, scale, 1)
-        return scale * jnp.sqrt(jnp.mean(jnp.square(magnitude(x) / scale)))
-
-    def relative_to_largest():
-        return relative_to(jnp.max(magnitude(x)))
-
-    # An explicit mesh gives no single element, only a second pass.
-    one = jnp.max(magnitude(x)) if _is_explicit(x) else magnitude(x[(0,) * x.ndim])
-    quick = relative_to(one)
-    # Not so only where the first element is the smallest by far, or zero and the others tiny.
-    fits = jnp.isfinite(quick) & (quick > 0)
-    mean = lax.cond(fits, lambda: quick, relative_to_largest)
-    return jnp.where(jnp.abs(mean - one) <= 1e-5 * one, one, mean)
+    Example:
+        >>> import jax.numpy as jnp
+        >>> root_mean_square(jnp.array([3e-30, -3e-30]))
+        Array(3.e-30, dtype=float32)
+    """
+    magnitude = jnp.abs(x.astype(dtypes.wide(x)))
+    largest = jnp.max(magnitude)
+    size = jnp.sqrt(jnp.mean(jnp.square(magnitude)))
+    divisor = jnp.where(largest > 0, largest, 1)
+    scaled = divisor * jnp.sqrt(jnp.mean(jnp.square(magnitude / divisor)))
+    return jnp.where((size > 0) & jnp.isfinite(size), size, scaled)
 
 
 def _is_period(period) -> bool:

@@ -16,6 +16,7 @@ the devices of all of them, and each gets all the results.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
@@ -79,9 +80,11 @@ def sweep(
         periods: integers of at least 1.
         args: arrays that all runs share, such as the data; one copy per device.
         chunk_size: at most so many runs per device in one call of the program: on accelerators
-            the number that trains at once, which memory bounds. By default 4 on CPU, elsewhere 64.
+            the number that trains at once. By default 4 on CPU, elsewhere 256. (It
+            matters little: on an H100 the study of MNIST takes 21 s with 16 at once, 17 with 80.)
         memory_limit: at most so many bytes per device for the program: its arguments, results and
-            temporaries, as the compiler counts them. It makes chunks smaller where needed.
+            temporaries, as the compiler counts them. It makes chunks smaller where needed. By
+            default four fifths of an accelerator's memory; on CPU there is none.
         on_progress: called as `(runs done, runs in all)` after compilation and after each call.
         devices: by default all devices.
 
@@ -178,9 +181,11 @@ def iterate(
         raise ValueError("devices is empty; expected at least one.")
     on_cpu = devices[0].platform == "cpu"
     if chunk_size is None:
-        chunk_size = 4 if on_cpu else 64
+        chunk_size = 4 if on_cpu else 256
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; expected at least 1.")
+    if memory_limit is None and not on_cpu:
+        memory_limit = 0.8 * (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
     done = set(done)
     if done.issuperset(range(len(points))):
         return
@@ -257,14 +262,15 @@ def _fit(compile_for, memory_limit, least, most) -> int:
             - memory.alias_size_in_bytes
         )
 
-    fits, too_many = (least, needed(least)), (most, needed(most))
+    too_many = most, needed(most)
+    if too_many[1] <= memory_limit:
+        return most
+    fits = least, needed(least)
     if fits[1] > memory_limit:
         raise ValueError(
             f"memory_limit is {memory_limit:.3g} bytes per device, but the smallest program needs "
             f"{fits[1]:.3g}."
         )
-    if too_many[1] <= memory_limit:
-        return most
     while too_many[0] - fits[0] > 1:
         # It grows about linearly, so the first guess is near.
         share = (memory_limit - fits[1]) / (too_many[1] - fits[1])

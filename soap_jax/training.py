@@ -29,8 +29,9 @@ import numpy as np
 import optax
 from jax import lax
 
+from soap_jax import rules
 from soap_jax.activity import ValueAndGrad as ValueAndGrad
-from soap_jax.feedback import FeedbackState, sync_feedback
+from soap_jax.feedback import FeedbackState, sync_feedback, sync_feedback_unless
 from soap_jax.sweeps import sweep as sweep
 
 ApplyFn = Callable[[chex.ArrayTree, chex.ArrayTree | None, jax.Array], jax.Array]
@@ -237,6 +238,7 @@ def make_gradient_step(
         feedback = state.feedback
         if isinstance(feedback, FeedbackState):
             feedback = _sync(state.params, feedback, state)
+            batch = _after_sync(batch, feedback)
         weights = feedback_weights(feedback)
         if learn_feedback and weights is None:
             raise ValueError(
@@ -460,11 +462,28 @@ def _sync(params, feedback, state):
     held_back = [_held_back(wrapper) for wrapper in _wrappers(state.opt_state)]
     if not held_back:
         return sync_feedback(params, feedback, state.step)
-    return lax.cond(
-        functools.reduce(jnp.logical_or, held_back),
-        lambda: feedback,
-        lambda: sync_feedback(params, feedback, state.step),
+    any_held_back = functools.reduce(jnp.logical_or, held_back)
+    return sync_feedback_unless(any_held_back, params, feedback, state.step)
+
+
+def _after_sync(batch, feedback):
+    """The batch, to be used on GPU only once feedback is synced.
+
+    If the forward pass comes before the sync, XLA for GPU may keep the errors of all layers until
+    the end of the backward pass, since the sync and the update both use the params' memory.
+    """
+    if isinstance(feedback.rule, rules.Fixed):
+        return batch
+    leaves, structure = jax.tree.flatten(batch)
+    arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array | np.ndarray)}
+
+    def wait(arrays, feedback):
+        return lax.optimization_barrier((arrays, feedback))[0]
+
+    arrays = lax.platform_dependent(
+        arrays, feedback, cuda=wait, rocm=wait, default=lambda arrays, feedback: arrays
     )
+    return jax.tree.unflatten(structure, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
 
 
 def _held_back(wrapper) -> jax.Array:

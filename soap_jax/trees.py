@@ -247,14 +247,24 @@ def path_of(keys: Sequence[Any]) -> Path:
 
 
 def named(tree: chex.ArrayTree) -> dict[str, Any]:
-    """The leaves of a tree by their paths in one string.
+    """The leaves of a tree by their paths in one string, as loggers and tables want them.
+
+    `None` is no leaf. What has no path, a single array, is called "".
+
+    Raises:
+        ValueError: if two leaves have one name.
 
     Example:
-        >>> named({"Dense_0": {"kernel": 1.0}})
+        >>> named({"Dense_0": {"kernel": 1.0, "bias": None}})
         {'Dense_0/kernel': 1.0}
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(path_of(keys)): leaf for keys, leaf in leaves}
+    found: dict[str, Any] = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = "/".join(path_of(keys))
+        if name in found:
+            raise ValueError(f"two leaves are called {name!r}; expected one: do names hold a '/'?")
+        found[name] = leaf
+    return found
 
 
 def matches(pattern: str, path: Path) -> bool:

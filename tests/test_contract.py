@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -37,7 +38,7 @@ from soap_jax import (
 )
 from soap_jax import nnx as soap_nnx
 
-MAGNITUDES = ("unit", "glorot", "preserve", "norm", "redraw")
+MAGNITUDES = ("unit", "glorot", "preserve", "norm", "redraw", "kernel")
 WIDTHS = (16, 16, 10)
 ABOVE_FIRST = ["Dense_1/kernel", "Dense_2/kernel"]
 
@@ -135,6 +136,25 @@ def of_projections(error="exact", draw=direct.draw_projection, *, widths=WIDTHS,
         return [draw(key, out, width) for key, width in zip(keys, hidden_widths, strict=True)]
 
     return of_loss(fun, init_feedback, widths=widths, **more)
+
+
+def of_names(widths=WIDTHS):
+    """Direct feedback to the hidden layers of a function that names them."""
+    taps = [f"h{i}" for i in range(len(widths) - 1)]
+
+    def fun(params, x, labels):
+        for i, tap in enumerate(taps):
+            x = checkpoint_name(jnp.tanh(dense(params[f"Dense_{i}"], x)), tap)
+        logits = checkpoint_name(dense(params[f"Dense_{len(taps)}"], x), "logits")
+        return training.cross_entropy(logits, labels)
+
+    by_names = soap_jax.with_direct_feedback(fun, taps, "logits")
+
+    def init_feedback(key, params):
+        batch = jnp.ones((1, 64)), jnp.zeros(1, jnp.int32)
+        return soap_jax.init_projections(key, by_names, params, *batch)
+
+    return of_loss(by_names, init_feedback, widths=widths)
 
 
 def of_linen(model, collection="feedback"):
@@ -322,6 +342,7 @@ METHODS = {
     "activation alignment": of_local(local.ActivationAlignment(), 10.0),
     "information alignment": of_local(local.InformationAlignment(), 50.0),
     "DFA": of_projections(),
+    "DFA, by names": of_names(),
     "DFA, from seeds": of_projections(draw=seed_in_place),
     "DFA, sparse": of_projections(draw=drawn(initializers.sparse(0.1, axis=-2))),
     "DFA, low rank": of_projections(draw=drawn(initializers.low_rank(4))),

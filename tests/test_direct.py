@@ -358,6 +358,91 @@ def test_keys_of_a_tree_stand_for_its_projections_to_the_bit(stacked):
     chex.assert_trees_all_equal(by_keys, pull_back(f, o, hidden, stored)[:3])
 
 
+def test_a_target_may_be_sent_in_place_of_the_error_also_to_a_stack():
+    o, t, a, p = normal(0, 4, 3), normal(1, 4, 3), normal(2, 2, 4, 7), normal(3, 2, 3, 7)
+    _, o_bar, a_bar = pull_back(lambda o, a: direct_feedback(o, a, p, target=t, stacked=True), o, a)
+    np.testing.assert_allclose(o_bar, cotangent((4, 3)), rtol=1e-6)
+    expected = [pull_back(direct_target, a[i], t, p[i])[1] for i in range(2)]
+    chex.assert_trees_all_close(a_bar, jnp.stack(expected), **ULPS)
+    with pytest.raises(ValueError, match="one of them"):
+        direct_feedback(o, a[0], p[0], target=t, error="sign")
+
+
+# Functions in place of projections
+
+
+def project(p, error, shape, key):
+    del key
+    return (error @ p.reshape(len(p), -1)).reshape(shape)
+
+
+@pytest.mark.parametrize("send", [{}, {"error": "sign"}, {"target": TARGETS}])
+def test_a_function_gets_what_is_sent_and_returns_the_cotangent(send):
+    o, a, p = normal(0, 4, 3), normal(1, 4, 2, 7), normal(2, 3, 2, 7)
+    device = jax.tree_util.Partial(project, p)
+
+    def f(o, a, projection):
+        return direct_feedback(o, a, projection, **send)
+
+    closed = pull_back(lambda o, a: f(o, a, lambda *args: project(p, *args)), o, a)
+    for actual in (pull_back(lambda o, a: f(o, a, device), o, a), closed):
+        chex.assert_trees_all_close(actual, pull_back(f, o, a, p)[:3], **ULPS)
+    gradient = jax.jit(jax.grad(lambda o, a, p: f(o, a, p).sum(), (0, 1)))
+    assert [bar.shape for bar in gradient(o, a, device)] == [o.shape, a.shape]
+
+
+def test_a_stacks_function_is_called_once_for_all_blocks():
+    shapes = []
+
+    def device(error, shape, key):
+        shapes.append((error.shape, shape, key))
+        return jnp.zeros(shape)
+
+    o, a = normal(0, 4, 3), normal(1, 2, 4, 7)
+    a_bar = pull_back(lambda o, a: direct_feedback(o, a, device, stacked=True), o, a)[2]
+    assert shapes == [((4, 3), (2, 4, 7), None)]
+    chex.assert_trees_all_equal(a_bar, jnp.zeros_like(a))
+
+
+def test_functions_get_keys_by_their_places_in_the_tree():
+    def noise(error, shape, key):
+        del error
+        return jax.random.normal(key, shape)
+
+    @jax.jit
+    def bars(hidden, key):
+        def loss(hidden):
+            return direct_feedback(TARGETS, hidden, dict.fromkeys(hidden, noise), key=key).sum()
+
+        return jax.grad(loss)(hidden)
+
+    a = normal(0, 4, 5)
+    both, one = bars({"a": a, "b": a}, KEY), bars({"b": a}, KEY)
+    chex.assert_trees_all_equal(both["b"], one["b"])
+    assert np.all(both["a"] != both["b"])
+    assert np.all(one["b"] != bars({"b": a}, jax.random.key(1))["b"])
+    target = jax.grad(lambda a: direct_target(a, TARGETS, noise, key=KEY).sum())(a)
+    assert target.shape == a.shape
+
+
+def test_a_functions_numbers_are_cast_and_others_refused():
+    o, a = normal(0, 4, 3), normal(1, 4, 7, dtype=jnp.bfloat16)
+
+    def returning(bar):
+        return jax.grad(lambda a: direct_feedback(o, {"h": a}, {"h": lambda *_: bar}).sum())(a)
+
+    for bar in (jnp.ones((4, 7)), jnp.ones((4, 7), jnp.int8), np.ones((4, 7))):
+        chex.assert_trees_all_equal(returning(bar), jnp.ones_like(a), strict=True)
+    for bar in (o, jnp.ones((4, 7), jnp.complex64), None, [1.0]):
+        with pytest.raises(ValueError, match=r"at \['h'\], a function, returned .*\(4, 7\)"):
+            returning(bar)
+
+
+def test_functions_and_arrays_must_fit_the_tree_of_activations():
+    with pytest.raises(ValueError, match=r"projections \('function', \(3, 7\)\); expected"):
+        direct_feedback(normal(0, 4, 3), normal(1, 4, 7), (print, normal(2, 3, 7)))
+
+
 def test_a_draw_depends_on_the_key_and_the_place_in_the_tree_alone():
     o, a = normal(0, 4, 3), normal(1, 4, 7)
     more, fewer = (direct.draw_projections(KEY, o, tree) for tree in ({"b": a, "a": a}, {"b": a}))

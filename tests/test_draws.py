@@ -27,6 +27,13 @@ def test_normal_is_that_of_jax_random(shape):
     np.testing.assert_allclose(got, jax.random.normal(key, shape), rtol=1e-5, atol=1e-6)
 
 
+def test_signs_are_those_of_uniform_numbers_about_a_half():
+    key = jax.random.key(3)
+    got = jax.jit(draws.signs, static_argnums=1)(key, (999, 7))
+    np.testing.assert_array_equal(got, jnp.where(jax.random.uniform(key, (999, 7)) < 0.5, 1, -1))
+    assert abs(got.mean()) < 5 / np.sqrt(got.size)
+
+
 def test_batched_keys_draw_what_each_draws():
     keys = jax.random.split(jax.random.key(1), 4)
     together = jax.vmap(lambda key: draws.uniform(key, (3, 2)))(keys)

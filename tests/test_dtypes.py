@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -324,6 +326,109 @@ def test_initialisers_give_the_dtype_that_is_asked_for(mode, dtype):
                 assert init(KEY, (4, 3), dtype).dtype == dtype
         kernel = {"kernel": jnp.asarray(KERNEL).astype(dtype)}
         assert init_feedback(KEY, kernel).feedback["kernel"].dtype == dtype
+
+
+# Stored in the dtype in which it is used
+
+
+RULES_BY_LAYER = {
+    "layer0/*": rules.Fixed(),
+    "layer1/*": rules.SignSync(period=2, magnitude="unit"),
+    "layer2/*": rules.SignSync(period=2, magnitude="glorot"),
+    "layer3/*": rules.SignSync(period=2, magnitude="preserve"),
+    "layer4/*": rules.SignSync(period=2, magnitude="redraw"),
+    "layer5/*": rules.Transport(period=2),
+}
+HALF = jnp.bfloat16
+
+
+class LinenNet(nn.Module):
+    """Computes in bfloat16 with float32 params; the first layer needs no feedback."""
+
+    layer: Any
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Dense(9, dtype=HALF, name="first")(x))
+        for i in range(len(RULES_BY_LAYER)):
+            x = nn.tanh(self.layer(9, dtype=HALF, name=f"layer{i}")(x))
+        return x
+
+
+class NNXNet(nnx.Module):
+    """The same."""
+
+    def __init__(self, feedback_dtype, rngs):
+        self.first = nnx.Linear(3, 9, dtype=HALF, rngs=rngs)
+        for i in range(len(RULES_BY_LAYER)):
+            layer = soap_jax.nnx.FeedbackLinear(
+                9, 9, dtype=HALF, feedback_dtype=feedback_dtype, rngs=rngs
+            )
+            setattr(self, f"layer{i}", layer)
+
+    def __call__(self, x):
+        x = nn.tanh(self.first(x))
+        for i in range(len(RULES_BY_LAYER)):
+            x = nn.tanh(getattr(self, f"layer{i}")(x))
+        return x
+
+
+def linen_layers(stored):
+    layer = functools.partial(soap_jax.linen.FeedbackDense, feedback_dtype=stored)
+    variables = LinenNet(layer).init(KEY, X)
+
+    def apply(params, feedback, x):
+        return LinenNet(layer).apply({"params": params, "feedback": feedback}, x)
+
+    return apply, variables["params"], {"feedback": variables["feedback"]}
+
+
+def nnx_layers(stored):
+    graph, params, feedback = nnx.split(
+        NNXNet(stored, nnx.Rngs(0)), nnx.Param, soap_jax.nnx.Feedback
+    )
+    return lambda *states: nnx.merge(graph, *states[:2])(states[2]), params, {"feedback": feedback}
+
+
+def transformed(stored):
+    params = LinenNet(nn.Dense).init(KEY, X)["params"]
+
+    def apply(params, x):
+        return LinenNet(nn.Dense).apply({"params": params}, x)
+
+    more = {"where": soap_jax.explain(apply, params, X), "dtype": stored and "used"}
+    return soap_jax.with_feedback(apply), params, more
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, strict_and_double])
+@pytest.mark.parametrize("make", [linen_layers, nnx_layers, transformed])
+def test_feedback_stored_as_it_is_used_trains_bit_for_bit_as_in_its_kernels_dtype(make, mode):
+    targets = np.sin(np.arange(36, dtype=np.float32)).reshape(4, 9)
+    trained = []
+    for stored in (None, HALF):
+        with mode():
+            apply, params, more = make(stored)
+            state = init_feedback(KEY, params, RULES_BY_LAYER, **more)
+            leaves = jax.tree.leaves(state.feedback)
+            assert {leaf.dtype.name for leaf in leaves} == {"bfloat16" if stored else "float32"}
+
+            @jax.jit
+            def step(params, state, number, apply=apply):
+                state = sync_feedback(params, state, number)
+
+                def loss(params):
+                    y = apply(params, state.feedback, X).astype(jnp.float32)
+                    return jnp.mean(jnp.square(y - targets))
+
+                grads = jax.grad(loss)(params)
+                return jax.tree.map(lambda p, g: p - jnp.float32(0.5) * g, params, grads), state
+
+            first = params
+            for number in range(5):
+                params, state = step(params, state, number)
+        assert all(map(np.any, jax.tree.leaves(jax.tree.map(jnp.subtract, params, first))))
+        trained.append(params)
+    equal(*trained)
 
 
 # Types of what is returned

@@ -7,8 +7,11 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import soap_jax
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
@@ -39,10 +42,12 @@ def test_all_examples_are_tested():
     loops = {"linen_loop", "nnx_loop", "sign_sync_sweep", "bump_regression"}
     transformed = {"conv_batchnorm", "equinox_mlp", "lstm_sequences", "transformer"}
     compared = {"compare_conv", "compare_regression", "my_task"}
-    assert set(NAMES) == loops | transformed | compared | {
+    recipes = {"federated", "private_feedback"}
+    assert set(NAMES) == loops | transformed | compared | recipes | {
         "new_rule",
         "activity_propagation",
         "direct_feedback",
+        "rflo",
     }
 
 
@@ -232,11 +237,46 @@ def test_the_template_of_a_rule_aligns_feedback_better_than_none(capsys):
 
 def test_direct_feedback_teaches_hidden_layers_by_errors_that_come_to_point_downhill(capsys):
     accuracy, angles = load("direct_feedback").main(seeds=1, epochs=3)
-    assert accuracy["frozen"] + 0.05 < accuracy["DFA"] < accuracy["backprop"]
+    assert accuracy["frozen"] + 0.03 < accuracy["DFA"] < accuracy["backprop"]
     start, end = angles[0]
-    np.testing.assert_allclose(start, 90, atol=6)  # 88 to 94 over ten seeds
+    np.testing.assert_allclose(start, 90, atol=6)  # 85 to 94 over ten seeds
     assert 85 > end[0] > end[1] > end[2] > 40
     assert len(capsys.readouterr().out.splitlines()) == 6
+
+
+def test_rflo_learns_as_backprop_through_time_does_and_not_by_the_readout_alone(capsys):
+    losses = load("rflo").main(trials=400)
+    assert len({float(curve[0]) for curve in losses.values()}) <= 2  # summed in another order
+    last = {name: float(curve[-1]) for name, curve in losses.items()}
+    assert 2 * max(last["RFLO"], last["backprop"]) < last["readout only"] < 0.3
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_federated_clients_gain_by_the_global_weights_as_feedback(capsys):
+    right = load("federated").main(seeds=1, rounds=6)
+    assert np.all(right["global weights"] > right["backprop"])
+    assert np.all(right["backprop"] > 0.4)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_private_gradients_of_dfa_learn_and_noise_costs(capsys):
+    right = load("private_feedback").main(seeds=1, steps=40, noises=(0.0, 6.0))
+    assert len(capsys.readouterr().out.splitlines()) == len(right) == 4
+    for method in ("backprop", "DFA"):
+        assert right[method, 0.0] > 0.7
+        assert 0.15 < right[method, 6.0] < right[method, 0.0] - 0.1
+
+
+def test_direct_feedback_by_names_is_that_by_hand():
+    example = load("direct_feedback")
+    x, labels = jnp.ones((5, 64)) * jnp.arange(5.0)[:, None], jnp.arange(5)
+    params = example.Net().init(jax.random.key(0), x)["params"]
+    projections = soap_jax.init_projections(jax.random.key(1), example.loss_dfa, params, x, labels)
+    by_names, by_hand = (
+        jax.jit(jax.grad(f))(params, projections, x, labels)
+        for f in (example.loss_dfa, example.loss_by_hand)
+    )
+    jax.tree.map(np.testing.assert_array_equal, by_names, by_hand)
 
 
 def test_activity_propagation_is_slower_than_backprop_and_no_better_for_longer_moves(capsys):

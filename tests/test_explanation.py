@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 import soap_jax
-from soap_jax import explain, init_feedback, linen, trees, with_feedback
+from soap_jax import explain, init_feedback, linen, ops, trees, with_feedback
 
 KEY = jax.random.key(3)
 
@@ -259,6 +260,114 @@ TABLE = """\
 Exact, since no error passes them: 12 bias (add)."""
 
 
+HALF = jnp.bfloat16
+
+
+def in_half(params, x):
+    """A model with float32 params that computes in bfloat16, but for its head."""
+    h = jnp.tanh(x.astype(HALF) @ params["a"].astype(HALF))
+    for block in params["blocks"]:
+        h = jnp.tanh(h @ block["kernel"].astype(HALF))
+    return jnp.sum(h.astype(jnp.float32) @ params["out"])
+
+
+def test_the_dtype_in_which_products_take_feedback_is_told_where_it_is_another():
+    blocks = [{"kernel": jnp.ones((16, 16))} for _ in range(3)]
+    params = {"a": jnp.ones((5, 16)), "blocks": blocks, "out": jnp.ones((16, 3))}
+    found = explain(in_half, params, X)
+    assert str(found) == HALF_TABLE
+    assert [str(row.used) for row in found] == ["bfloat16"] * 4 + ["float32"]
+    state = init_feedback(KEY, params, where=found, dtype="used")
+    found = explain(in_half, params, X, feedback=state.feedback)
+    assert "1.5 kB bfloat16\n" in str(found) and "used as" not in str(found)
+    signs = init_feedback(KEY, params, where=found, dtype=jnp.int8).feedback
+    assert "768 bytes int8, used as bfloat16\n" in str(explain(in_half, params, X, feedback=signs))
+
+
+HALF_TABLE = """\
+ param                       effect      used in       operands                       feedback
+ ─────────────────────────────────────────────────────────────────────────────────────────────
+ a                           no effect   dot_general   4×5 · 5×16                            -
+ blocks/*/kernel (3 times)   feedback    dot_general   4×16 · 16×16   3.1 kB, used as bfloat16
+ out                         feedback    dot_general   4×16 · 16×3                   192 bytes
+
+5 params: 1 no effect, 4 feedback; 3.3 kB of feedback."""
+
+
+def half(w):
+    return w.astype(HALF)
+
+
+USES = {  # (h, w, mask) -> h, and the dtype in which w's feedback is computed with
+    "cast": (lambda h, w, mask: half(h) @ half(w), "bfloat16"),
+    "moved and cast": (lambda h, w, mask: half(h) @ half(w.T[::-1].reshape(5, 5)), "bfloat16"),
+    "cast and back": (lambda h, w, mask: h @ half(w).astype(jnp.float32), "float32"),
+    "masked and cast": (lambda h, w, mask: half(h) @ half(w * mask), "float32"),
+    "cast and masked": (lambda h, w, mask: half(h) @ (half(w) * half(mask)), "bfloat16"),
+    "twice": (lambda h, w, mask: half(half(h) @ half(w)) + half(h @ w), "float32"),
+    "elementwise": (lambda h, w, mask: half(h) * half(w[:1]) @ half(w), "bfloat16"),
+    "penalised": (lambda h, w, mask: half(h) @ half(w) + half(jnp.sum(w**2)), "bfloat16"),
+    "a loop": (
+        lambda h, w, mask: lax.fori_loop(0, 2, lambda _, h: jnp.tanh(h @ half(w)), half(h)),
+        "bfloat16",
+    ),
+    "remat and jit": (jax.checkpoint(jax.jit(lambda h, w, mask: half(h) @ half(w))), "bfloat16"),
+    "a branch": (
+        lambda h, w, mask: lax.cond(h[0, 0] > 0, lambda w: half(h) @ half(w), lambda w: half(h), w),
+        "bfloat16",
+    ),
+    "a derivative of its own": (lambda h, w, mask: layer({"b": half(w)}, half(h)), "bfloat16"),
+    "wider": (lambda h, w, mask: half(h).astype(jnp.float32) @ w, "float32"),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_feedback_stored_as_it_is_used_gives_the_bits_of_its_kernels_dtype(name):
+    middle, expected = USES[name]
+
+    def loss(params, x, mask):
+        h = middle(jnp.tanh(x @ params["a"]), params["b"], mask)
+        return jnp.sum(jnp.sin(h.astype(jnp.float32) @ params["c"]))
+
+    params, mask = {k: PARAMS[k] for k in "abc"}, draw(5, 5, seed=7)
+    found = explain(loss, params, X, mask)
+    assert effects(found) == {"a": "no effect", "b": "feedback", "c": "feedback"}
+    assert [str(found[k].used) for k in "bc"] == [expected, "float32"]
+    wide, stored = (init_feedback(KEY, params, where=found, dtype=d) for d in (None, "used"))
+    assert [str(stored.feedback[k].dtype) for k in "bc"] == [expected, "float32"]
+    gradient = jax.jit(jax.grad(with_feedback(loss)))
+    got, same = (gradient(params, state.feedback, X, mask) for state in (stored, wide))
+    jax.tree.map(np.testing.assert_array_equal, got, same)
+    assert np.abs(got["a"]).max() > 0
+
+
+def test_own_feedback_is_used_in_the_layers_dtype():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            mask = np.tril(np.ones((3, 5, 5), np.float32))
+            x = nn.tanh(linen.FeedbackDense(5, name="half", dtype=HALF)(x))
+            x = nn.tanh(linen.FeedbackConv(5, 3, name="masked", dtype=HALF, mask=mask)(x))
+            hooked = nn.Dense(
+                5, name="hooked", dtype=HALF, dot_general_cls=linen.FeedbackDotGeneral
+            )
+            return linen.FeedbackDense(3, name="full")(hooked(x).astype(jnp.float32))
+
+    variables = Net().init(KEY, X)
+
+    def loss(params, feedback, x):
+        x = jnp.tanh(x @ params["first"])
+        return Net().apply({"params": params["net"], "feedback": feedback}, x).sum()
+
+    params = {"first": PARAMS["a"], "net": variables["params"]}
+    found = explain(loss, params, variables["feedback"], X)
+    used = {"half": "bfloat16", "masked": "float32", "hooked": "bfloat16", "full": "float32"}
+    for name, dtype in used.items():
+        row = found[f"net/{name}/kernel"]
+        assert (row.effect, str(row.used)) == ("own feedback", dtype)
+    assert str(found).count("used as bfloat16") == 2
+
+
 def told(explanation):
     """What is printed, in one line."""
     return " ".join(str(explanation).split())
@@ -483,3 +592,214 @@ def test_every_use_of_a_shared_kernel_is_listed():
     explanation = explain(between(lambda h, b, c: jnp.tanh(h @ b @ c) @ b.T), params, X)
     assert [use.primitive for use in explanation["b"].uses] == ["dot_general"] * 2
     assert "and 1 more" in str(explanation)
+
+
+# Direct feedback: how gradients come about
+
+DIRECT = {name: draw(4, 4, seed=20 + i) / 2 for i, name in enumerate("abco")} | {
+    "bias": draw(4, seed=30),
+    "idle": draw(4, seed=31),
+    "stack": draw(3, 4, 4, seed=32),
+}
+IN, OUT = draw(6, 4, seed=33), draw(6, 4, seed=34)
+
+
+def head(params, h):
+    return jnp.mean((checkpoint_name(h @ params["o"], "z") - OUT) ** 2)
+
+
+def tap(h, name="h"):
+    return checkpoint_name(jnp.tanh(h), name)
+
+
+def two_blocks(params, x):
+    return head(params, tap(tap(x @ params["a"] + params["bias"][None]) @ params["b"], "h2"))
+
+
+def unwired(params, x):
+    h = lax.stop_gradient(jnp.tanh(x @ params["a"]))
+    return head(params, tap(h @ params["b"]))
+
+
+def branches_named_alone(params, x):
+    s = x @ params["a"]
+    return head(params, s + tap(s @ params["b"]))
+
+
+def penalised(params, x):
+    return head(params, tap(x @ params["a"])) + jnp.sum(params["a"] ** 2) + params["c"].sum()
+
+
+def tied(params, x):
+    return head(params, tap(tap(x @ params["a"]) @ params["b"], "h2") @ params["a"])
+
+
+def early_loss(params, x):
+    h = x @ params["a"]
+    return head(params, tap(h)) + jnp.mean(h**2)
+
+
+def scanned(params, x):
+    return head(params, lax.scan(lambda h, w: (tap(h @ w), None), x, params["stack"])[0])
+
+
+def carried(params, xs):
+    def step(h, x):
+        h = tap(x @ params["a"] + h @ params["b"])
+        return h, checkpoint_name(h @ params["o"], "z")
+
+    zs = lax.scan(step, jnp.zeros((6, 4)), jnp.stack([xs, -xs, 2 * xs]))[1]
+    return jnp.mean((zs - OUT[None]) ** 2)
+
+
+def through_everything(params, x):
+    @jax.custom_vjp
+    def own(x):
+        return jnp.sin(x)
+
+    own.defvjp(lambda x: (jnp.sin(x), x), lambda x, y_bar: (jnp.cos(x) * y_bar,))
+    h = jax.checkpoint(lambda x: own(x @ params["a"]))(x)
+    h = lax.cond(h.sum() > 0, lambda h: h @ params["b"], lambda h: -h @ params["b"], h)
+    h = jax.jit(tap)(h)
+    h = lax.fori_loop(0, 2, lambda _, h: jnp.tanh(h + params["bias"][None]), h)
+    return head(params, h)
+
+
+BY_NAMES = {
+    two_blocks: (("h", "h2"), {"a": "direct", "bias": "direct", "b": "direct", "o": "exact"}),
+    unwired: (("h",), {"b": "direct", "o": "exact"}),
+    branches_named_alone: (("h",), {"a": "mixed", "b": "direct", "o": "exact"}),
+    penalised: (("h",), {"a": "mixed", "c": "exact", "o": "exact"}),
+    tied: (("h", "h2"), {"a": "mixed", "b": "direct", "o": "exact"}),
+    early_loss: (("h",), {"a": "mixed", "o": "exact"}),
+    scanned: (("h",), {"stack": "direct", "o": "exact"}),
+    carried: (("h",), {"a": "direct", "b": "direct", "o": "exact"}),
+    through_everything: (
+        ("h",),
+        {"a": "direct", "b": "direct", "bias": "exact", "o": "exact"},
+    ),
+}
+
+
+@pytest.mark.parametrize("fun", BY_NAMES, ids=lambda fun: fun.__name__)
+def test_gradients_are_as_they_are_said_to_be(fun):
+    """None is zero, exact is backprop's, direct has nothing but the projections' errors."""
+    taps, expected = BY_NAMES[fun]
+    loss_dfa = soap_jax.with_direct_feedback(fun, taps, "z", stacked="blocks")
+    projections = soap_jax.init_projections(KEY, loss_dfa, DIRECT, IN)
+    found = {row.path[0]: row.gradient for row in explain(loss_dfa, DIRECT, projections, IN)}
+    assert found == dict.fromkeys(DIRECT, "none") | expected
+
+    step = jax.jit(jax.grad(loss_dfa))
+    one, other, zero = (
+        step(DIRECT, jax.tree.map(lambda p, c=c: c * p, projections), IN) for c in (1, -2, 0)
+    )
+    backprop = jax.jit(jax.grad(fun))(DIRECT, IN)
+    for name, gradient in found.items():
+        changes = not np.allclose(one[name], other[name], rtol=1e-4, atol=1e-7)
+        assert changes == (gradient in ("direct", "mixed")), name
+        assert np.any(zero[name] != 0) == (gradient in ("exact", "mixed")), name
+        if gradient in ("exact", "none"):
+            np.testing.assert_allclose(one[name], backprop[name], rtol=1e-4, atol=1e-7)
+        if gradient == "none":
+            assert not np.any(one[name])
+    plain = explain(loss_dfa, DIRECT, None, IN)  # no projections: backprop
+    assert {row.gradient for row in plain} <= {"exact", "none"}
+    assert [row.effect for row in plain] == [row.effect for row in explain(fun, DIRECT, IN)]
+
+
+def test_direct_feedback_by_hand_is_explained_as_well():
+    projection = draw(4, 4, seed=40)
+
+    def forgotten(params, x):  # the second block is joined to nothing
+        h = jnp.tanh(x @ params["a"])
+        h2 = jnp.tanh(ops.detach(h) @ params["b"])
+        z = soap_jax.direct_feedback(ops.detach(h2) @ params["o"], h, projection)
+        return jnp.mean((z - OUT) ** 2)
+
+    def targets(params, x):
+        h = soap_jax.direct_target(jnp.tanh(x @ params["a"]), OUT, projection)
+        h = soap_jax.direct_target(jnp.tanh(h @ params["b"]), OUT, projection)
+        return jnp.mean((h @ params["o"] - OUT) ** 2)
+
+    def each_example(params, x):
+        def one(x, y):
+            h = jnp.tanh(x @ params["a"])
+            z = soap_jax.direct_feedback(ops.detach(h) @ params["o"], h, projection)
+            return jnp.mean((z - y) ** 2)
+
+        return jax.vmap(one)(x, OUT).mean()
+
+    for fun, expected in {
+        forgotten: {"a": "direct", "o": "exact"},
+        targets: {"a": "direct", "b": "direct", "o": "exact"},
+        each_example: {"a": "direct", "o": "exact"},
+    }.items():
+        found = {row.path[0]: row.gradient for row in explain(fun, DIRECT, IN)}
+        assert found == dict.fromkeys(DIRECT, "none") | expected
+
+
+def test_projections_among_the_params_get_no_error():
+    """As a Linen model's variables may be handed over whole."""
+
+    def loss(params, x):
+        h = jnp.tanh(x @ params["a"])
+        z = soap_jax.direct_feedback(ops.detach(h) @ params["o"], h, params["b"])
+        return jnp.mean((z - OUT) ** 2)
+
+    assert explain(loss, DIRECT, IN)["b"].gradient == "none"
+    assert not np.any(jax.grad(loss)(DIRECT, IN)["b"])
+
+
+def test_layers_that_draw_their_projections_are_explained():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            h = nn.tanh(nn.Dense(5)(x))
+            lost = nn.tanh(nn.Dense(5)(ops.detach(h)))
+            return linen.DirectFeedback()(nn.Dense(4)(ops.detach(lost)), [h])
+
+    variables = Net().init(KEY, IN)
+
+    def loss(params, projection, x):
+        return jnp.mean(Net().apply({"params": params, "projection": projection}, x) ** 2)
+
+    explanation = explain(loss, variables["params"], variables["projection"], IN)
+    assert {row.path[0]: row.gradient for row in explanation} == {
+        "Dense_0": "direct",
+        "Dense_1": "none",
+        "Dense_2": "exact",
+    }
+    assert "No error reaches Dense_1/kernel, Dense_1/bias." in re.sub(r"\s+", " ", str(explanation))
+
+
+def test_gradients_are_printed_if_not_all_are_exact():
+    used = {name: DIRECT[name] for name in "abo"}
+    loss_dfa = soap_jax.with_direct_feedback(branches_named_alone, "h", "z")
+    projections = soap_jax.init_projections(KEY, loss_dfa, used, IN)
+    printed = re.sub(r"\s+", " ", str(explain(loss_dfa, used, projections, IN)))
+    assert "Gradients: 1 direct, 1 mixed, 1 exact." in printed
+    assert "Direct feedback and an error around it reach a." in printed
+    assert "Gradients" not in str(explain(branches_named_alone, used, IN))
+    assert "Gradients: 3 exact, 4 none." in re.sub(
+        r"\s+", " ", str(explain(branches_named_alone, DIRECT, IN))
+    )
+
+
+def test_of_a_function_with_aux_the_loss_alone_counts():
+    def loss(params, x):
+        h = tap(x @ params["a"])
+        return head(params, h), jnp.sum(params["b"]) + h.sum()
+
+    loss_dfa = soap_jax.with_direct_feedback(loss, "h", "z")
+    projections = soap_jax.init_projections(KEY, loss_dfa, DIRECT, IN)
+    for has_aux, expected in ((True, "none"), (False, "exact")):
+        row = explain(loss_dfa, DIRECT, projections, IN, has_aux=has_aux)["b"]
+        assert row.gradient == expected
+
+
+def test_functions_as_projections_are_explained():
+    loss_dfa = soap_jax.with_direct_feedback(two_blocks, ("h", "h2"), "z")
+    projections = {"h": lambda error, shape, key: jnp.zeros(shape), "h2": jax.random.key(0)}
+    found = explain(loss_dfa, DIRECT, projections, IN)
+    assert found["a"].gradient == found["b"].gradient == "direct"

@@ -16,10 +16,19 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import soap_jax.feedback
 import soap_jax.linen
 import soap_jax.nnx
 from soap_jax import ops, optimizers, rules, training
-from soap_jax.feedback import FeedbackState, init_feedback, sync_feedback
+from soap_jax.feedback import (
+    CONDITIONALS_IN_PLACE,
+    FeedbackState,
+    feedback_of,
+    init_feedback,
+    sync_feedback,
+    sync_feedback_unless,
+)
+from soap_jax.transform.explanation import Row
 
 KEY = jax.random.key(7)
 PARAMS = {
@@ -43,8 +52,22 @@ class NoisySign(rules.Rule):
         return jnp.where(flipped, -jnp.sign(kernel), jnp.sign(kernel))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Momentum(rules.Rule):
+    """A user's rule with a memory: W comes in through its running mean, and syncs are counted."""
+
+    decay: float = 0.5
+
+    def init(self, kernel, feedback, key):
+        return {"mean": jnp.zeros_like(kernel), "count": 0}
+
+    def __call__(self, kernel, feedback, key, memory):
+        mean = self.decay * memory["mean"] + kernel
+        return feedback + mean, {"mean": mean, "count": memory["count"] + 1}
+
+
 def all_rules(period):
-    magnitudes = ("unit", "glorot", "preserve", "norm", "redraw")
+    magnitudes = ("unit", "glorot", "preserve", "norm", "redraw", "kernel")
     sync = [rules.SignSync(period=period, magnitude=magnitude) for magnitude in magnitudes]
     transport = [rules.Transport(period=period), rules.Transport(period=period, rate=0.25)]
     return {str(rule): rule for rule in (rules.Fixed(), *sync, *transport)}
@@ -254,7 +277,9 @@ def test_feedback_syncs_where_the_period_divides_the_step_and_nowhere_else(rule)
         else:
             for name in "ab":
                 kernel, feedback = (tree[name]["kernel"] for tree in (params_at(step), before))
-                expected = rule_of(rule, name)(kernel, feedback, KEY)
+                own, memory = rule_of(rule, name), state.memory.get(f"{name}/kernel")
+                args = (kernel, feedback, KEY)
+                expected = own(*args) if memory is None else own(*args, memory)[0]
                 # Compiled alone and inside a scan, a rule may round differently.
                 chex.assert_trees_all_close(now[name]["kernel"], expected, rtol=1e-5, atol=1e-6)
         before = now
@@ -445,12 +470,166 @@ def test_a_sync_inside_the_loss_equals_one_before_it():
     assert np.any(np.asarray(before["a"]["kernel"]))
 
 
+@pytest.mark.parametrize("step, share", [(0, 0.25), (1, 1.0)])
+def test_the_derivative_by_feedback_is_the_rules_at_a_sync_and_one_between(step, share):
+    state = init(rules.Transport(period=3, rate=0.75))
+
+    def total(feedback):
+        own = dataclasses.replace(state, feedback=feedback)
+        return sum(map(jnp.sum, jax.tree.leaves(sync_feedback(PARAMS, own, step).feedback)))
+
+    bars = jax.jit(jax.grad(total))(state.feedback)
+    chex.assert_trees_all_close(bars, jax.tree.map(lambda b: jnp.full_like(b, share), bars))
+
+
+@pytest.mark.parametrize("magnitude", ["redraw", "kernel"])
+def test_nothing_of_a_sync_is_computed_outside_its_loop(magnitude):
+    # XLA moves out of a loop what does not change in it: it would then be done at every step.
+    state = init(rules.SignSync(period=100, magnitude=magnitude))
+    text = sync.lower(PARAMS, state, jnp.int32(0)).compile().as_text()
+    entry = text[text.index("\nENTRY") :].split("\n}")[0]
+    assert (" conditional(" if CONDITIONALS_IN_PLACE else " while(") in text
+    for shape in ("[3,8]", "[8,4]"):  # only handed to the loop, and taken from it
+        ops_ = re.findall(rf"= \w+{re.escape(shape)}\S* ([\w-]+)\(", entry)
+        assert set(ops_) <= {"parameter", "get-tuple-element", "copy", "bitcast"}, ops_
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_loop_and_a_conditional_sync_alike(monkeypatch, in_place):
+    state = init(EVERY_RULE["mapping"])
+    expected = loop(state, range(4)).feedback
+    monkeypatch.setattr(soap_jax.feedback, "CONDITIONALS_IN_PLACE", in_place)
+    soap_jax.feedback._sync.clear_cache()
+    for step in range(4):
+        state = sync_feedback(params_at(step), state, step)
+    chex.assert_trees_all_close(state.feedback, expected, rtol=1e-6)
+    soap_jax.feedback._sync.clear_cache()
+
+
+@pytest.mark.parametrize(
+    "rule", [*(rules.SignSync(magnitude=m) for m in ("unit", "glorot", "kernel")),
+             rules.Transport()], ids=str,
+)  # fmt: skip
+def test_feedback_of_kernels_is_a_sync_at_every_step(rule):
+    synced = sync(PARAMS, init(rule), 0).feedback
+    chex.assert_trees_all_equal(jax.jit(feedback_of, static_argnums=1)(PARAMS, rule), synced)
+    bars = jax.grad(lambda params: jnp.sum(feedback_of(params, rule)["a"]["kernel"] ** 2))(
+        jax.tree.map(jnp.float32, PARAMS)
+    )
+    assert not np.any(bars["a"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    "rule", [rules.Fixed(), rules.SignSync(), rules.SignSync(magnitude="redraw"),
+             rules.SignSync(magnitude="unit", period=2), rules.Transport(rate=0.5)], ids=str,
+)  # fmt: skip
+def test_feedback_of_kernels_refuses_a_rule_that_needs_more(rule):
+    with pytest.raises(ValueError, match="expected one that reads the kernel alone, at every step"):
+        feedback_of(PARAMS, rule)
+
+
+# Memory
+
+
+def test_a_rules_memory_is_kept_by_path_and_handed_on():
+    state = init({"a/*": Momentum(period=2), "*": rules.SignSync(magnitude="unit")})
+    assert set(state.memory) == {"a/kernel"}
+    start = state.feedback["a"]["kernel"]
+    for step in range(5):  # synced at 0, 2 and 4
+        state = sync(PARAMS, state, step)
+    kernel = PARAMS["a"]["kernel"]
+    assert int(state.memory["a/kernel"]["count"]) == 3
+    chex.assert_trees_all_close(state.memory["a/kernel"]["mean"], 1.75 * kernel)
+    chex.assert_trees_all_close(state.feedback["a"]["kernel"], start + 4.25 * kernel, rtol=1e-6)
+
+
+def test_a_memory_is_carried_by_scans_and_by_vmap_over_periods():
+    def train(period):
+        return run(init(Momentum(period=period)), np.arange(STEPS))[0]
+
+    together = jax.jit(jax.vmap(train))(jnp.array([1, 2, 3]))
+    for i, period in enumerate((1, 2, 3)):
+        alone = loop(init(Momentum(period=period)), range(STEPS))
+        chex.assert_trees_all_close(at(together.feedback, i), alone.feedback, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(at(together.memory, i), alone.memory, rtol=1e-5, atol=1e-6)
+
+
+def test_norms_memory_is_the_root_mean_square_at_the_start():
+    state = init(rules.SignSync(period=3))
+    for name in "ab":
+        feedback = np.asarray(state.feedback[name]["kernel"], np.float64)
+        expected = np.sqrt(np.mean(feedback**2))
+        assert float(state.memory[f"{name}/kernel"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_sync_that_is_held_back_leaves_feedback_and_memory_alone():
+    state = init(Momentum())
+    chex.assert_trees_all_equal(sync_feedback_unless(jnp.array(True), PARAMS, state, 0), state)
+    released = sync_feedback_unless(jnp.array(False), PARAMS, state, 0)
+    chex.assert_trees_all_equal(released, sync(PARAMS, state, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Returns(rules.Rule):
+    """A rule that returns what it should not."""
+
+    what: str = "array"
+
+    def init(self, kernel, feedback, key):
+        return jnp.zeros(3)
+
+    def __call__(self, kernel, feedback, key, memory):
+        return {"array": feedback, "longer": (feedback, jnp.zeros(4))}[self.what]
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("array", r"Returns.* for \['a'\]\['kernel'\]; expected \(feedback, memory\)"),
+        ("longer", r"a memory of \(\(4,\), .* expected \(\(3,\)"),
+    ],
+)
+def test_a_rule_with_a_memory_returns_both_the_memory_alike(what, message):
+    with pytest.raises(ValueError, match=message):
+        sync_feedback(PARAMS, init(Returns(what=what)), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Remembers(rules.Rule):
+    """A rule whose memory is the feedback itself."""
+
+    def init(self, kernel, feedback, key):
+        return feedback
+
+    def __call__(self, kernel, feedback, key, memory):
+        return memory, feedback
+
+
+def test_a_memory_shares_no_buffer_with_feedback():
+    state = jax.jit(sync_feedback, donate_argnums=1)(PARAMS, init(Remembers()), 0)
+    assert set(state.memory) == {"a/kernel", "b/kernel"}
+
+
+def test_two_kernels_of_one_name_have_no_common_memory():
+    params = {"a": {"b": np.ones((2, 3), np.float32)}, "a/b": np.ones((2, 3), np.float32)}
+    with pytest.raises(ValueError, match="two kernels are called 'a/b'"):
+        init_feedback(KEY, params, rules.SignSync(), where=lambda path, leaf: True)
+
+
+def test_a_state_without_the_memory_that_its_rule_needs_is_refused():
+    state = dataclasses.replace(init(rules.SignSync()), memory={})
+    with pytest.raises(ValueError, match="was called without its memory"):
+        sync_feedback(PARAMS, state, 0)
+
+
 @every_rule
 def test_lowers_for_every_platform(rule):
     traced = sync.trace(PARAMS, init(rule), 0)
     for platform in ("cpu", "cuda", "tpu"):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
-        assert ("stablehlo.case" in text) == (rule != rules.Fixed())
+        is_synced = rule != rules.Fixed()
+        assert ("stablehlo.case" in text) == (is_synced and CONDITIONALS_IN_PLACE)
+        assert ("stablehlo.while" in text) or not is_synced or CONDITIONALS_IN_PLACE
 
 
 # Checkpoints
@@ -574,11 +753,11 @@ def test_shard_map_over_seeds_equals_each_alone(auto_mesh, rule):
         chex.assert_trees_all_close(at(together.feedback, i), alone.feedback, rtol=1e-6)
 
 
-@pytest.mark.parametrize("magnitude", ["unit", "preserve"])
+@pytest.mark.parametrize("magnitude", ["unit", "preserve", "norm"])
 def test_shard_map_over_parts_of_kernels_equals_the_whole(auto_mesh, magnitude):
     state = init(rules.SignSync(magnitude=magnitude))
     feedback_specs = {"a": {"kernel": P(None, "data"), "bias": None}, "b": SPECS["b"]}
-    specs = FeedbackState(feedback_specs, P(), P(), state.rule, state.key_impl)
+    specs = FeedbackState(feedback_specs, P(), P(), P(), state.rule, state.key_impl)
     split = jax.shard_map(
         lambda params, state: sync_feedback(params, state, 0),
         mesh=auto_mesh,
@@ -1004,7 +1183,68 @@ def test_each_rule_of_a_mapping_is_asked_for_integers():
     assert dtypes(synced) == {"int8", "float32"}
 
 
-@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.bool_, jnp.complex64])
+def explained(dtype):
+    """An explanation of a model that computes in the dtype."""
+    used, full = np.dtype(dtype), np.dtype("float32")
+    rows = [
+        Row((name, "kernel"), "feedback", (), layer["kernel"].shape, full, full, used, 0, "exact")
+        for name, layer in PARAMS.items()
+    ]
+    return soap_jax.Explanation(tuple(rows))
+
+
+class Leak(rules.Rule):
+    """A user's own rule, which says nothing of what it does."""
+
+    def __call__(self, kernel, feedback, key):
+        return feedback / 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "stored"),
+    [
+        (rules.Fixed(), "bfloat16"),
+        (rules.SignSync(magnitude="unit"), "bfloat16"),
+        (rules.SignSync(magnitude="glorot"), "bfloat16"),
+        (rules.SignSync(magnitude="preserve"), "bfloat16"),
+        (rules.SignSync(magnitude="redraw"), "bfloat16"),
+        (rules.SignSync(magnitude="norm"), "float32"),
+        (rules.Transport(), "bfloat16"),
+        (rules.Transport(rate=0.5), "float32"),
+        (rules.WeightMirror(), "float32"),
+        (Leak(), "float32"),
+    ],
+    ids=str,
+)
+def test_feedback_is_stored_as_it_is_used_unless_its_rule_accumulates(rule, stored):
+    where = explained("bfloat16")
+    state = init_feedback(KEY, PARAMS, rule, where=where, dtype="used")
+    assert dtypes(state) == {stored} and rule.accumulates == (stored == "float32")
+    drawn = init_feedback(KEY, PARAMS, rule, where=where, dtype=stored)
+    chex.assert_trees_all_equal(state.feedback, drawn.feedback)
+
+
+def test_each_layer_is_stored_as_its_own_rule_allows():
+    rule = {"a/*": rules.Transport(rate=0.5), "*": rules.SignSync(magnitude="unit")}
+    state = init_feedback(KEY, PARAMS, rule, where=explained("float16"), dtype="used")
+    assert [state.feedback[k]["kernel"].dtype.name for k in "ab"] == ["float32", "float16"]
+
+
+def test_feedback_is_never_stored_in_more_bits_than_it_has():
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    for params, feedback in ((half, None), (half, half), (PARAMS, half)):
+        where = explained("float32")
+        state = init_feedback(KEY, params, where=where, feedback=feedback, dtype="used")
+        assert dtypes(state) == {"bfloat16"}
+
+
+@pytest.mark.parametrize("where", [None, "*/kernel", lambda path, leaf: "kernel" in path])
+def test_how_it_is_used_only_an_explanation_says(where):
+    with pytest.raises(ValueError, match=r"dtype='used' .*; expected where=soap_jax.explain\(fun"):
+        init_feedback(KEY, PARAMS, where=where, dtype="used")
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.bool_, jnp.complex64, "unused"])
 def test_a_dtype_that_holds_no_signs_raises(dtype):
     with pytest.raises(ValueError, match=r"dtype is .*; expected a floating-point dtype .*int8"):
         init_feedback(KEY, PARAMS, dtype=dtype)
@@ -1054,7 +1294,7 @@ def test_whatever_holds_a_state_survives_flax_serialisation():
 def test_a_states_content_is_a_plain_dict_and_other_content_is_refused():
     state = init_feedback(KEY, {"kernel": PARAMS["b"]["kernel"]}, rules.SignSync(period=3))
     content = serialization.to_state_dict(state)
-    assert set(content) == {"feedback", "period", "key_data"}
+    assert set(content) == {"feedback", "period", "memory", "key_data"}
     assert set(content["feedback"]) == {"kernel"}
     with pytest.raises(ValueError, match=r"has the entries \['feedback'\]; expected feedback, per"):
         serialization.from_state_dict(state, {"feedback": content["feedback"]})

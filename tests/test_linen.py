@@ -355,6 +355,25 @@ def test_feedback_stored_in_fewer_bits_gives_the_bits_of_its_values(name, dtype,
     assert differ(got[1], 0)
 
 
+@one_of_each
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, "int8"])
+def test_feedback_dtype_says_how_feedback_is_stored_and_changes_no_draw(name, dtype):
+    x = draw(0, CASES[name].shape)
+    plain, stored = (CASES[name].ours(**more) for more in ({}, {"feedback_dtype": dtype}))
+    expected, variables = plain.init(jax.random.key(1), x), stored.init(jax.random.key(1), x)
+    equal(variables["params"], expected["params"])
+    kernel = expected["feedback"]["kernel"]
+    values = jnp.sign(kernel) if dtype == "int8" else kernel
+    equal(variables["feedback"]["kernel"], values.astype(dtype))
+
+
+def test_feedback_dtype_keeps_the_box():
+    boxed = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    layer = linen.FeedbackDense(5, kernel_init=boxed, feedback_dtype=jnp.bfloat16)
+    feedback = layer.init(jax.random.key(0), draw(0, (4, 3)))["feedback"]["kernel"]
+    assert feedback.names == (None, "model") and feedback.unbox().dtype == jnp.bfloat16
+
+
 @pytest.fixture
 def x64():
     before = jax.config.jax_enable_x64
@@ -450,7 +469,7 @@ def test_feedback_bar_kernel_does_not_need_a_float_input(dtype):
 
 
 @pytest.mark.parametrize("layer", sorted({one.layer for one in CASES.values()}))
-def test_fields_are_those_of_flax_in_order_and_three_more(layer):
+def test_fields_are_those_of_flax_in_order_and_four_more(layer):
     def fields(cls):
         return [
             (f.name, f.default, f.default_factory, f.kw_only)
@@ -460,7 +479,7 @@ def test_fields_are_those_of_flax_in_order_and_three_more(layer):
 
     flax, ours = fields(getattr(nn, layer)), fields(getattr(linen, "Feedback" + layer))
     assert ours[: len(flax)] == flax
-    more = ["feedback_init", "feedback_bar", "feedback_name"]
+    more = ["feedback_init", "feedback_bar", "feedback_name", "feedback_dtype"]
     assert [name for name, *_ in ours[len(flax) :]] == more
 
 
@@ -1008,11 +1027,154 @@ def test_unknown_feedback_bar_raises():
         layer.apply(variables, x)
 
 
+def test_a_dtype_in_which_no_feedback_can_be_stored_raises():
+    layer = linen.FeedbackDense(2, feedback_dtype=jnp.uint8)
+    with pytest.raises(ValueError, match=r"feedback_dtype is .*uint8.*; expected a floating-point"):
+        layer.init(jax.random.key(0), jnp.ones((4, 3)))
+
+
 def test_forward_mode_raises():
     x, layer = jnp.ones((4, 3)), linen.FeedbackDense(2)
     variables = layer.init(jax.random.key(0), x)
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda x: layer.apply(variables, x), (x,), (x,))
+
+
+# The hook, for layers that Flax makes itself.
+
+
+HOOK = linen.FeedbackDotGeneral
+BOXED = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"dtype": jnp.bfloat16}, {"kernel_init": BOXED}, {"use_bias": False}],
+    ids=["plain", "bfloat16", "boxed", "without bias"],
+)
+@pytest.mark.parametrize("name", ["dense", "general_two_axes", "general_batch_dims"])
+def test_flax_layer_with_the_hook_is_ours(name, fields):
+    one = CASES[name]
+    own = {"feedback_init": noise, "feedback_bar": "kernel", "feedback_dtype": jnp.bfloat16}
+    ours = one.ours(**own | fields)
+    hooked = one.flax(dot_general_cls=functools.partial(HOOK, **own), **fields)
+    x = draw(0, one.shape)
+    variables = ours.init(jax.random.key(1), x)
+    equal(hooked.init(jax.random.key(1), x), variables)
+    y_bar = draw(2, jax.eval_shape(hooked.apply, variables, x).shape, fields.get("dtype"))
+    args = variables["params"], variables["feedback"], x, y_bar
+    equal(pull_back(hooked)(*args), pull_back(ours)(*args))
+
+
+def test_the_hook_may_be_an_instance():
+    x = draw(0, (4, 3))
+    variables = linen.FeedbackDense(5).init(jax.random.key(0), x)
+    hooked = nn.Dense(5, dot_general=HOOK())
+    equal(hooked.init(jax.random.key(0), x), variables)
+    args = variables["params"], variables["feedback"], x, draw(1, (4, 5))
+    equal(pull_back(hooked)(*args), pull_back(linen.FeedbackDense(5))(*args))
+
+
+attention = functools.partial(nn.MultiHeadDotProductAttention, 2, kernel_init=noise)
+hooked_attention = functools.partial(
+    attention,
+    qkv_dot_general_cls=functools.partial(HOOK, feedback_init=noise),
+    out_dot_general_cls=functools.partial(HOOK, feedback_init=noise),
+)
+
+
+class AttentionBlock(nn.Module):
+    """One layer of a stack."""
+
+    layer: Any
+
+    @nn.compact
+    def __call__(self, h, _=None):
+        return jnp.tanh(h + self.layer(name="attention")(h)), None
+
+
+class AttentionStack(nn.Module):
+    """Three layers of attention, scanned and rematerialised, or in a loop."""
+
+    layer: Any = hooked_attention
+    loop: bool = False
+
+    @nn.compact
+    def __call__(self, h):
+        if self.loop:
+            for i in range(3):
+                h, _ = AttentionBlock(self.layer, name=str(i))(h)
+            return h
+        block = scanned(nn.remat(AttentionBlock), length=3)
+        return block(self.layer, name="blocks")(h, None)[0]
+
+
+def test_attention_with_the_hook_has_feedback_for_its_four_projections():
+    x, y_bar = draw(0, (2, 5, 6)), draw(1, (2, 5, 6))
+    variables = hooked_attention().init(jax.random.key(0), x)
+    params, feedback = variables["params"], variables["feedback"]
+    equal(params, attention().init(jax.random.key(0), x)["params"])
+    kernels = {name: {"kernel": layer["kernel"]} for name, layer in params.items()}
+    assert jax.tree.map(jnp.shape, feedback) == jax.tree.map(jnp.shape, kernels)
+    ours, flax = pull_back(hooked_attention()), pull_back(attention())
+    y, (exact, _, exact_x_bar) = flax(params, feedback, x, y_bar)
+    for exactly in (kernels, jax.tree.map(lambda _: None, kernels)):
+        y_own, (grads, _, x_bar) = ours(params, exactly, x, y_bar)
+        equal(y_own, y)
+        close((grads, x_bar), (exact, exact_x_bar))
+    _, (pseudo, _, x_bar) = ours(params, feedback, x, y_bar)
+    close(pseudo["out"], exact["out"])
+    assert differ(pseudo["query"]["kernel"], exact["query"]["kernel"])
+    assert differ(x_bar, exact_x_bar)
+
+
+def test_scanned_attention_with_the_hook_equals_a_loop():
+    x, y_bar = draw(0, (2, 5, 6)), draw(1, (2, 5, 6))
+    variables = AttentionStack().init(
+        {"params": jax.random.key(0), "feedback": jax.random.key(1)}, x
+    )
+    params, feedback = variables["params"], variables["feedback"]
+    loop = [{str(i): of_member(tree, i) for i in range(3)} for tree in (params, feedback)]
+    y, (grads, _, x_bar) = pull_back(AttentionStack())(params, feedback, x, y_bar)
+    y_loop, (grads_loop, _, x_bar_loop) = pull_back(AttentionStack(loop=True))(*loop, x, y_bar)
+    close((y, x_bar), (y_loop, x_bar_loop))
+    close({str(i): of_member(grads, i) for i in range(3)}, grads_loop)
+    message = "FeedbackDotGeneral at blocks/attention/query found no collection 'feedback'"
+    with pytest.raises(ValueError, match=message):
+        AttentionStack().apply({"params": params}, x)
+
+
+def test_the_hook_leaves_intermediates_and_tables_as_flax_has_them():
+    x = draw(0, (2, 5, 6))
+    variables = hooked_attention().init(jax.random.key(0), x)
+    capture = {"capture_intermediates": True, "mutable": ["intermediates"]}
+    _, ours = hooked_attention().apply(variables, x, **capture)
+    _, flax = attention().apply({"params": variables["params"]}, x, **capture)
+    equal(ours["intermediates"], flax["intermediates"])
+    table = hooked_attention().tabulate(jax.random.key(0), x, console_kwargs={"width": 200})
+    assert "FeedbackDotGeneral" not in table
+
+
+def test_the_hook_outside_of_a_flax_layer_raises():
+    class Mine(nn.Module):
+        """A layer whose param has another name."""
+
+        dot_general_cls: Any = None
+
+        @nn.compact
+        def __call__(self, x):
+            w = self.param("w", noise, (3, 2))
+            return self.dot_general_cls()(x, w, (((1,), (0,)), ((), ())))
+
+    x = jnp.ones((4, 3))
+    message = r"FeedbackDotGeneral was called within {}; expected a layer of Flax with a param"
+    with pytest.raises(ValueError, match=message.format("Mine")):
+        Mine(HOOK).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=message.format("NoneType")):
+        HOOK()(x, x.T, (((1,), (0,)), ((), ())))
+    layer = linen.FeedbackDense(2, dot_general_cls=HOOK)  # it has feedback of its own
+    with pytest.raises(ValueError, match=message.format("FeedbackDense")):
+        layer.init(jax.random.key(0), x)
 
 
 # Training steps of a 3-layer MLP.

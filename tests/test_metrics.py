@@ -26,6 +26,7 @@ cotangent_angle = jax.jit(metrics.cotangent_angle, static_argnames=("op", "per_e
 error_angle = jax.jit(metrics.error_angle, static_argnames="per_example")
 path_angle = jax.jit(metrics.path_angle)
 direct_weight_angle = jax.jit(metrics.direct_weight_angle)
+effective_rank = jax.jit(metrics.effective_rank, static_argnames="batch_size")
 descent_condition = jax.jit(metrics.descent_condition, static_argnames="op")
 
 
@@ -652,6 +653,116 @@ def test_chains_whose_shapes_differ_raise():
             metrics.error_angle(jnp.ones((2, 3)), jnp.ones((2, 4)), per_example=per_example)
 
 
+# effective_rank
+
+
+def numpy_effective_rank(x):
+    values = np.linalg.svd(np.asarray(x, np.float64), compute_uv=False)
+    share = values / values.sum()
+    share = share[share > 0]
+    return np.exp(-np.sum(share * np.log(share)))
+
+
+def fed_back(seed, batch, width, outputs, scale):
+    """Errors as of a tanh layer of FA, `e B (1 - h²)` of few outputs: the spectrum decays."""
+    e, b = normal(seed, batch, outputs), normal(seed + 1, outputs, width)
+    return e @ b * (1 - jnp.tanh(scale * normal(seed + 2, batch, width)) ** 2)
+
+
+def test_effective_rank_by_hand():
+    lengths = jnp.array([[0.0, 3.0, 0.0], [-1.0, 0.0, 0.0]])  # p = 3/4, 1/4
+    by_hand = np.exp(0.75 * np.log(4 / 3) + 0.25 * np.log(4))
+    np.testing.assert_allclose(effective_rank(lengths), by_hand, rtol=1e-6)
+    np.testing.assert_allclose(effective_rank(normal(0, 1, 7)), 1, rtol=1e-6)
+    np.testing.assert_allclose(effective_rank(normal(0, 7, 1)), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_orthogonal_errors_of_one_length_have_their_number_as_effective_rank(shape, scale):
+    basis, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((9, 9)))
+    x = scale * jnp.asarray(basis[: shape[0], :6] @ basis[:6, : shape[1]], jnp.float32)
+    turned = scale * jnp.asarray(np.linalg.qr(basis[:5, :5])[0][:3], jnp.float32)
+    np.testing.assert_allclose(effective_rank(turned), 3, rtol=1e-5)
+    np.testing.assert_allclose(effective_rank(x), numpy_effective_rank(x / scale), rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.03, 0.3, 1.0])
+def test_effective_rank_counts_the_small_singular_values_of_fed_back_errors(scale):
+    """By the Gram matrix in float32 it would be up to a tenth off."""
+    for shape in ((33, 70), (70, 33)):
+        x = fed_back(0, *shape, 4, scale)
+        expected = numpy_effective_rank(x)
+        np.testing.assert_allclose(effective_rank(x), expected, rtol=1e-4)
+        assert expected < 4 if scale == 0 else expected > 3.5
+
+
+def test_of_errors_that_are_zero_the_effective_rank_is_zero_and_of_nan_nan():
+    x = normal(0, 4, 3)
+    found = effective_rank(
+        {"zero": 0 * x, "nan": x.at[1, 2].set(jnp.nan), "inf": x.at[0, 0].set(-jnp.inf)}
+    )
+    assert found["zero"] == 0 and np.isnan(found["nan"]) and np.isnan(found["inf"])
+    np.testing.assert_allclose(effective_rank(x.at[2:].set(0)), numpy_effective_rank(x[:2]), 1e-4)
+
+
+def test_effective_rank_flattens_all_axes_but_the_examples():
+    x = normal(0, 5, 2, 3, 4)
+    expected = numpy_effective_rank(x.reshape(5, 24))
+    np.testing.assert_allclose(effective_rank(x), expected, rtol=1e-4)
+    over_time = jnp.moveaxis(x, 0, 2)
+    np.testing.assert_allclose(effective_rank(over_time, batch_size=5), expected, rtol=1e-4)
+
+
+def test_effective_rank_of_the_errors_of_layers():
+    """A linear net's errors have at most the outputs' rank, by feedback as by backprop."""
+    params = {"a": normal(0, 6, 9), "b": normal(1, 9, 8), "c": normal(2, 8, 3)}
+    feedback = {"b": normal(3, 9, 8), "c": normal(4, 8, 3)}
+    x = normal(5, 12, 6)
+
+    def loss(params, x, power):
+        return jnp.mean(jnp.abs(x @ params["a"] @ params["b"] @ params["c"]) ** power)
+
+    def ranks(feedback):
+        errors = soap_jax.transform.layer_errors(loss)(params, feedback, x, 3)
+        return metrics.effective_rank(errors, batch_size=12), errors
+
+    found, errors = jax.jit(ranks)(feedback)
+    assert set(found) == {"a", "b", "c"} and all(1 < rank <= 3 for rank in found.values())
+    for name, error in errors.items():
+        np.testing.assert_allclose(found[name], numpy_effective_rank(error), rtol=1e-4)
+    exact, _ = jax.jit(ranks)(None)
+    np.testing.assert_allclose(exact["c"], found["c"], rtol=1e-5)  # no feedback on its way
+    assert abs(exact["a"] - found["a"]) > 1e-3
+
+
+def test_effective_rank_under_vmap_and_in_half_precision():
+    x = normal(0, 3, 5, 4)
+    several = jax.jit(jax.vmap(metrics.effective_rank))(x)
+    np.testing.assert_allclose(several, [effective_rank(one) for one in x], rtol=1e-5)
+    half = effective_rank(x[0].astype(jnp.bfloat16))
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, several[0], rtol=1e-2)
+
+
+def test_effective_rank_of_a_batch_spread_over_an_explicit_mesh(mesh):
+    x = normal(0, 8, 5)
+    spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", None)))
+    np.testing.assert_allclose(effective_rank(spread), numpy_effective_rank(x), rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0, 3), (3, 0)])
+def test_errors_without_examples_or_units_have_no_effective_rank(shape):
+    message = r"the error at Dense_0/kernel has the shape .*; expected \(batch, ...\)"
+    with pytest.raises(ValueError, match=message):
+        metrics.effective_rank({"Dense_0/kernel": jnp.zeros(shape)})
+
+
+def test_errors_without_an_axis_of_the_batch_have_no_effective_rank():
+    with pytest.raises(ValueError, match=r"shape \(4, 3\); expected .* with 5 examples"):
+        metrics.effective_rank(jnp.ones((4, 3)), batch_size=5)
+
+
 # All of them, under JAX's transformations and in NNX
 
 METRICS = COLUMNS | {"gradient_angle": gradient_angle}
@@ -771,3 +882,15 @@ def test_an_error_without_a_batch_or_of_another_layer_raises():
 def test_the_angle_of_nothing_raises():
     with pytest.raises(ValueError, match="which hold no array; expected arrays"):
         metrics.angle({}, {})
+
+
+def test_every_metric_is_flat_by_name():
+    params = {"a": {"kernel": normal(0, 4, 3), "bias": normal(1, 3)}, "b": {"kernel": X[:3, :3]}}
+    feedback = {"a": None, "b": {"kernel": X[:3, :3]}}
+    found = soap_jax.trees.named(
+        {"ratio": metrics.norm_ratio(params, feedback), "angle": metrics.angle(X, X)}
+    )
+    assert {name: float(value) for name, value in found.items()} == {
+        "ratio/b/kernel": 1,
+        "angle": 0,
+    }

@@ -378,6 +378,22 @@ def test_feedback_has_the_dtype_of_the_params(name):
 
 
 @one_of_each
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, "int8"])
+def test_feedback_dtype_says_how_feedback_is_stored_and_changes_no_draw(name, dtype):
+    expected, layer = CASES[name].ours(), CASES[name].ours(feedback_dtype=dtype)
+    equal(params_of(layer), params_of(expected))
+    drawn = expected.feedback[...]
+    values = jnp.sign(drawn) if dtype == "int8" else drawn
+    equal(layer.feedback[...], values.astype(dtype))
+    assert layer.feedback.get_metadata() == expected.feedback.get_metadata()
+
+
+def test_a_dtype_in_which_no_feedback_can_be_stored_raises():
+    with pytest.raises(ValueError, match="feedback_dtype is 'text'; expected a floating-point"):
+        soap_nnx.FeedbackLinear(3, 2, feedback_dtype="text", rngs=nnx.Rngs(0))
+
+
+@one_of_each
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 @pytest.mark.parametrize("stored", [jnp.int8, jnp.bfloat16])
 def test_feedback_stored_in_fewer_bits_gives_the_bits_of_its_values(name, dtype, stored):
@@ -647,6 +663,39 @@ def test_eval_shape_gives_the_shapes_of_the_model():
     assert [leaf.shape for leaf in jax.tree.leaves(nnx.state(shapes))] == [
         leaf.shape for leaf in jax.tree.leaves(nnx.state(model))
     ]
+
+
+def test_layers_that_flax_makes_can_be_replaced():
+    """Of attention and of a GRU's cell, as the module's docstring shows."""
+    rngs, x = nnx.Rngs(0), draw(0, (2, 5, 6))
+    attention = nnx.MultiHeadAttention(2, in_features=6, decode=False, rngs=rngs)
+    exact = nnx.clone(attention)
+    for name in ("query", "key", "value"):
+        layer = soap_nnx.FeedbackLinearGeneral(6, (2, 3), rngs=rngs)
+        layer.kernel, layer.bias = getattr(attention, name).kernel, getattr(attention, name).bias
+        setattr(attention, name, layer)
+
+    @functools.partial(nnx.grad, argnums=(0, 1))
+    def grads(model, x):
+        return jnp.sin(model(x)).sum()
+
+    equal(attention(x), exact(x))
+    assert differ(grads(attention, x)[1], grads(exact, x)[1])
+    for name in ("query", "key", "value"):
+        getattr(attention, name).feedback[...] = getattr(attention, name).kernel[...]
+    close(grads(attention, x), grads(exact, x))
+    assert set(feedback_of(attention)) == {"query", "key", "value"}
+
+    rnn = nnx.RNN(nnx.GRUCell(3, 4, rngs=rngs))
+    exact = nnx.clone(rnn)
+    rnn.cell.dense_h = soap_nnx.FeedbackLinear(4, 12, use_bias=False, rngs=rngs)
+    rnn.cell.dense_h.kernel = exact.cell.dense_h.kernel
+    x = draw(1, (2, 5, 3))
+    equal(rnn(x), exact(x))
+    pseudo, true = grads(rnn, x)[0]["cell"], grads(exact, x)[0]["cell"]
+    assert differ(pseudo["dense_i"]["kernel"][...], true["dense_i"]["kernel"][...])
+    rnn.cell.dense_h.feedback[...] = rnn.cell.dense_h.kernel[...]
+    close(grads(rnn, x), grads(exact, x))
 
 
 def test_layers_set_to_none_backpropagate():
@@ -963,6 +1012,14 @@ def test_our_layer_works_within_linen(shard, auto):
     x_bar, y = x_bar_and_y(params, state.feedback, X_BRIDGE)
     (leaf,) = jax.tree.leaves(state.feedback)
     close(x_bar, x_bar_by_hand(y, leaf))
+
+
+def test_attention_with_linens_hook_works_within_nnx():
+    hook = functools.partial(linen.FeedbackDotGeneral, feedback_name="feedback")
+    model = nn.MultiHeadDotProductAttention(1, qkv_dot_general_cls=hook)
+    layer = nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)).lazy_init(X_BRIDGE)
+    pairs = trees.by_kernel(params_of(layer), feedback_of(layer))
+    assert {path[0] for path in pairs} == {"query", "key", "value"}
 
 
 def test_direct_feedback_works_through_both_bridges():

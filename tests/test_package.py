@@ -114,7 +114,7 @@ def test_the_study_and_its_tasks_are_public():
 
 
 CORE = ["ops", "trees", "rules", "feedback", "transform", "training", "activity", "direct"]
-CORE += ["initializers", "local", "metrics", "optimizers", "recording"]
+CORE += ["initializers", "local", "metrics", "optimizers", "perturbation", "recording", "temporal"]
 
 
 def test_version_is_that_of_the_project():

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from soap_jax import SignSync, Transport, init_feedback, metrics, ops, recording
 from soap_jax.recording import record_alignment, recorded
+from soap_jax.transform import layer_errors
 
 
 def draw(seed, *shape):
@@ -49,10 +50,10 @@ def test_rows_are_the_metrics_at_every_period_and_nan_elsewhere(period, start):
         due = (start + i) % period == 0
         assert int(rows.step[i]) == (start + i if due else -1)
         for name, metric in chosen.items():
-            got, expected = rows.values[name], metric(params, feedback)
-            assert got["a"] is None
-            expected = expected["b"]["kernel"] if due else np.nan
-            np.testing.assert_allclose(got["b"]["kernel"][i], expected, rtol=1e-5, atol=1e-5)
+            expected = metric(params, feedback)["b"]["kernel"] if due else np.nan
+            got = rows.values[f"{name}/b/kernel"][i]
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+        assert set(rows.values) == {"angle/b/kernel", "ratio/b/kernel"}  # a has no feedback
         feedback = jax.tree.map(lambda b: 2 * b + 1, feedback)
 
 
@@ -64,11 +65,8 @@ def test_feedback_stored_in_fewer_bits_is_synced_and_measured():
         row = jax.jit(functools.partial(record_alignment, {"angle": weight_angle}, period=5))(
             params, state, 10
         )
-        chex.assert_trees_all_close(
-            jax.tree.leaves(row.values["angle"]),
-            [expected[name]["kernel"] for name in "ab"],
-            rtol=1e-6,
-        )
+        expected_row = {f"angle/{name}/kernel": expected[name]["kernel"] for name in "ab"}
+        chex.assert_trees_all_close(row.values, expected_row, rtol=1e-6)
 
 
 def test_between_the_periods_nothing_is_computed():
@@ -103,9 +101,10 @@ def test_recorded_drops_the_steps_that_were_not_measured():
     assert isinstance(rows, recording.Row)
     np.testing.assert_array_equal(rows.step, [0, 4, 8])
     for name in chosen:
-        got = rows.values[name]["b"]["kernel"]
+        name = f"{name}/b/kernel"
+        got = rows.values[name]
         assert isinstance(got, np.ndarray) and got.shape == (3,)
-        np.testing.assert_allclose(got, every.values[name]["b"]["kernel"][::4], rtol=1e-5)
+        np.testing.assert_allclose(got, every.values[name][::4], rtol=1e-5)
     assert recorded(scan(chosen, 3, period=4, start=1)).step.shape == (0,)
 
 
@@ -115,7 +114,7 @@ def test_a_nan_that_was_measured_is_recorded():
 
     rows = recorded(scan({"angle": zero}, 4, period=2))
     np.testing.assert_array_equal(rows.step, [0, 2])
-    np.testing.assert_array_equal(rows.values["angle"]["b"]["kernel"], [np.nan, np.nan])
+    np.testing.assert_array_equal(rows.values["angle/b/kernel"], [np.nan, np.nan])
 
 
 @pytest.mark.parametrize("step", [0, 1, np.int64(6), jnp.int32(7)])
@@ -129,8 +128,7 @@ def test_a_row_has_one_structure_at_every_step(step):
     }
     row = record_alignment(chosen, params, feedback, step, period=2)
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    values = {"angle": {"a": None, "b": {"kernel": scalar}}}
-    values |= dict.fromkeys(("count", "number", "half"), scalar)
+    values = dict.fromkeys(("angle/b/kernel", "count", "number", "half"), scalar)
     expected = recording.Row(jax.ShapeDtypeStruct((), jnp.int32), values)
     chex.assert_trees_all_equal_shapes_and_dtypes(row, expected)
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(row))
@@ -154,10 +152,37 @@ def test_a_metric_that_needs_more_has_it_bound():
     }
     rows = scan(chosen, 3, period=2)
     expected = gradient_angle(params, feedback)["a"]["kernel"]
-    np.testing.assert_allclose(rows.values["gradient"]["a"]["kernel"][0], expected, rtol=1e-4)
+    np.testing.assert_allclose(rows.values["gradient/a/kernel"][0], expected, rtol=1e-4)
     assert float(expected) > 1
     expected = metrics.effective_learning_rate(0.5, params, feedback)["b"]["kernel"]
-    np.testing.assert_allclose(rows.values["rate"]["b"]["kernel"][0], expected, rtol=1e-5)
+    np.testing.assert_allclose(rows.values["rate/b/kernel"][0], expected, rtol=1e-5)
+
+
+def test_the_ranks_of_a_batchs_errors_are_recorded_with_the_batch_bound():
+    params, feedback = make_pair()
+    x = draw(4, 6, 5)
+
+    def loss(params, x):
+        h = jnp.tanh(x @ params["a"]["kernel"])
+        return jnp.mean((h @ params["b"]["kernel"]) ** 2)
+
+    def rank(x, params, feedback):
+        return metrics.effective_rank(layer_errors(loss)(params, feedback, x))
+
+    rows = recorded(scan({"rank": functools.partial(rank, x)}, 5, period=2))
+    assert set(rows.values) == {"rank/a/kernel", "rank/b/kernel"}
+    expected = jax.jit(rank)(x, params, feedback)
+    for name, value in expected.items():
+        np.testing.assert_allclose(rows.values[f"rank/{name}"][0], value, rtol=1e-4)
+    # Feedback that changes changes the error of the layer below, and that one's alone.
+    below, above = (np.ptp(rows.values[f"rank/{name}/kernel"]) for name in "ab")
+    assert below > 1e-3 > above
+
+
+def test_metrics_of_one_name_raise():
+    chosen = {"angle": weight_angle, "angle/b/kernel": lambda params, feedback: 1}
+    with pytest.raises(ValueError, match="two leaves are called 'angle/b/kernel'"):
+        record_alignment(chosen, *make_pair(), 0, period=1)
 
 
 def test_kernels_may_be_spread_over_an_explicit_mesh(mesh):
@@ -167,8 +192,8 @@ def test_kernels_may_be_spread_over_an_explicit_mesh(mesh):
     alone = weight_angle(params, feedback)
     params, feedback = jax.device_put((params, feedback), sharding)
     row = jax.jit(lambda step: record_alignment(chosen, params, feedback, step, period=2))
-    np.testing.assert_allclose(row(4).values["angle"]["kernel"], alone["kernel"], rtol=1e-5)
-    assert jnp.isnan(row(5).values["angle"]["kernel"])
+    np.testing.assert_allclose(row(4).values["angle/kernel"], alone["kernel"], rtol=1e-5)
+    assert jnp.isnan(row(5).values["angle/kernel"])
 
 
 def test_under_vmap_each_run_has_its_own_clock():
@@ -184,7 +209,7 @@ def test_under_vmap_each_run_has_its_own_clock():
     row = rows(feedbacks, jnp.array([6, 7]))
     np.testing.assert_array_equal(row.step, [6, -1])
     expected = weight_angle(params, {"b": {"kernel": feedbacks[0]}})["b"]["kernel"]
-    np.testing.assert_allclose(row.values["angle"]["b"]["kernel"], [expected, np.nan], rtol=1e-5)
+    np.testing.assert_allclose(row.values["angle/b/kernel"], [expected, np.nan], rtol=1e-5)
 
 
 # Errors

@@ -4,6 +4,7 @@ As many matrix products as backprop, no copy of feedback, buffers taken over fro
 one trace, and in an epoch's scan neither a callback nor a pass over the data.
 """
 
+import collections
 import dataclasses
 import functools
 import re
@@ -21,7 +22,7 @@ from soap_jax import models, training
 
 SGD = optax.sgd(0.1)
 BACKPROPS = ("FA", "sign, unit", "sign, glorot", "sign, preserve", "sign, norm", "sign, redraw",
-             "transport", "template", "two rules", "FA, sparse", "KP")  # fmt: skip
+             "sign, kernel", "transport", "template", "two rules", "FA, sparse", "KP")  # fmt: skip
 FAST = ("backprop", "FA", "sign, unit", "KP", "DFA")
 NUM_BATCHES, BATCH = 5, 16
 
@@ -94,9 +95,19 @@ def test_mirrored_weights_take_two_more_for_each_kernel():
     assert [products(text) for text in texts("weight mirror")] == [12, 12]
 
 
-def test_direct_feedback_takes_its_projections_in_place_of_the_chain():
+@pytest.mark.parametrize("name", ["DFA", "DFA, by names"])
+def test_direct_feedback_takes_its_projections_in_place_of_the_chain(name):
     # forward 3, the kernels' gradients 3, projections 2, of 10 columns each
-    assert [products(text) for text in texts("DFA")] == [8, 8]
+    assert [products(text) for text in texts(name)] == [8, 8]
+
+
+def test_direct_feedback_by_names_compiles_to_what_one_writes_by_hand():
+    """The operations of both steps, each as often."""
+
+    def operations(text):
+        return collections.Counter(re.findall(r"= \S+ ([\w-]+)\(", text))
+
+    assert operations(texts("DFA, by names")[1]) == operations(texts("DFA")[1])
 
 
 class Attention(nn.Module):

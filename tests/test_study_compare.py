@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import soap_jax
-from soap_jax import direct, ops, study
+from soap_jax import direct, ops, perturbation, study
 
 SHORT = {"seeds": 3, "steps": 24, "batch_size": 8, "evaluations": 3}
 
@@ -357,6 +357,67 @@ def test_own_methods_get_all_that_the_librarys_get(own, tmp_path):
     assert finding.key == "flip" and not finding.exploratory
     (other,) = own.judge([study.Claim("flip", "no faster", [study.Ratio("flip", within=(0.1, 9))])])
     assert other.exploratory
+
+
+# Perturbation
+
+
+def tapped_losses(tap, params, batch):
+    a = jnp.tanh(tap("a", batch["x"] @ params["a"]))
+    b = jnp.tanh(tap("b", a @ params["b"]))
+    return jnp.mean((tap("y", b @ params["c"]) - batch["y"]) ** 2, axis=-1)
+
+
+def by_nodes(params, feedback, batch, key, step, learning_rate):
+    del feedback, step, learning_rate
+    return perturbation.node_perturbation(tapped_losses)(params, batch, key=key)
+
+
+def test_methods_of_perturbation_learn_beside_backprop():
+    methods = {
+        "bp": "bp",
+        "forward": "forward_gradient",
+        "weight": study.Method(
+            estimator=functools.partial(perturbation.weight_perturbation, directions=8)
+        ),
+        "node": study.Method(gradient=by_nodes, label="node perturbation"),
+    }
+    sizes = SHORT | {"seeds": 2, "steps": 240}
+    result = study.compare(plain(), methods, learning_rates=(0.01,), **sizes)
+    losses = {name: np.stack(of(result, name, "losses").train_loss) for name in methods}
+    for curves in losses.values():
+        np.testing.assert_allclose(curves[:, 0], losses["bp"][:, 0], rtol=1e-6)
+        assert curves[:, -60:].mean() < 0.8 * curves[:, :6].mean()
+    angles = {name: of(result, name)["gradient_angle/a"] for name in methods}
+    assert angles["forward"].between(45, 135).all()  # one direction among 78
+    assert angles["weight"].mean() < angles["forward"].mean()
+    for column in ("error_angle/a", "weight_angle/b"):
+        assert of(result, "forward")[column].isna().all()
+    said = {name: method["description"] for name, method in result.methods.items()}
+    assert said["forward"] == "estimator=forward_gradient"
+    assert said["weight"] == "estimator=weight_perturbation(directions=8)"
+
+
+def test_estimators_take_the_state_of_a_model_and_the_key_of_its_loss():
+    def loss(params, state, batch, key):
+        h = jnp.tanh(batch["x"] @ params["a"])
+        h *= jax.random.bernoulli(key, 0.9, h.shape) / 0.9
+        return squares(h @ params["c"], batch["y"]), state + 1
+
+    def start(key):
+        params = draw(key)
+        return {"a": params["a"], "c": params["b"][:, :1]}
+
+    task = dataclasses.replace(plain(), init=start, init_state=lambda key: jnp.int32(0), loss=loss)
+    result = study.compare(
+        task,
+        ["forward_gradient", "weight_perturbation"],
+        learning_rates=(0.01,),
+        **SHORT | {"seeds": 2, "steps": 300},
+    )
+    for name in result.methods:
+        losses = np.stack(of(result, name, "losses").train_loss)
+        assert losses[:, -60:].mean() < losses[:, :60].mean(), name
 
 
 def test_refuses_held_out_examples_that_the_loss_does_not_take():

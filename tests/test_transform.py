@@ -552,6 +552,7 @@ STRUCTURES = {
     "switch": switch,
     "a choice by platform": by_platform,
     "checkpoint": lambda h, p: jax.checkpoint(layer)(h, p["w"]),
+    "checkpoint by operand": repeat(jax.checkpoint(layer, prevent_cse=(True, False))),
     "checkpoint with a policy": repeat(jax.checkpoint(layer, policy=POLICY)),
     "checkpointed scan over kernels": over_layers(jax.checkpoint(layer, prevent_cse=False)),
     "custom_jvp": lambda h, p: own_jvp(product(h, p["w"])),
@@ -857,6 +858,20 @@ def test_inside_shard_map_gradients_are_those_of_the_whole(auto_mesh):
         return jax.tree.map(lambda g: lax.psum(g, "data"), params_bar), x_bar
 
     assert_close(gradients(params, feedback, x), fa(loss_of(mlp))(params, feedback, x)[1])
+
+
+def test_what_is_returned_beside_a_loss_may_be_sharded(mesh):
+    params = jax.device_put(MLP, NamedSharding(mesh, P()))
+    x = jax.device_put(draw(8, 3), NamedSharding(mesh, P("data")))
+
+    def loss(params, x):
+        h = mlp(params, x)
+        return (h**2).sum(), h
+
+    grads, h = jax.jit(jax.grad(with_feedback(loss), has_aux=True))(params, None, x)
+    assert h.sharding.spec[0] == "data"
+    expected = jax.jit(jax.grad(lambda params: loss(params, draw(8, 3))[0]))(MLP)
+    assert_close(jax.device_get(grads), jax.device_get(expected))
 
 
 def test_explicit_sharding_changes_nothing(mesh):

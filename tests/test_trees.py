@@ -311,6 +311,14 @@ def test_only_a_boxs_value_is_dropped_from_a_path():
     assert paths_of({"a": nnx.Param(jnp.ones(()))}) == [("a",)]
 
 
+def test_named_leaves_are_flat_and_none_is_no_leaf():
+    tree = {"a": {"kernel": 1, "bias": None}, "b": (2, 3)}
+    assert trees.named(tree) == {"a/kernel": 1, "b/0": 2, "b/1": 3}
+    assert trees.named(4) == {"": 4}
+    with pytest.raises(ValueError, match="two leaves are called 'a/kernel'"):
+        trees.named({"a": {"kernel": 1}, "a/kernel": 2})
+
+
 def test_paths_print_as_subscripts():
     assert trees.show(("Dense_1", "kernel")) == "['Dense_1']['kernel']"
     assert trees.show(()) == "params"

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import chex
-import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
-from soap_jax import feedback, grids, local, ops, rules, trees
+from soap_jax import feedback, grids, local, ops, perturbation, rules, trees
 
 FEEDBACK_RATE = 0.01
 """At which feedback descends the losses of `soap_jax.local`, by plain SGD, whatever rate is swept.
@@ -50,6 +50,10 @@ class Method:
         init_feedback: `(key, params, batch) -> feedback`, any tree.
         gradient: `(params, feedback, batch, key, step, learning_rate) -> (loss, gradient)`, for
             what is no gradient of a loss.
+        estimator: what makes gradients of the task's own loss, such as
+            `soap_jax.perturbation.forward_gradient`: `(loss, has_aux=True) -> grad_fn`, where
+            `loss` is `(params, *args) -> (scalar, aux)` and `grad_fn`
+            `(params, *args, key=key) -> ((scalar, aux), gradient)`.
         optimizer: `(base, learning_rate) -> optimiser`, around the task's own.
         reference: the method that it is compared with.
         label: what tables and figures call it; by default its key.
@@ -72,6 +76,7 @@ class Method:
     loss: Callable[..., chex.ArrayTree] | None = None
     init_feedback: Callable[..., chex.ArrayTree] | None = None
     gradient: Callable[..., tuple] | None = None
+    estimator: Callable[..., perturbation.GradFn] | None = None
     optimizer: Callable[..., optax.GradientTransformation] | None = None
     reference: str = "bp"
     label: str | None = None
@@ -93,13 +98,20 @@ class Method:
     @property
     def own(self) -> bool:
         """Whether it has a loss or a gradient of its own."""
-        return self.loss is not None or self.gradient is not None
+        return any(x is not None for x in (self.loss, self.gradient, self.estimator))
 
     @property
     def exact(self) -> bool:
         """Whether it follows the true gradient's direction, layer by layer."""
         made = self.own or self.needs or self.feedback_bar or self.init_feedback
         return not made and (self.rule is None or self.rule == rules.Transport())
+
+    @property
+    def sync(self) -> rules.Rule | Mapping[str, rules.Rule]:
+        """What its feedback follows; backprop's is W itself."""
+        if self.rule is not None:
+            return self.rule
+        return Scaled(live=self.scale == "live") if self.scale else rules.Transport()
 
     @property
     def synced(self) -> bool:
@@ -125,13 +137,66 @@ class Method:
             "Fixed(), feedback_bar='kernel'"
         """
         said = [repr(self.rule)] if self.rule is not None else []
-        for field in ("feedback_bar", "where", "loss", "init_feedback", "gradient", "optimizer"):
+        own = ("feedback_bar", "where", "loss", "init_feedback", "gradient", "estimator")
+        for field in (*own, "optimizer"):
             value = getattr(self, field)
             if value is not None:
                 said.append(f"{field}={in_words(value)}")
         said += [f"scale={self.scale!r}"] * bool(self.scale)
         said += ["last_only=True"] * self.last_only
         return ", ".join(said) or "backprop"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scaled(rules.Rule):
+    """Backprop with the scale of signs: `B <- W norm(sign(W)) / norm(W)`, a ratio of the start.
+
+    Attributes:
+        live: whether the ratio is that of now.
+    """
+
+    live: bool = False
+
+    def init(self, kernel, feedback, key):
+        """The ratio, unless it is that of now."""
+        del feedback, key
+        return None if self.live else _ratio(kernel)
+
+    def __call__(self, kernel, feedback, key, memory=None):
+        """Returns the scaled kernel."""
+        del key
+        ratio = _ratio(kernel) if self.live else memory
+        scaled = (ratio * kernel).astype(feedback.dtype)
+        return scaled if self.live else (scaled, memory)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnyOf(rules.Rule):
+    """One of several rules; the entry "index" of its memory, which may be traced, says which."""
+
+    members: tuple[rules.Rule, ...]
+
+    def init(self, kernel, feedback, key):
+        """The index and what each rule remembers."""
+        own = [member.init(kernel, feedback, key) for member in self.members]
+        return {"index": jnp.int32(0), "own": own}
+
+    def __call__(self, kernel, feedback, key, memory=None):
+        """Returns what the rule at the index makes."""
+
+        def branch(i):
+            def apply(kernel, feedback, own):
+                args, member = (kernel, feedback, key), self.members[i]
+                if own[i] is None:
+                    return member(*args).astype(feedback.dtype), own
+                made, learnt = member(*args, own[i])
+                return made.astype(feedback.dtype), [*own[:i], learnt, *own[i + 1 :]]
+
+            return apply
+
+        branches = list(map(branch, range(len(self.members))))
+        made, own = lax.switch(memory["index"], branches, kernel, feedback, memory["own"])
+        return made, memory | {"own": own}
 
 
 def in_words(value) -> str:
@@ -295,6 +360,20 @@ METHODS: dict[str, Method] = {
         isolates="a second-order step of the activities",
         paper="SOAP 2019",
     ),
+    "forward_gradient": Method(
+        estimator=perturbation.forward_gradient,
+        label="forward gradient",
+        color="#3E7F3E",
+        isolates="one random direction, and the loss's exact slope along it",
+        paper="Baydin et al. 2022",
+    ),
+    "weight_perturbation": Method(
+        estimator=perturbation.weight_perturbation,
+        label="weight perturbation",
+        color="#A0522D",
+        isolates="random signs added to all weights, and how the loss changes",
+        paper="Cauwenberghs 1992",
+    ),
 }
 """The library's own methods, by name."""
 
@@ -357,24 +436,7 @@ def resolve(methods: Mapping[str, str | Method] | Sequence[str]) -> dict[str, Me
     return found
 
 
-def amplification(params: chex.ArrayTree, weights: chex.ArrayTree) -> dict[str, jax.Array]:
-    """How much larger than a kernel its signs are, `norm(sign(W)) / norm(W)`, by path.
-
-    Args:
-        params: the parameters.
-        weights: their feedback tree, which says of which kernels to speak.
-
-    Returns:
-        Scalars; 1 for a kernel of zeros.
-
-    Example:
-        >>> amplification({"kernel": jnp.full((2, 1), 0.25)}, {"kernel": jnp.ones((2, 1))})
-        {'kernel': Array(4., dtype=float32)}
-    """
-
-    def ratio(kernel):
-        size = jnp.linalg.norm(kernel)
-        return jnp.where(size > 0, jnp.linalg.norm(jnp.sign(kernel)) / size, 1.0)
-
-    kernels = trees.pairs(params, weights)
-    return {"/".join(path): ratio(kernel) for path, (kernel, _) in kernels.items()}
+def _ratio(kernel):
+    """How much larger than a kernel its signs are; 1 for a kernel of zeros."""
+    size = jnp.linalg.norm(kernel)
+    return jnp.where(size > 0, jnp.linalg.norm(jnp.sign(kernel)) / size, 1.0)

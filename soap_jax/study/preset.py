@@ -69,7 +69,7 @@ class Protocol:
             run of the reference reaches within an eighth of the steps.
         evaluations: how often a run is evaluated, in equal distances.
         chunk_size: at most so many runs per device at once; bounds memory on accelerators. By
-            default 4 on CPU, else 64.
+            default 4 on CPU, else 256.
         memory_limit: at most so many GiB per device for the program (a process takes about 0.7
             besides); makes chunks smaller where needed.
     """
@@ -148,8 +148,8 @@ class StudyConfig(Protocol, Network):
     Attributes:
         methods: names of the methods to compare, of bp, fa, sign, sign_preserve, sign_norm,
             bp_scaled, bp_scaled_live, frozen, sign_glorot, sign_redraw, transport, weight_mirror,
-            kp, information_alignment, symmetric_alignment, activation_alignment and, with mlp, dfa,
-            sdfa, drtp, activity_propagation.
+            kp, information_alignment, symmetric_alignment, activation_alignment, forward_gradient,
+            weight_perturbation and, with mlp, dfa, sdfa, drtp, activity_propagation.
 
     Raises:
         ValueError: for a value out of range.

@@ -37,6 +37,8 @@ PROBE_SIZE = 256
 """Examples on which gradients are compared."""
 LOSS_STREAM, STATE_STREAM, EVALUATION_KEY, BATCH_STREAM = range(2**30, 2**30 + 4)
 """Folded into a seed's key, beside its streams for params, feedback and order."""
+DIRECTION_STREAM = 2**30 + 4
+"""Folded into a step's key, for gradients that are estimated."""
 
 Optimizer = Callable[[Any], optax.GradientTransformation]
 """`learning_rate -> optimiser`."""
@@ -69,12 +71,10 @@ class Plan(NamedTuple):
     Attributes:
         order: `(steps, batch_size)` int32, the examples of each batch; None if they are made.
         key: from which the loss and made batches draw.
-        scale: by kernel, the size of its signs at the start, relative to its own.
     """
 
     order: jax.Array | None
     key: chex.PRNGKey
-    scale: dict[str, jax.Array]
 
 
 class Trial(NamedTuple):
@@ -160,15 +160,13 @@ def shared_key(method: Method) -> tuple | None:
     """What tells a method from others in one program; None for one that needs its own."""
     if method.own or method.feedback_bar or method.init_feedback or method.optimizer:
         return None
-    rule = rules.Transport() if method.rule is None else method.rule
-    if type(rule) not in (rules.Fixed, rules.SignSync, rules.Transport):
+    rule = method.sync
+    if type(rule) not in (rules.Fixed, rules.SignSync, rules.Transport, methods.Scaled):
         return None
-    return _static(rule), method.scale, method.last_only
+    return _static(rule), method.last_only
 
 
 def _static(rule):
-    if isinstance(rule, Mapping):
-        return tuple((pattern, _static(part)) for pattern, part in rule.items())
     return rule if isinstance(rule, rules.Fixed) else dataclasses.replace(rule, period=1)
 
 
@@ -213,6 +211,10 @@ def make(
         return method.loss(params, weights, state, batch, key)
 
     def value_and_grad(params, weights, state, batch, key, step, learning_rate):
+        if method.estimator is not None:
+            grad_fn = method.estimator(plain, has_aux=True)
+            draw = jax.random.fold_in(key, DIRECTION_STREAM)
+            return grad_fn(params, state, batch, key, key=draw)
         if method.gradient is None:
             argnums = (0, 1) if learns else 0
             gradient = jax.value_and_grad(of_method, argnums, has_aux=True)
@@ -242,44 +244,31 @@ def make(
 
         return optax.chain(chosen, optax.stateless(only))
 
-    def sync(train, plan, index):
-        if not isinstance(train.feedback, fb.FeedbackState):
+    def at(train, index):
+        """The training's state, which one of the methods goes on with."""
+        feedback = train.feedback
+        if len(members) == 1 or not isinstance(feedback, fb.FeedbackState):
             return train
+        memory = {name: own | {"index": index} for name, own in feedback.memory.items()}
+        return train._replace(feedback=dataclasses.replace(feedback, memory=memory))
 
-        def branch(member):
-            rule = _static(rules.Transport() if member.rule is None else member.rule)
-
-            def synced(params, feedback, step):
-                own = dataclasses.replace(feedback, rule=rule)
-                weights = fb.sync_feedback(params, own, step).feedback
-                if member.scale is None:
-                    return weights
-                live = methods.amplification(params, weights)
-                ratios = plan.scale if member.scale == "start" else live
-                return trees.map_pairs(
-                    lambda path, w, b: (ratios["/".join(path)] * b).astype(b.dtype), params, weights
-                )
-
-            return synced
-
-        args = train.params, train.feedback, train.step
-        weights = lax.switch(index, [branch(member) for member in members], *args)
-        return train._replace(feedback=dataclasses.replace(train.feedback, feedback=weights))
-
-    def init_weights(key, params, batch, period):
+    def init_weights(key, params, batch, period, index):
         made = method.init_feedback and method.init_feedback(key, params, batch)
         if made is not None and method.rule is None:
             return made
         if method.own and method.rule is None:
             return None
-        rule = rules.Fixed() if method.rule is None or len(members) > 1 else method.rule
+        rule = method.sync
+        if len(members) > 1:
+            rule = methods.AnyOf(members=tuple(_static(member.sync) for member in members))
         where = _at(layers.served) if method.where is None and made is None else method.where
         state = fb.init_feedback(
             key, params, rule, where=where, initializer=method.initializer, feedback=made
         )
-        if not isinstance(rule, Mapping):
-            state = dataclasses.replace(state, period=jnp.maximum(period, 1))
-        return dataclasses.replace(state, rule=rules.Fixed())  # `sync` knows the rule
+        if isinstance(rule, Mapping):
+            return state
+        fixed = jnp.array([isinstance(member.sync, rules.Fixed) for member in members])[index]
+        return dataclasses.replace(state, period=jnp.where(fixed, 0, jnp.maximum(period, 1)))
 
     def init(seed, learning_rate, period, index, data):
         key = jax.random.key(seed)
@@ -291,11 +280,8 @@ def make(
         order = None
         if not task.generated:
             order = _order(order_key, task.examples["train"], batch_size, steps)
-        plan = Plan(order, jax.random.fold_in(key, LOSS_STREAM), {})
-        weights = init_weights(feedback_key, params, batch_of(task, data, plan, 0), period)
-        if any(member.scale == "start" for member in members):
-            ratios = methods.amplification(params, training.feedback_weights(weights))
-            plan = plan._replace(scale=ratios)
+        plan = Plan(order, jax.random.fold_in(key, LOSS_STREAM))
+        weights = init_weights(feedback_key, params, batch_of(task, data, plan, 0), period, index)
         chosen = optimizer_at(learning_rate, index)
         train = training.init_train_state(params, chosen, feedback=weights, learn_feedback=learns)
         return State(train, model), plan
@@ -309,25 +295,29 @@ def make(
         of_gradient = training.make_gradient_step(
             gradient, optimizer_at(learning_rate, index), learn_feedback=learns, has_aux=True
         )
-        train = sync(state.train, plan, index)
+        train = at(state.train, index)
         train, (loss, model) = of_gradient(train, batch_of(task, data, plan, i))
         return State(train, model), loss
 
     def measure(state, plan, learning_rate, index, data):
         key = jax.random.key(EVALUATION_KEY)
-        train = sync(state.train, plan, index)
-        params, weights = train.params, training.feedback_weights(train.feedback)
+        train = at(state.train, index)
+        params, feedback = train.params, train.feedback
+        if isinstance(feedback, fb.FeedbackState):
+            feedback = fb.sync_feedback(params, feedback, train.step)
+        weights = training.feedback_weights(feedback)
         row: dict[str, jax.Array] = {}
         if "validation" in data:
             found = evaluate(task, params, state.model, data["validation"], eval_batch_size)
             row |= {f"validation_{name}": value for name, value in found.items()}
         probe = data.get("validation", data.get("train"))
         probe = task.train(plan.key) if probe is None else probe
-        size = batch_size if method.gradient is not None else PROBE_SIZE
+        of_no_loss = method.gradient is not None or method.estimator is not None
+        size = batch_size if of_no_loss else PROBE_SIZE
         probe = jax.tree.map(lambda leaf: leaf[:size], probe)
         args = state.model, probe, key
         true, true_errors = gradient_and_errors(plain, has_aux=True)(params, None, *args)
-        if method.gradient is not None:
+        if of_no_loss:
             pseudo = value_and_grad(params, weights, *args, train.step, learning_rate)[1]
             errors: dict[str, jax.Array] = {}
         elif method.loss is not None:
@@ -348,7 +338,7 @@ def make(
             if name in errors and name in true_errors:
                 angles = metrics.angles_by_example(errors[name], true_errors[name], num)
                 row[f"error_angle/{name}"] = jnp.nanmean(angles)  # NaN of those without an error
-        if method.loss is None and method.gradient is None:
+        if not method.own:
             for metric in (metrics.weight_angle, metrics.norm_ratio):
                 found = trees.named(metric(params, weights))
                 row |= {f"{metric.__name__}/{name}": value for name, value in found.items()}

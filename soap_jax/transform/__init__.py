@@ -46,6 +46,15 @@ What one should know:
 
 from soap_jax.transform.errors import gradient_and_errors, layer_errors
 from soap_jax.transform.explanation import Explanation, explain
+from soap_jax.transform.named import init_projections, with_direct_feedback
 from soap_jax.transform.wrap import with_feedback
 
-__all__ = ["Explanation", "explain", "gradient_and_errors", "layer_errors", "with_feedback"]
+__all__ = [
+    "Explanation",
+    "explain",
+    "gradient_and_errors",
+    "init_projections",
+    "layer_errors",
+    "with_direct_feedback",
+    "with_feedback",
+]

@@ -21,12 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import partial_eval
 
-from soap_jax import trees
+from soap_jax import dtypes, trees
+from soap_jax.transform import labels as lb
 from soap_jax.transform import reader, tracing
 from soap_jax.transform import values as vals
 from soap_jax.transform.reader import Use
 
 Effect = Literal["feedback", "own feedback", "backprop", "exact", "no effect", "error"]
+
+Gradient = Literal["exact", "direct", "mixed", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +42,13 @@ class Row:
         uses: where it is used to this effect and, for "error" and "backprop", what stands in the
             way.
         shape: of the param, and of its feedback.
-        dtype: of the param; products are taken in it.
+        dtype: of the param.
         stored: the dtype in which feedback is stored.
+        used: the dtype in which feedback is used: that of the operand at the product that the error
+            passes, or before, where it is masked or scaled; the widest of several.
         nbytes: of the feedback, if there is any to be stored.
+        gradient: how errors come to the param, whatever its feedback: "exact", as JAX
+            differentiates `fun`; "direct", by direct feedback; "mixed", by both; "none".
     """
 
     path: trees.Path
@@ -50,7 +57,9 @@ class Row:
     shape: tuple[int, ...]
     dtype: np.dtype
     stored: np.dtype
+    used: np.dtype
     nbytes: int
+    gradient: Gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +125,14 @@ def explain(
         "no effect"     no error comes this far: a first layer, whose input is data
         "error"         `with_feedback` refuses the feedback that it has
 
+    Beside it stands how the param's `gradient` comes about where there is direct feedback
+    (`with_direct_feedback`, `direct_feedback`, and the layers made of it), in any function:
+
+        "direct"        by direct feedback
+        "mixed"         by direct feedback, and by an error that comes around it
+        "exact"         as JAX differentiates the function
+        "none"          no error comes to it: it does not learn
+
     A param that only scales activations elementwise (of a normalisation, a gate) is "backprop" as
     long as nobody asks; `with_feedback` gives it feedback if you name it in `where`.
 
@@ -142,28 +159,43 @@ def explain(
     traced = tracing.trace(fun, params, args, kwargs)
     inexact = [vals.inexact(x) for x in traced.operands]
     leaves = [i for i, path in enumerate(traced.paths) if path is not None and inexact[i]]
-    found = _read(traced, leaves, has_aux)
+    active = [path is not None for path in traced.paths]
+    found = read(traced, leaves, active, has_aux=has_aux)
     if feedback is None:
         rows = {i: _row(found.note(i)) for i in leaves}
     else:
         mine = [i for i in leaves if traced.paths[i] in given]
-        asked = _read(traced, mine, has_aux)
+        asked = read(traced, mine, active, has_aux=has_aux)
         rows = {i: _given(asked.note(i)) if i in mine else _kept(found.note(i)) for i in leaves}
     order = {i: None for i in [*(i for i in found.notes if found.notes[i].first), *leaves]}
     return Explanation(
         tuple(
-            _finished(traced.operands[i], traced.paths[i], *rows[i], given, feedback is None)
+            _finished(
+                traced.operands[i],
+                traced.paths[i],
+                *rows[i],
+                found.note(i).used,
+                given,
+                feedback is None,
+                _gradient(i, found.ways),
+            )
             for i in order
         )
     )
 
 
-def _read(traced: tracing.Traced, kernels: Sequence[int], has_aux: bool) -> reader.Reader:
-    """Reads the derivative by params of the live outputs, these being kernels with feedback."""
-    active = [
-        path is not None and vals.inexact(x)
-        for path, x in zip(traced.paths, traced.operands, strict=True)
-    ]
+def read(
+    traced: tracing.Traced, kernels: Sequence[int], active: Sequence[bool], *, has_aux: bool = False
+) -> reader.Reader:
+    """Reads the derivative of the live outputs, by the active operands.
+
+    Args:
+        traced: the function.
+        kernels: the operands that are kernels with feedback.
+        active: by operand, whether one differentiates by it, if it is floating point.
+        has_aux: whether the first of the function's outputs alone is live.
+    """
+    active = [mine and vals.inexact(x) for mine, x in zip(active, traced.operands, strict=True)]
     beside = [x if i in kernels else None for i, x in enumerate(traced.operands)]
     inputs = traced.inputs(traced.operands, beside, active)
     inputs += [traced.tangent(i) for i, mine in enumerate(active) if mine]
@@ -176,7 +208,8 @@ def _read(traced: tracing.Traced, kernels: Sequence[int], has_aux: bool) -> read
     used = [True] * traced.num_outputs + dots
     live, _ = partial_eval.dce_jaxpr(program.jaxpr, used, instantiate=True)
     found, marks = (reader.Reader(traced.paths, abstract=True) for _ in range(2))
-    found.run(program.replace(jaxpr=live), inputs)
+    outs = found.run(program.replace(jaxpr=live), inputs)
+    found.ways = lb.all_ways(out.label for out in outs)
     marks.run(traced.closed, inputs[traced.num_hoisted : len(traced.operands)])
     for i in kernels:  # layers mark kernels in the function alone, not in its derivative
         found.note(i).layer = marks.note(i).layer
@@ -226,12 +259,38 @@ def _kept(notes: reader.Notes) -> Found:
     return ("backprop" if effect == "feedback" else effect), uses
 
 
-def _finished(leaf, path, effect, uses, given, open_question) -> Row:
-    stored = effect == "feedback" if open_question else path in given
-    dtype = given[path].dtype if path in given else leaf.dtype
-    nbytes = leaf.size * vals.bits(dtype) // 8 if stored else 0
+def _gradient(i: int, ways: frozenset[tuple[int, bool]]) -> Gradient:
+    """How errors come to a leaf."""
+    if (i, True) in ways:
+        return "mixed" if (i, False) in ways else "direct"
+    return "exact" if (i, False) in ways else "none"
+
+
+def _finished(leaf, path, effect, uses, used, given, open_question, gradient) -> Row:
+    is_stored = effect == "feedback" if open_question else path in given
+    stored = np.dtype(given[path].dtype if path in given else leaf.dtype)
+    nbytes = leaf.size * vals.bits(stored) // 8 if is_stored else 0
     uses = tuple(dict.fromkeys(uses))
-    return Row(path, effect, uses, tuple(leaf.shape), leaf.dtype, np.dtype(dtype), nbytes)
+    one, *others = used or [leaf.dtype]
+    used = dtypes.wide(one, *others) if others else np.dtype(one)
+    shape = tuple(leaf.shape)
+    return Row(path, effect, uses, shape, leaf.dtype, stored, used, nbytes, gradient)
+
+
+def _gradients(explanation: Explanation) -> list[str]:
+    """How the gradients come about, if not all are exact; with the params of exceptions."""
+    found: dict[str, list[str]] = {}
+    for row in explanation:
+        found.setdefault(row.gradient, []).append("/".join(row.path))
+    if set(found) <= {"exact"}:
+        return []
+    counts = [f"{len(found[g])} {g}" for g in ("direct", "mixed", "exact", "none") if g in found]
+    lines = [f"Gradients: {', '.join(counts)}."]
+    if "mixed" in found:
+        lines.append(f"Direct feedback and an error around it reach {', '.join(found['mixed'])}.")
+    if "none" in found:
+        lines.append(f"No error reaches {', '.join(found['none'])}.")
+    return lines
 
 
 def _shape(operand: jax.ShapeDtypeStruct) -> str:
@@ -250,7 +309,8 @@ def _table(explanation: Explanation) -> str:
     for row in explanation:
         if row.effect != "exact":
             pattern = re.sub(r"\d+", "*", "/".join(row.path))
-            groups.setdefault((pattern, row.effect, row.shape, row.stored), []).append(row)
+            key = (pattern, row.effect, row.shape, row.stored, row.used)
+            groups.setdefault(key, []).append(row)
     notes = []
     for (pattern, *_), rows in groups.items():
         row = rows[0]
@@ -262,8 +322,11 @@ def _table(explanation: Explanation) -> str:
             name = f"{name} and {len(places) - 1} more"
         total = sum(row.nbytes for row in rows)
         narrow = f" {row.stored}" if row.stored != row.dtype else ""
-        stored = f"{filesize.decimal(total)}{narrow}" if total else "-"
-        grid.add_row(*map(text.Text, (path, row.effect, name, operands, stored)))
+        stored = [f"{filesize.decimal(total)}{narrow}"] if total else []
+        if row.used not in (row.dtype, row.stored) and row.effect.endswith("feedback"):
+            stored.append(f"used as {row.used}")
+        cells = path, row.effect, name, operands, ", ".join(stored) or "-"
+        grid.add_row(*map(text.Text, cells))
         if row.effect == "backprop" and all(use.primitive in ELEMENTWISE for use in places):
             notes += [f"{path} {use.problem}." for use in row.uses[:1]]
         else:
@@ -285,6 +348,7 @@ def _table(explanation: Explanation) -> str:
     if exact:
         kinds = ", ".join(f"{times} {kind}" for kind, times in exact.items())
         lines.append(f"Exact, since no error passes them: {kinds}.")
+    lines += _gradients(explanation)
     shown = [line.rstrip() for line in file.getvalue().splitlines() if line.strip()]
     shown = [*shown, ""] if groups else []
     for line in [*lines, *notes]:

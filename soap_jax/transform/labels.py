@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from soap_jax import ops
@@ -55,6 +56,13 @@ REDUCTIONS = (
 
 PARTS = ("dynamic_slice", "gather", "slice", "split", "unstack")
 """Layouts that take a part, after which weights are no longer the whole kernel."""
+
+MOVES = (
+    *(*PARTS, "broadcast_in_dim", "copy", "copy_p", "device_put", "expand_dims", "name"),
+    *("optimization_barrier", "pcast", "pvary", "reshape", "reshard", "rev", "sharding_constraint"),
+    *("squeeze", "stop_gradient", "tile", "transpose"),
+)
+"""Layouts that do no arithmetic: feedback in fewer bits than its kernel stays as it is stored."""
 
 
 class Broken(NamedTuple):
@@ -101,7 +109,11 @@ class Label(NamedTuple):
         owners: of a tangent, the params of which it is a linear function, and no activation
             multiplies it; None of an error.
         rows: of a tangent, whether rows were looked up by an integer argument.
+        used: of weights, the dtypes in which they were first computed with; none if they were only
+            cast and moved.
         layer: whether it was just named by a layer that has feedback of its own.
+        ways: of a tangent, the params to which an error comes back through it, each with whether it
+            comes by direct feedback; followed only where nothing is computed.
         refused: of a tangent that no error may come back through, why.
     """
 
@@ -115,7 +127,9 @@ class Label(NamedTuple):
     tangent: bool = False
     owners: frozenset[int] | None = None
     rows: bool = False
+    used: frozenset[np.dtype] = frozenset()
     layer: bool = False
+    ways: frozenset[tuple[int, bool]] = frozenset()
     refused: str | None = None
 
     @property
@@ -175,6 +189,17 @@ def computed(eqn: core.JaxprEqn, labels: Sequence[Label]) -> Label:
     return out
 
 
+def used(eqn: core.JaxprEqn, labels: Sequence[Label]) -> frozenset[np.dtype]:
+    """The dtypes in which weights are computed with, in an equation or before."""
+    moved = eqn.primitive.name in (*MOVES, "convert_element_type")
+    found: frozenset[np.dtype] = frozenset()
+    for var, label in zip(eqn.invars, labels, strict=True):
+        aval: Any = var.aval
+        if label.kernels:
+            found |= label.used or (frozenset() if moved else {np.dtype(aval.dtype)})
+    return found
+
+
 def kind(eqn: core.JaxprEqn) -> str:
     """The primitive's name; "mul" for an einsum that sums nothing."""
     name = eqn.primitive.name
@@ -208,6 +233,8 @@ def join(a: Label, b: Label, broken: Broken) -> Label:
         tangent=tangent,
         owners=owned([label for label in (a, b) if label.tangent]),
         rows=a.rows or b.rows,
+        ways=a.ways | b.ways,
+        used=a.used | b.used,
         refused=a.refused or b.refused,
     )
 
@@ -230,6 +257,7 @@ def same_kind(a: Label, b: Label) -> Label:
         number=a.number and b.number,
         tangent=a.tangent or b.tangent,
         owners=a.owners if a.tangent else frozenset(),  # zeros, as loops start with: anybody's
+        ways=a.ways | b.ways,
     )
 
 
@@ -241,6 +269,11 @@ def owned(tangents: Sequence[Label]) -> frozenset[int] | None:
             return None
         owners |= label.owners
     return owners
+
+
+def all_ways(tangents: Iterable[Label]) -> frozenset[tuple[int, bool]]:
+    """The ways of a value that is made of these tangents."""
+    return frozenset().union(*(label.ways for label in tangents))
 
 
 class Met(NamedTuple):
@@ -277,10 +310,12 @@ def primal(eqn: core.JaxprEqn, labels: Sequence[Label], line: str) -> tuple[list
         if status is not None:
             kernels[i] = status
     whole = bool(kernels) and _whole(eqn, labels)
+    in_dtypes = used(eqn, labels)
     outs = []
     for var in eqn.outvars:
         mine = {} if not is_float(var.aval) and not _broken(kernels) else kernels
         label = plain(eqn, out, labels, var)._replace(kernels=mine, whole=whole)
+        label = label._replace(used=in_dtypes if mine else frozenset())
         if whole and _reduces(eqn, var) and is_float(var.aval):
             notes += map(Number, kernels)
             label = label._replace(kernels={})
@@ -443,6 +478,8 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label], line: str = "") -> Step
         tangent=True,
         data=any(label.data for label in labels),
         whole=_whole(eqn, labels),
+        ways=all_ways(tangents),
+        used=used(eqn, labels),
         refused=next((label.refused for label in tangents if label.refused), None),
     )
     if not (activation or foreign):

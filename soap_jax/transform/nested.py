@@ -19,6 +19,7 @@ from jax import lax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+from soap_jax import ops
 from soap_jax.transform import labels as lb
 from soap_jax.transform import values as vals
 from soap_jax.transform.values import Value
@@ -87,28 +88,31 @@ def _wide(values):
     ]
 
 
-def _close(jaxpr):
+def close(jaxpr) -> core.ClosedJaxpr:
+    """A jaxpr as equations hold it, closed or not."""
     return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
 
 
 def _called(name):
-    return lambda reader, eqn, labels: reader.labels(_close(eqn.params[name]), labels)
+    return lambda reader, eqn, labels: reader.labels(close(eqn.params[name]), labels)
 
 
 # jit and calls
 
 
+def constrain(arrays, shardings):
+    """The arrays, constrained to a call's shardings if it has any."""
+    return [
+        lax.with_sharding_constraint(array, sharding)
+        if array is not None and isinstance(sharding, jax.sharding.Sharding)
+        else array
+        for array, sharding in zip(arrays, shardings or [None] * len(arrays), strict=True)
+    ]
+
+
 def _jit(reader, eqn, values, outs):
     f = _inner(reader, eqn.params["jaxpr"], [value.label for value in values])
     shardings = eqn.params["in_shardings"], eqn.params["out_shardings"]
-
-    def constrain(arrays, shardings):
-        return [
-            lax.with_sharding_constraint(array, sharding)
-            if array is not None and isinstance(sharding, jax.sharding.Sharding)
-            else array
-            for array, sharding in zip(arrays, shardings, strict=True)
-        ]
 
     def constrained(arrays, beside):
         found = f(constrain(arrays, shardings[0]), constrain(beside, shardings[0]))
@@ -122,21 +126,22 @@ def _jit(reader, eqn, values, outs):
 
 def _call(reader, eqn, values, outs):
     name = "call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"
-    return reader.run(_close(eqn.params[name]), values)
+    return reader.run(close(eqn.params[name]), values)
 
 
 def _remat(reader, eqn, values, outs):
-    f = _inner(reader, _close(eqn.params["jaxpr"]), [value.label for value in values])
+    f = _inner(reader, close(eqn.params["jaxpr"]), [value.label for value in values])
+    cse = eqn.params["prevent_cse"]  # of all operands, or by operand
     g = jax.checkpoint(
         lambda *forms: _split(f(*forms)),
-        prevent_cse=eqn.params["prevent_cse"],
+        prevent_cse=cse if isinstance(cse, bool) else (list(cse), list(cse)),  # type: ignore[arg-type]
         policy=eqn.params["policy"],
     )
     return list(map(Value, outs, *g(*_split(values))))
 
 
 def _shard_map(reader, eqn, values, outs):
-    f = _inner(reader, _close(eqn.params["jaxpr"]), [value.label for value in values])
+    f = _inner(reader, close(eqn.params["jaxpr"]), [value.label for value in values])
     in_specs, out_specs = (list(eqn.params[name]) for name in ("in_specs", "out_specs"))
     arrays, beside = _split(values)
     present = {i: feedback for i, feedback in enumerate(beside) if feedback is not None}
@@ -434,7 +439,11 @@ def _custom_lin_labels(reader, eqn, labels):
             for leaf in (dot.owners or frozenset()) & reader.notes.keys():
                 by_layer = not reader.quiet and not any(eqn.params["in_zeros"][1:2])
                 reader.note(leaf).served_by_layer |= by_layer
-    return [label] * len(eqn.outvars)
+    ways = lb.all_ways(tangents)
+    if ops.DIRECT in str(eqn.source_info.name_stack):  # all but the output get its error directly
+        output = [] if eqn.params["in_zeros"][0] else tangents[:1]
+        ways = lb.all_ways(output) | {(i, True) for i, _ in lb.all_ways(tangents[len(output) :])}
+    return [label._replace(ways=ways)] * len(eqn.outvars)
 
 
 def _custom_lin(reader, eqn, values, outs):

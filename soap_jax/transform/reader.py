@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.extend import core, source_info_util
 
 from soap_jax import ops, trees
@@ -57,6 +58,7 @@ class Notes:
         broken: places where an error would pass what has no feedback.
         lost: what broke it, forwards.
         numbers: places where a single number is made of it, which is exact.
+        used: the dtypes in which its feedback is used.
         layer: whether it belongs to a layer with feedback of its own.
         served_by_layer: whether an error passes that layer's feedback.
     """
@@ -68,6 +70,7 @@ class Notes:
     broken: dict[Use, None] = dataclasses.field(default_factory=dict)
     lost: dict[lb.Broken, None] = dataclasses.field(default_factory=dict)
     numbers: dict[Use, None] = dataclasses.field(default_factory=dict)
+    used: frozenset[np.dtype] = frozenset()
     layer: Use | None = None
     served_by_layer: bool = False
 
@@ -102,6 +105,7 @@ class Reader:
 
     Attributes:
         notes: what was found, by kernel, in order of first use.
+        ways: how errors come back to params from what was read last, see `labels.Label`.
     """
 
     def __init__(
@@ -115,6 +119,7 @@ class Reader:
         self.abstract = abstract
         self.local_bar: Any = feedback_bar if callable(feedback_bar) else None
         self.notes: dict[int, Notes] = {}
+        self.ways: frozenset[tuple[int, bool]] = frozenset()
         self.backward: dict[int, tuple[core.JaxprEqn, core.ClosedJaxpr]] = {}  # of custom_vjp
         self.quiet = False
         self.product: Product | None = None  # the last one
@@ -202,6 +207,7 @@ class Reader:
                     self.note(leaf).lost[status] = None
                 if outs[0].layer:
                     self.note(leaf).layer = self._use(eqn)
+            self._note_used(eqn, labels, [n.leaf for n in notes if isinstance(n, lb.Met)])
         return self._bind(eqn, values, outs, frozenset())
 
     def _tangent(self, eqn, values, labels):
@@ -228,6 +234,7 @@ class Reader:
         if not self.quiet:
             for i in step.served:
                 self.note(i).served[self._use(eqn)] = None
+            self._note_used(eqn, labels, step.served)
         if step.decided:
             exact = [
                 k in step.exact or (self.local_bar and v.tangent) for k, v in enumerate(labels)
@@ -317,6 +324,11 @@ class Reader:
         """The problem, with the names of the params that were mixed in."""
         names = ", ".join(self.show(i) for i in sorted(broken.others))
         return broken.problem + (f" ({names})" if names else "")
+
+    def _note_used(self, eqn, labels, leaves):
+        for i in leaves:
+            mine = [label if i in label.kernels else lb.Label() for label in labels]
+            self.note(i).used |= lb.used(eqn, mine)
 
     def _use(self, eqn) -> Use:
         operands = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars)

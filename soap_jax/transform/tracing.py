@@ -97,6 +97,8 @@ class Traced(NamedTuple):
         is_param = self.paths[i] is not None
         owners = frozenset({i}) if is_param else None
         label = lb.Label(tangent=True, owners=owners, data=not is_param, whole=True)
+        if dot is None and is_param:
+            label = label._replace(ways=frozenset({(i, False)}))
         return vals.Value(label, dot)
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.interpreters import ad
 
 from soap_jax.transform import labels as lb
 
@@ -29,13 +30,6 @@ class Value(NamedTuple):
     def with_feedback(self) -> Any:
         """The form with feedback, where there is one."""
         return self.array if self.feedback is None else self.feedback
-
-
-_MOVES = (
-    *(*lb.PARTS, "broadcast_in_dim", "copy", "copy_p", "expand_dims", "name"),
-    *("optimization_barrier", "reshape", "rev", "squeeze", "stop_gradient", "tile", "transpose"),
-)
-"""Layouts that do no arithmetic: feedback in fewer bits than its kernel stays as it is stored."""
 
 
 def constant(x: Any) -> Value:
@@ -66,7 +60,7 @@ def bind_wide(eqn: core.JaxprEqn, arrays: Sequence[Any]) -> list:
     if name == "convert_element_type" and lb.is_float(eqn.outvars[0].aval):
         if bits(arrays[0].dtype) <= bits(_dtype(eqn.outvars[0])):
             return list(arrays)
-    elif name in _MOVES:
+    elif name in lb.MOVES:
         return bind(eqn, arrays)
 
     def wide(*arrays):
@@ -120,5 +114,23 @@ def inexact(x: Any) -> bool:
 
 
 def zeros(aval: Any) -> jax.Array:
-    """Zeros of a type."""
-    return jnp.zeros(aval.shape, aval.dtype)
+    """Zeros of a type, sharded as it is."""
+    if isinstance(aval, jax.ShapeDtypeStruct):
+        return jnp.zeros(aval.shape, aval.dtype)
+    return ad.zeros_like_aval(aval)
+
+
+def vary_like(x: Any, other: Any) -> Any:
+    """Inside `shard_map`, marks a value as varying over the axes over which another does."""
+    axes = tuple(varying(other) - varying(x))
+    if not axes:
+        return x
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, axes, to="varying")
+    return jax.lax.pvary(x, axes)  # type: ignore[attr-defined]  # before JAX 0.9
+
+
+def varying(x: Any) -> frozenset:
+    """The axes of a `shard_map` over which a value varies."""
+    kind = jax.typeof(x)
+    return kind.vma if hasattr(kind, "vma") else kind.mat.varying  # before JAX 0.10, and since

@@ -208,25 +208,10 @@ class _Static:
 
 def _as_stored(feedback, kernel, *, cast: bool):
     """Feedback as it goes in: in fewer bits than its kernel, or in its kernel's dtype."""
-    feedback = _vary_like(jnp.asarray(feedback), kernel)
+    feedback = vals.vary_like(jnp.asarray(feedback), kernel)
     if cast or vals.bits(feedback.dtype) >= vals.bits(kernel.dtype):
         return feedback.astype(kernel.dtype)
     return feedback
-
-
-def _vary_like(feedback, kernel):
-    """Inside `shard_map`, marks feedback as varying over the axes over which its kernel does."""
-    axes = tuple(_varying(kernel) - _varying(feedback))
-    if not axes:
-        return feedback
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(feedback, axes, to="varying")
-    return jax.lax.pvary(feedback, axes)  # type: ignore[attr-defined]  # before JAX 0.9
-
-
-def _varying(x) -> frozenset:
-    kind = jax.typeof(x)
-    return kind.vma if hasattr(kind, "vma") else kind.mat.varying  # before JAX 0.10, and since
 
 
 def _check_uses(traced, by_path):
