@@ -243,7 +243,6 @@ def main() -> int:
     parser.set_defaults(out=OUT)
     parser.add_argument("--target", nargs="+", required=True, help="such as h100 v5e:2x2")
     args = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")  # else JAX looks for the devices
     try:
         found = [targets.find(name) for name in args.target]
     except (ValueError, targets.MissingPlugin) as error:

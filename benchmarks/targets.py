@@ -112,6 +112,13 @@ FIGURES = {
 
 _PLUGINS = {"cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin"), "tpu": ("libtpu",)}
 
+_NO_TPU = {  # else libtpu looks for one, complains that there is none, and locks it
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
 
 class MissingPlugin(Exception):
     """A target's plugin is not installed; the message says what to do."""
@@ -203,15 +210,16 @@ def find(name: str) -> Target:
     """
     if message := missing(name):
         raise MissingPlugin(message)
+    if not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")  # else JAX looks for the devices
     if name.startswith("h100"):
         num = int(name.partition(":")[2] or 1)
         topology = topologies.get_topology_desc(
             platform="cuda", topology_name="h100", target_config=H100, topology=f"1x1x{num}"
         )
         return Target(name, "cuda", topology.devices, links=1)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device, so nothing to share
-    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    for variable, value in _NO_TPU.items():
+        os.environ.setdefault(variable, value)
     topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
     sides = map(int, name.partition(":")[2].split("x"))
     # A side of 16 is closed to a ring. Elsewhere the chips at the ends have one link on it.
