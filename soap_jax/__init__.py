@@ -2,8 +2,8 @@
 
 The public names below, and the modules `ops`, `direct`, `activity`, `rules`, `local`, `optimizers`,
 `initializers`, `perturbation`, `trees`, `linen`, `nnx`, `metrics`, `recording`, `models`, `data`,
-`training`, `sweeps`, `tasks` and `study`. Everything loads on first use, so that `import soap_jax`
-and `soap-jax --help` are quick.
+`training`, `transform`, `sweeps`, `tasks` and `study`. Everything loads on first use, so that
+`import soap_jax` and `soap-jax --help` are quick.
 """
 
 import importlib
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         sweeps,
         tasks,
         training,
+        transform,
         trees,
     )
     from soap_jax.direct import direct_feedback, direct_target
@@ -90,6 +91,7 @@ __all__ = [
     "sync_feedback",
     "tasks",
     "training",
+    "transform",
     "trees",
     "with_feedback",
 ]
