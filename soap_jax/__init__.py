@@ -2,8 +2,8 @@
 
 The public names below, and the modules `ops`, `direct`, `activity`, `rules`, `local`, `optimizers`,
 `initializers`, `perturbation`, `trees`, `linen`, `nnx`, `metrics`, `recording`, `models`, `data`,
-`training`, `sweeps`, `tasks`, `temporal` and `study`. Everything loads on first use, so that
-`import soap_jax` and `soap-jax --help` are quick.
+`training`, `transform`, `sweeps`, `tasks`, `temporal` and `study`. Everything loads on first use,
+so that `import soap_jax` and `soap-jax --help` are quick.
 """
 
 import importlib
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         tasks,
         temporal,
         training,
+        transform,
         trees,
     )
     from soap_jax.direct import direct_feedback, direct_target
@@ -103,6 +104,7 @@ __all__ = [
     "tasks",
     "temporal",
     "training",
+    "transform",
     "trees",
     "with_direct_feedback",
     "with_feedback",

@@ -352,10 +352,10 @@ def effective_rank(errors: chex.ArrayTree, *, batch_size: int | None = None) -> 
     rows of their own; as they are, they are one long row.
 
     Singular values are those of the R of a QR decomposition, in float32 exact to their seventh
-    digit beside the largest. (The eigenvalues of the Gram matrix are cheaper and know only values
-    above 1/200 of the largest: of a feedback-aligned layer's rank they miss up to a tenth.) For 256
-    examples at 256 units that is 6 ms on one core of a CPU: measure every so many steps
-    (`soap_jax.record_alignment`), or fewer examples, 0.5 ms for 64.
+    digit beside the largest. (The eigenvalues of the Gram matrix know only values above 1/200 of
+    the largest: of a feedback-aligned layer's rank they miss up to a tenth.) On an idle CPU 256
+    examples at 256 units take 6 ms and 64 take 0.6 ms; on busy cores, where LAPACK's threads wait
+    for each other, many times that. So measure every so many steps (`soap_jax.record_alignment`).
 
     Args:
         errors: `(batch, ...)`; or a tree of such arrays, as of `soap_jax.transform.layer_errors`.

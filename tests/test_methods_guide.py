@@ -82,6 +82,8 @@ def gradient_of(value, known):
         return value.update((grads, None), value.init(learnt), learnt)[0]
     if callable(value) and value.__name__ == "loss":  # through `with_feedback`, by feedback
         return jax.grad(value, argnums=1)(params, feedback, X, LABELS)
+    if callable(value) and value.__module__ == "soap_jax.perturbation":
+        return value(params, X, LABELS, key=known["key"])[1]
     if callable(value):
         return value(params, X, LABELS, step=0)[1]
     return value

@@ -402,7 +402,7 @@ def test_a_scale_may_be_traced():
 
 def test_params_without_slopes_raise():
     params = {"w": jnp.ones(3), "steps": jnp.arange(2)}
-    with pytest.raises(ValueError, match=r"\['steps'\] is int32; expected real floating-point"):
+    with pytest.raises(ValueError, match=r"\['steps'\] is int..; expected real floating-point"):
         weight_perturbation(lambda p: jnp.sum(p["w"]))(params, key=KEY)
     with pytest.raises(ValueError, match=r"params is complex64; expected real floating-point"):
         forward_gradient(lambda w: jnp.sum(jnp.abs(w)))(jnp.ones(2, jnp.complex64), key=KEY)
