@@ -69,13 +69,14 @@ def test_no_error_goes_back_through_time():
 
 
 def test_a_scan_a_checkpoint_and_a_jit_are_kept_with_their_options():
+    policy = jax.checkpoint_policies.save_only_these_names("block")
+
     def loss(params, x):
         @jax.jit
         def named_block(h, w):
             return checkpoint_name(jnp.tanh(h @ w), "block")
 
         def body(h, w):
-            policy = jax.checkpoint_policies.save_only_these_names("block")
             return jax.checkpoint(named_block, policy=policy, prevent_cse=False)(h, w), None
 
         h, _ = lax.scan(body, x, params["blocks"], reverse=True, unroll=2)

@@ -173,6 +173,25 @@ def test_other_outputs_and_keyword_arguments_pass_through():
     assert init_projections(KEY, loss_dfa, PARAMS, X, y=Y, mode="train").keys() == P.keys()
 
 
+def test_a_model_without_its_loss_will_do():
+    def model(params, x):
+        h1 = checkpoint_name(jnp.tanh(x @ params["in"]), "h1")
+        h2 = checkpoint_name(jnp.tanh(h1 @ params["mid"]), "h2")
+        return checkpoint_name(h2 @ params["out"], "z")
+
+    apply_fn = with_direct_feedback(model, ("h1", "h2"), "z")
+
+    def loss(params):
+        return jnp.mean((apply_fn(params, P, X) - Y) ** 2)
+
+    chex.assert_trees_all_equal(gradient(loss, PARAMS), expected())
+
+
+def test_projections_get_no_gradient():
+    bars = jax.jit(jax.grad(LOSS, argnums=1))(PARAMS, P, X, Y)
+    chex.assert_trees_all_equal(bars, jax.tree.map(jnp.zeros_like, P))
+
+
 def test_several_outputs_are_several_transforms():
     def loss(params, x, y):
         h1 = checkpoint_name(jnp.tanh(x @ params["in"]), "h1")

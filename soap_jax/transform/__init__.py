@@ -33,6 +33,10 @@ loops, branches and calls, which it makes again, so that a scan stays a scan. `w
 `wrap`) evaluates the program, and `explain` only reads it, so what it says is what happens. JAX
 differentiates the result as it does any function: same products, same memory, same structure.
 
+Direct feedback needs none of this: `with_direct_feedback` (in `named`) cuts a function at values
+that it names, in the program that computes it, where names stand (`cut`). `explain` reads from the
+derivative of any function which gradients direct feedback makes.
+
 What one should know:
 
 -   A mask as a matrix (`diag(mask) @ w`) is data in a product, which makes an activation of the

@@ -119,9 +119,13 @@ class Cut:
         """Names and lines."""
         return ", ".join(f"{tap!r} at {self.taps[tap].line}" for tap in taps)
 
-    def evaluate(self, key: chex.PRNGKey | None) -> list[Any]:
+    @property
+    def args(self) -> list[Any]:
+        """What the function was traced with."""
+        return self.traced.operands[self.traced.num_hoisted :]
+
+    def evaluate(self, args: Sequence[Any], key: chex.PRNGKey | None = None) -> list[Any]:
         """The function's outputs; `key` goes to `join`, another one in each round of a scan."""
-        args = self.traced.operands[self.traced.num_hoisted :]
         outs, state = self._run(self.traced.closed, args, State({}, key))
         if self.output is None:
             k = next(k for k, out in enumerate(outs) if vals.inexact(out))

@@ -203,7 +203,7 @@ class WithDirectFeedback:
             return output
 
         cut = self.cut(params, args, kwargs, join, [t for t in self.taps if projections[t] is None])
-        return cut.traced.rebuild(cut.evaluate(projection_key))
+        return cut.traced.rebuild(cut.evaluate(cut.args, projection_key))
 
     def cut(self, params, args, kwargs, join: Join, exact: Sequence[str] = ()) -> Cut:
         """The function, to be evaluated with its taps joined to its output; `exact` are not cut."""
@@ -264,7 +264,7 @@ def init_projections(
         return output
 
     cut = fun_dfa.cut(params, args, kwargs, join)
-    jax.eval_shape(lambda: cut.evaluate(None))
+    jax.eval_shape(cut.evaluate, cut.args)
     if fun_dfa.target is not None:
         (target,) = tracing.trace(fun_dfa.target, params, args, kwargs).closed.out_avals
         found = {tap: (stacked, target, value) for tap, (stacked, _, value) in found.items()}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,11 +131,11 @@ def _call(reader, eqn, values, outs):
 
 def _remat(reader, eqn, values, outs):
     f = _inner(reader, close(eqn.params["jaxpr"]), [value.label for value in values])
-    cse = eqn.params["prevent_cse"]  # of all operands, or by operand
+    cse: Any = eqn.params["prevent_cse"]  # of all operands, or by operand
+    if not isinstance(cse, bool):
+        cse = (list(cse), list(cse))
     g = jax.checkpoint(
-        lambda *forms: _split(f(*forms)),
-        prevent_cse=cse if isinstance(cse, bool) else (list(cse), list(cse)),  # type: ignore[arg-type]
-        policy=eqn.params["policy"],
+        lambda *forms: _split(f(*forms)), prevent_cse=cse, policy=eqn.params["policy"]
     )
     return list(map(Value, outs, *g(*_split(values))))
 
