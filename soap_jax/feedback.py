@@ -318,7 +318,7 @@ CONDITIONALS_IN_PLACE = jax.__version_info__ >= (0, 11)
 
 Before JAX 0.11 it copies it, at every step and beside the original: compiled for an H100, feedback
 is there twice. A loop of one trip or none is written in place in all versions, but reads its
-condition back to the host: on an H100 a step of 784-256-10 takes 44 µs, with a conditional 31."""
+condition back to the host, which takes longer (`python -m benchmarks.sync_time`, on a GPU)."""
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
