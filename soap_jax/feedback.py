@@ -314,20 +314,28 @@ def _sync(rule, kernels, feedback, memory, period, key, step, held_back):
 
 
 CONDITIONALS_IN_PLACE = jax.__version_info__ >= (0, 11)
-"""Whether XLA for GPU leaves what passes through a conditional where it is.
+"""Whether XLA for GPU leaves what passes through a conditional where it is, as it does elsewhere.
 
 Before JAX 0.11 it copies it, at every step and beside the original: compiled for an H100, feedback
-is there twice. A loop of one trip or none is written in place in all versions, but reads its
-condition back to the host, which takes longer (`python -m benchmarks.sync_time`, on a GPU)."""
+is there twice. A loop of one trip or none is written in place there, but reads its condition back
+to the host, which takes longer (`python -m benchmarks.sync_time`, on a GPU)."""
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _apply_if(rule, its_turn, kernels, key, feedback, memory):
+def _apply_if(rule, its_turn, *args):
     """Applies the rule once or not at all, without a copy of what it leaves alone."""
+    conditional, loop = (functools.partial(form, rule) for form in (_conditional, _loop))
     if CONDITIONALS_IN_PLACE:
-        apply = functools.partial(_apply, rule, kernels, key)
-        return lax.cond(its_turn, apply, lambda *old: old, feedback, memory)
+        return conditional(its_turn, *args)
+    return lax.platform_dependent(its_turn, *args, cuda=loop, rocm=loop, default=conditional)
 
+
+def _conditional(rule, its_turn, kernels, key, feedback, memory):
+    apply = functools.partial(_apply, rule, kernels, key)
+    return lax.cond(its_turn, apply, lambda *old: old, feedback, memory)
+
+
+def _loop(rule, its_turn, kernels, key, feedback, memory):
     def once(carry):
         trips, feedback, memory = carry
 
