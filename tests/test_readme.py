@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import typing
 
 import jax
 import numpy as np
@@ -84,9 +85,10 @@ def test_every_link_leads_somewhere():
 
 def test_the_rules_table_names_rules_that_exist():
     calls = re.findall(r"\| `((?:Fixed|SignSync|Transport)\([^`]*\))` \|", README)
-    assert len(calls) == 7
-    for call in calls:
-        eval(call, {**vars(soap_jax.rules), "T": 10, "r": 0.5})
+    rules = [eval(call, {**vars(soap_jax.rules), "T": 10, "r": 0.5}) for call in calls]
+    assert {type(rule).__name__ for rule in rules} == {"Fixed", "SignSync", "Transport"}
+    shown = [rule.magnitude for rule in rules if isinstance(rule, soap_jax.SignSync)]
+    assert sorted(shown) == sorted(typing.get_args(soap_jax.rules.Magnitude))
 
 
 def test_the_table_of_methods_is_the_registry():
