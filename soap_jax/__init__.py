@@ -1,9 +1,9 @@
 """Feedback alignment for JAX and Flax.
 
-The public names below, and the modules `ops`, `direct`, `activity`, `rules`, `local`, `optimizers`,
-`initializers`, `perturbation`, `trees`, `linen`, `nnx`, `metrics`, `recording`, `models`, `data`,
-`training`, `transform`, `sweeps`, `tasks`, `temporal` and `study`. Everything loads on first use,
-so that `import soap_jax` and `soap-jax --help` are quick.
+The public names below, and the modules `ops`, `direct`, `activity`, `rules`, `factors`, `local`,
+`optimizers`, `initializers`, `perturbation`, `trees`, `linen`, `nnx`, `metrics`, `recording`,
+`models`, `data`, `training`, `transform`, `sweeps`, `tasks`, `temporal` and `study`. Everything
+loads on first use, so that `import soap_jax` and `soap-jax --help` are quick.
 """
 
 import importlib
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         activity,
         data,
         direct,
+        factors,
         initializers,
         linen,
         local,
@@ -82,6 +83,7 @@ __all__ = [
     "direct_feedback",
     "direct_target",
     "explain",
+    "factors",
     "feedback_of",
     "init_feedback",
     "init_projections",

@@ -33,6 +33,13 @@ ones broadcast:
 targets lose it, so sDFA and DRTP divide by the number of output rows themselves. A projection may
 have any floating-point or integer dtype (signs in int8, say), and is cast to the activation's.
 
+**Learning.** With `projection_bar="kernel"` a projection has the cotangent that the weights of that
+direct connection would have, the product of what is sent and the activation:
+
+    P_bar = eᵀ · a           summed over leading axes: direct Kolen-Pollack (DKP)
+
+An optimiser over (params, projections) learns both, with weight decay as in Kolen-Pollack learning.
+
 **Devices.** In place of an array a function `(error, shape, key) -> x_bar` may stand: a projection
 that is noisy or quantised, or that an analog or optical device computes (`jax.pure_callback`). It
 gets what is sent, `(*leading, out)`, and returns the cotangent of an activation of that shape:
@@ -49,6 +56,8 @@ References:
     Charlotte Frenkel, Martin Lefebvre, David Bol. Learning without feedback: fixed random learning
     signals allow for feedforward training of deep neural networks. Frontiers in Neuroscience, 2021
     (DRTP, sDFA). https://arxiv.org/abs/1909.01311
+    Matthew Bailey Webster, Jonghyun Choi, Changwook Ahn. Learning the connections in direct
+    feedback alignment. 2021 (DKP). https://openreview.net/forum?id=zgGmAx9ZcY
 """
 
 from __future__ import annotations
@@ -77,6 +86,9 @@ ProjectFn = Callable[[jax.Array, tuple[int, ...], chex.PRNGKey | None], jax.Arra
 Error = Literal["exact", "sign"]
 """What is sent: the output's cotangent (DFA), or its signs (sDFA)."""
 
+ProjectionBar = Literal["kernel"] | None
+"""A projection's own cotangent: zeros, or that of a kernel in its place (direct Kolen-Pollack)."""
+
 Block = Callable[[chex.ArrayTree, jax.Array], jax.Array]
 """`(params, x) -> y`, y of x's shape and dtype."""
 
@@ -92,6 +104,7 @@ def direct_feedback(
     rows: float | None = None,
     initializer: jax.nn.initializers.Initializer = glorot_normal,
     key: chex.PRNGKey | None = None,
+    projection_bar: ProjectionBar = None,
 ) -> jax.Array:
     """Direct feedback alignment: hands the output's error to activations.
 
@@ -113,7 +126,6 @@ def direct_feedback(
             features being all axes but as many as the output leads with (the last at least):
             nothing is stored, and the backward pass draws it again. A function
             `(error, shape, key) -> x_bar` stands for a device, see the module's docstring.
-            Projections get no gradient.
         error: "exact" or "sign".
         target: `(*leading, out)`, floating point: what is sent in place of the output's error.
         stacked: whether activations and projections (or keys) have a first axis of blocks, as
@@ -125,12 +137,16 @@ def direct_feedback(
         initializer: with which keys draw, as in `draw_projection`.
         key: a PRNG key for projections that are functions, each of which gets a key of its own
             made of it (None without one): fresh noise takes a fresh key at every step.
+        projection_bar: the projections' own cotangent. None: none, it reads as zeros. "kernel":
+            what is sent, times the activation, as direct Kolen-Pollack asks; for floating-point
+            arrays, and not with a target.
 
     Returns:
         `output`.
 
     Raises:
-        ValueError: at trace time, if structures or shapes do not fit, or `error` is unknown.
+        ValueError: at trace time, if structures or shapes do not fit, if `error` or
+            `projection_bar` is unknown, or what is to learn is no floating-point array.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -148,12 +164,25 @@ def direct_feedback(
         raise ValueError(f"error is {error!r}; expected 'exact' (DFA) or 'sign' (sDFA).")
     if error == "sign" and target is not None:
         raise ValueError("error='sign' and a target; expected one of them: what is sent.")
+    check_projection_bar(projection_bar)
+    learns = projection_bar is not None
+    if learns and target is not None:
+        raise ValueError(
+            f"projection_bar is {projection_bar!r}, with a target; expected None, since "
+            "projections learn from errors."
+        )
     name, sender = ("output", output) if target is None else ("target", target)
     _check_array(name, sender)
     rows = _rows(rows, sender)
     paths, activations, projections = _pairs(activation, projection)
     for path, a, p in zip(paths, activations, projections, strict=True):
         _check(name, sender, a, p, path, stacked=stacked)
+        if learns and (callable(p) or not jnp.issubdtype(jnp.result_type(p), jnp.inexact)):
+            what = "a function" if callable(p) else f"of dtype {jnp.result_type(p)}"
+            raise ValueError(
+                f"the projection{_at(path)} is {what}; expected a floating-point array, since "
+                f"projection_bar is {projection_bar!r}: an optimiser learns it."
+            )
     types = [jax.typeof(a) for a in activations]
     keys = [None if key is None else jax.random.fold_in(draws.typed(key), _number(path))
             for path in paths]  # fmt: skip
@@ -164,22 +193,40 @@ def direct_feedback(
         return output
 
     def f_fwd(output, activations, arrays):
-        del activations
-        return output, (arrays,)
+        return output, (arrays, activations if learns else None)
 
     def f_bwd(residuals, e):
-        (arrays,) = residuals
+        arrays, activations = residuals
         projections, keys, target = whole(arrays)
         sent = e if target is None else target / rows
         if error == "sign":
             sent = jnp.sign(e) / rows
         project = functools.partial(_project, sent, stacked=stacked, initializer=initializer)
-        return e, list(map(project, types, projections, keys, paths)), None
+        bars = list(map(project, types, projections, keys, paths))
+        if not learns:
+            return e, bars, None
+
+        def through(projections):
+            """What the direct connections pass: its derivative is their weights' cotangent."""
+            sent = map(project, types, projections, keys, paths)
+            return sum(jnp.sum(a * bar) for a, bar in zip(activations, sent, strict=True))
+
+        learnt = jax.grad(through)(projections)
+        return e, bars, [*learnt, *[None] * (len(arrays) - len(learnt))]  # projections come first
 
     f = jax.custom_vjp(f)
     f.defvjp(f_fwd, f_bwd)
     with jax.named_scope(ops.DIRECT):
-        return f(output, activations, lax.stop_gradient(arrays))
+        return f(output, activations, arrays if learns else lax.stop_gradient(arrays))
+
+
+def check_projection_bar(projection_bar: ProjectionBar) -> None:
+    """Raises ValueError for what is no cotangent of a projection."""
+    if projection_bar not in (None, "kernel"):
+        raise ValueError(
+            f"projection_bar is {projection_bar!r}; expected None, or 'kernel' (direct "
+            "Kolen-Pollack)."
+        )
 
 
 def direct_target(

@@ -26,7 +26,7 @@ from flax import serialization
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from soap_jax import draws, dtypes, rules, trees
+from soap_jax import draws, dtypes, factors, rules, trees
 
 Initializer = jax.nn.initializers.Initializer | Literal["matched"]
 """`(key, shape, dtype) -> array`, or "matched": as large as the kernel."""
@@ -190,7 +190,7 @@ def init_feedback(
             def make(path, kernel):
                 return _draw(initializers[path], _fold_in_path(feedback_key, path), kernel, path)
         else:
-            given = trees.by_kernel(params, feedback)
+            given = trees.by_kernel(params, feedback, stored=True)
             if missing := sorted(chosen - given.keys()):
                 raise ValueError(
                     f"`where` selects {', '.join(map(trees.show, missing))}, for which `feedback` "
@@ -206,14 +206,16 @@ def init_feedback(
 
         feedback = jax.tree_util.tree_map_with_path(one, params)
 
-    used = _used(where, static, trees.pairs(params, feedback)) if as_used else {}
+    used = _used(where, static, trees.pairs(params, feedback, stored=True)) if as_used else {}
 
     def store(path, kernel, leaf):
         trees.check_not_empty(kernel, path)
         own = used.get(path) if as_used else dtype
+        if factors.is_factored(leaf):
+            return _stored_factors(leaf, own, path)
         return rules.shard_like(dtypes.stored(leaf, own), kernel)
 
-    feedback = trees.map_pairs(store, params, feedback)
+    feedback = trees.map_pairs(store, params, feedback, stored=True)
     try:
         hash(static)
     except TypeError as error:
@@ -224,8 +226,7 @@ def init_feedback(
     memory = _memory_of(static, trees.pairs(params, feedback), rule_key)
     data, impl = jax.random.key_data(rule_key), jax.random.key_impl(rule_key)
     state = FeedbackState(feedback, period, memory, data, static, impl)
-    if any(map(_is_integer, jax.tree.leaves(feedback))):
-        jax.eval_shape(lambda: sync_feedback(params, state, 0))  # raises where a rule needs floats
+    _check_fits(params, state)
     return state
 
 
@@ -287,12 +288,13 @@ def sync_feedback_unless(
             "returned, as in sync_feedback(params, state, step)."
         )
     step = _as_step(step)
-    pairs = trees.pairs(params, state.feedback)
+    pairs = trees.pairs(params, state.feedback, stored=True)
     new: dict[trees.Path, jax.Array] = {}
     memory = dict(state.memory)
     for pattern, rule, paths in _rules_of(state.rule, list(pairs)):
         if type(rule) is rules.Fixed or not paths:
             continue
+        _check_whole(rule, paths, pairs)
         kernels = {path: lax.stop_gradient(pairs[path][0]) for path in paths}
         old = {path: pairs[path][1] for path in paths}
         remembered = {name: memory[name] for name in map(_name, paths) if name in memory}
@@ -300,8 +302,27 @@ def sync_feedback_unless(
         synced, learnt = _sync(rule, kernels, old, remembered, period, state.key, step, held_back)
         new |= synced
         memory |= learnt
-    feedback = trees.map_pairs(lambda path, w, b: new.get(path, b), params, state.feedback)
+    feedback = trees.map_pairs(
+        lambda path, w, b: new.get(path, b), params, state.feedback, stored=True
+    )
     return dataclasses.replace(state, feedback=feedback, memory=memory)
+
+
+def _check_fits(params, state):
+    """Raises ValueError where a rule needs floats, or whole feedback."""
+    leaves = jax.tree.leaves(state.feedback, is_leaf=factors.is_factored)
+    if any(factors.is_factored(leaf) or _is_integer(leaf) for leaf in leaves):
+        jax.eval_shape(lambda: sync_feedback(params, state, 0))
+
+
+def _check_whole(rule, paths, pairs):
+    """Raises ValueError if a rule is for feedback that is stored as factors, which it would end."""
+    for path in paths:
+        if factors.is_factored(leaf := pairs[path][1]):
+            raise ValueError(
+                f"feedback at {trees.show(path)} is a {type(leaf).__name__} and its rule {rule}; "
+                "expected Fixed(): an optimiser learns factors, and no rule changes them."
+            )
 
 
 @functools.partial(jax.jit, static_argnums=0)  # a call outside `jit` then compiles only once
@@ -547,8 +568,19 @@ def _used(where, static, pairs) -> dict[trees.Path, np.dtype]:
         path: used[path]
         for _, rule, paths in _rules_of(static, list(pairs), complete=True)
         for path in paths
-        if not rule.accumulates and used[path].itemsize < pairs[path][1].dtype.itemsize
+        if not (rule.accumulates or factors.is_factored(pairs[path][1]))
+        and used[path].itemsize < pairs[path][1].dtype.itemsize
     }
+
+
+def _stored_factors(leaf, dtype, path):
+    """Factors in the dtype; ValueError for an integer one, in which nothing learns."""
+    if dtype is not None and jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(
+            f"dtype is {np.dtype(dtype)} and feedback at {trees.show(path)} a "
+            f"{type(leaf).__name__}; expected floating point, since an optimiser learns factors."
+        )
+    return jax.tree.map(lambda factor: dtypes.stored(factor, dtype), leaf)
 
 
 def _is_integer(leaf):
@@ -570,8 +602,11 @@ def _draw(initializer, key, kernel, path):
             f"the initializer cannot draw feedback of shape {kernel.shape} for {trees.show(path)}: "
             f"{error} Is that leaf a kernel? Say with `where` which are, or give another one."
         ) from error
-    _check_drawn("the initializer returned", drawn, kernel.shape, kernel.dtype, path)
-    return jnp.asarray(drawn).astype(kernel.dtype)
+    if factors.is_factored(drawn):
+        trees.check_feedback(drawn, kernel, path)
+    else:
+        _check_drawn("the initializer returned", drawn, kernel.shape, kernel.dtype, path)
+    return jax.tree.map(lambda x: jnp.asarray(x).astype(kernel.dtype), drawn)
 
 
 def _draw_matched(key, kernel, path):

@@ -379,6 +379,7 @@ class DirectFeedback(_Projections):
         stacked: whether activations have a first axis of blocks, as `DirectStack` gives them; then
             their shapes in `features` begin with the number of blocks.
         rows: by what signs are divided, as in `direct_feedback`.
+        projection_bar: the projections' own cotangent, as in `direct_feedback`.
 
     Raises:
         ValueError: in `apply`, without the collection "projection"; if features do not fit, or
@@ -398,6 +399,7 @@ class DirectFeedback(_Projections):
     error: direct.Error = "exact"
     stacked: bool = False
     features: Any = None
+    projection_bar: direct.ProjectionBar = None
 
     @nn.compact
     def __call__(self, output: jax.Array, activations: chex.ArrayTree) -> jax.Array:
@@ -418,6 +420,7 @@ class DirectFeedback(_Projections):
             stacked=self.stacked,
             rows=self.rows,
             initializer=self.projection_init,
+            projection_bar=self.projection_bar,
         )
 
 

@@ -96,7 +96,7 @@ class SymmetricAlignment(_Weighted):
     self_weight: float = 1.0
     decay: float = 1.0
 
-    def __call__(
+    def loss(
         self, op: ops.BilinearOp, x: jax.Array, kernel: jax.Array, feedback: jax.Array
     ) -> jax.Array:
         """Returns the loss."""
@@ -139,7 +139,7 @@ class ActivationAlignment(_Weighted):
     amp: float = 1.0
     sparse: float = 1.0
 
-    def __call__(
+    def loss(
         self, op: ops.BilinearOp, x: jax.Array, kernel: jax.Array, feedback: jax.Array
     ) -> jax.Array:
         """Returns the loss."""
@@ -188,7 +188,7 @@ class InformationAlignment(_Weighted):
     decay: float = 1.0
     null: float = 1.0
 
-    def __call__(
+    def loss(
         self, op: ops.BilinearOp, x: jax.Array, kernel: jax.Array, feedback: jax.Array
     ) -> jax.Array:
         """Returns the loss."""

@@ -75,6 +75,7 @@ class DirectMLP(nn.Module):
         error: "exact" (DFA), "sign" (sDFA) or "target" (DRTP).
         kernel_init: as in `MLP`.
         projection_init: initialiser of the projections.
+        projection_bar: the projections' own cotangent, as in `soap_jax.direct.direct_feedback`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -92,6 +93,7 @@ class DirectMLP(nn.Module):
     error: Literal["exact", "sign", "target"] = "exact"
     kernel_init: nn.initializers.Initializer = glorot_normal
     projection_init: nn.initializers.Initializer = glorot_normal
+    projection_bar: direct.ProjectionBar = None
 
     @nn.compact
     def __call__(self, x: jax.Array, target: jax.Array | None = None) -> jax.Array:
@@ -119,7 +121,8 @@ class DirectMLP(nn.Module):
         if not hidden:
             return x
         error: direct.Error = "sign" if self.error == "sign" else "exact"
-        return linen.DirectFeedback(error, projection_init=self.projection_init)(x, hidden)
+        own = {"projection_init": self.projection_init, "projection_bar": self.projection_bar}
+        return linen.DirectFeedback(error, **own)(x, hidden)
 
     def _send_target(self, x, target):
         if target is None and self.is_initializing():

@@ -314,6 +314,7 @@ class DirectFeedback(_Projections):
         stacked: whether activations have a first axis of blocks, as `DirectStack` gives them; then
             their shapes in `features` begin with the number of blocks.
         rows: by what signs are divided, as in `direct_feedback`.
+        projection_bar: the projections' own cotangent, as in `direct_feedback`.
         rngs: as in Flax; a stream `feedback`, if there is one, draws the projections.
 
     Raises:
@@ -341,11 +342,13 @@ class DirectFeedback(_Projections):
         stored: bool = True,
         stacked: bool = False,
         rows: float | None = None,
+        projection_bar: direct.ProjectionBar = None,
         rngs: nnx.Rngs,
     ):
         super().__init__(out_features, features, projection_init, stored, stacked, rngs)
         self.error: direct.Error = error
         self.rows = rows
+        self.projection_bar: direct.ProjectionBar = projection_bar
 
     def __call__(self, output: jax.Array, activations: chex.ArrayTree) -> jax.Array:
         """Returns the output."""
@@ -357,6 +360,7 @@ class DirectFeedback(_Projections):
             stacked=self.stacked,
             rows=self.rows,
             initializer=self.projection_init,
+            projection_bar=self.projection_bar,
         )
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.ad_checkpoint
@@ -33,13 +33,19 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from soap_jax import trees
+from soap_jax import factors, trees
 
 BilinearOp = Callable[[jax.Array, jax.Array], jax.Array]
 """`(x, kernel) -> y`, linear in each argument."""
 
-FeedbackBarFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-"""`(x, y, kernel, feedback, y_bar) -> feedback_bar`, of feedback's shape."""
+Feedback = factors.Feedback
+
+FeedbackBarFn = Callable[[BilinearOp, jax.Array, jax.Array, Feedback, jax.Array], Feedback]
+"""`(op, x, kernel, feedback, y_bar) -> feedback_bar`, like feedback; `op(x, kernel)` is y."""
+
+FeedbackBar = Literal["kernel"] | FeedbackBarFn | None
+"""What feedback's cotangent is: a function's value, or zeros (`None`). "kernel" names the function
+of Kolen-Pollack learning, the kernel's cotangent; the losses of `soap_jax.local` are functions."""
 
 
 class LocalLoss:
@@ -49,7 +55,7 @@ class LocalLoss:
     cotangent its own gradient by feedback, whatever the op and its layout.
     """
 
-    def __call__(
+    def loss(
         self, op: BilinearOp, x: jax.Array, kernel: jax.Array, feedback: jax.Array
     ) -> jax.Array:
         """Computes the loss of `feedback`, a scalar.
@@ -60,12 +66,19 @@ class LocalLoss:
             kernel: forward weights W.
             feedback: feedback weights B, of the kernel's shape and dtype.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define __call__.")
+        raise NotImplementedError(f"{type(self).__name__} must define `loss`.")
 
+    def __call__(
+        self, op: BilinearOp, x: jax.Array, kernel: jax.Array, feedback: Feedback, y_bar: jax.Array
+    ) -> Feedback:
+        """Returns the loss's gradient by feedback."""
+        del y_bar
 
-FeedbackBar = Literal["kernel"] | FeedbackBarFn | LocalLoss | None
-"""What feedback's cotangent is: zeros (`None`), the kernel's cotangent, a function's value, or a
-local loss's gradient."""
+        def of(feedback):
+            return self.loss(op, x, kernel, cast_feedback(factors.dense(feedback), kernel))
+
+        return jax.grad(of)(feedback)
+
 
 SCOPE = "through_feedback"
 """The name under which profiles show it."""
@@ -76,7 +89,7 @@ DIRECT = "direct_feedback"
 MARK = "soap_jax.ops.through_feedback"
 """The name that its kernel gets (`checkpoint_name`), by which `soap_jax.transform` knows it."""
 
-FeedbackOp = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+FeedbackOp = Callable[[jax.Array, jax.Array, Feedback | None], jax.Array]
 """`(x, kernel, feedback) -> y`."""
 
 
@@ -110,7 +123,8 @@ def check_feedback_bar(feedback_bar: FeedbackBar) -> None:
     if not (feedback_bar is None or feedback_bar == "kernel" or is_function):
         raise ValueError(
             f"feedback_bar is {feedback_bar!r}; expected None, 'kernel', a local loss such as "
-            "soap_jax.local.SymmetricAlignment(), or a function of (x, y, kernel, feedback, y_bar)."
+            "soap_jax.local.SymmetricAlignment(), or a function of op, x, kernel, feedback and "
+            "y_bar."
         )
 
 
@@ -133,11 +147,12 @@ def through_feedback(
     op: BilinearOp,
     x: jax.Array,
     kernel: jax.Array,
-    feedback: jax.Array | None,
+    feedback: Feedback | None,
     *,
     forward: Callable[[jax.Array], jax.Array] | None = None,
     feedback_bar: FeedbackBar = None,
     mask: jax.Array | None = None,
+    in_turn: bool = False,
     path: trees.Path = (),
 ) -> jax.Array:
     """Applies a bilinear op, and on the way back sends its cotangent to `x` through `feedback`.
@@ -149,11 +164,13 @@ def through_feedback(
         op: the bilinear op, a pure function that closes over no traced value.
         x: the op's input; its cotangent is the op's own at `(y_bar, feedback)`.
         kernel: the op's kernel.
-        feedback: feedback weights, of the kernel's shape; cast to the kernel's dtype. None means
-            exact backpropagation.
+        feedback: feedback weights, of the kernel's shape, or factors; cast to the kernel's dtype.
+            None means exact backpropagation.
         forward: `x -> y`, by default `op(x, kernel)`; may add what does not depend on `x` (a bias).
         feedback_bar: feedback's own cotangent; see `feedback_op`.
         mask: by what `forward`, but not `op`, multiplies the kernel; may be traced.
+        in_turn: whether an error passes factors one after the other, and not their product: for an
+            op as `soap_jax.factors.apply` takes it.
         path: feedback's path, for error messages.
 
     Returns:
@@ -178,54 +195,73 @@ def through_feedback(
     if feedback is None:
         return forward(x)
     trees.check_feedback(feedback, kernel, path)
+    if not in_turn:
+        feedback = factors.dense(feedback)
     if mask is not None:
-        feedback = cast_feedback(feedback, kernel) * jnp.asarray(mask).astype(kernel.dtype)
+        feedback = cast_feedback(factors.dense(feedback), kernel)
+        feedback *= jnp.asarray(mask).astype(kernel.dtype)
     x_type, kernel_type = jax.typeof(x), jax.typeof(kernel)
-    if not _has_cotangent(feedback):
-        feedback_bar = None
-    local = isinstance(feedback_bar, LocalLoss)
+    bar_of: Any = feedback_bar
+    learns = feedback_bar is not None and all(map(_has_cotangent, jax.tree.leaves(feedback)))
 
     def f(y, x, kernel, feedback):
         del x, kernel, feedback
         return y
 
     def f_fwd(y, x, kernel, feedback):
-        if feedback_bar is None:
+        if not learns:
             return y, (feedback,)
-        if feedback_bar == "kernel":
-            return y, (feedback, x)
-        return y, (feedback, x, kernel, None if local else y)
+        return y, (feedback, x) if feedback_bar == "kernel" else (feedback, x, kernel)
 
     def f_bwd(residuals, y_bar):
         feedback, *activities = residuals
+        at_feedback = jax.tree.map(lambda b: cast_feedback(b, kernel_type), feedback)
         x_bar = bar = None
         if _has_cotangent(x_type):
-            at_feedback = cast_feedback(feedback, kernel_type)
-            (x_bar,) = jax.linear_transpose(lambda x: op(x, at_feedback), x_type)(y_bar)
-        if feedback_bar == "kernel":
+            back = jax.linear_transpose(lambda x: factors.apply(op, x, at_feedback), x_type)
+            (x_bar,) = back(y_bar)
+        if learns and feedback_bar == "kernel":
             (x,) = activities
-            (bar,) = jax.linear_transpose(lambda kernel: op(x, kernel), kernel_type)(y_bar)
-        elif isinstance(feedback_bar, LocalLoss):
-            x, kernel, _ = activities
+            bar = _kernel_bar(op, x, kernel_type, at_feedback, y_bar)
+        elif learns:
+            x, kernel = activities
             x = x if _has_cotangent(x) else x.astype(kernel.dtype)  # a loss may transpose `op` by x
-            at_feedback = cast_feedback(feedback, kernel)
-            bar = jax.grad(feedback_bar, argnums=3)(op, x, kernel, at_feedback)
-        elif feedback_bar is not None:
-            x, kernel, y = activities
-            bar = feedback_bar(x, y, kernel, feedback, y_bar)
-            if getattr(bar, "shape", None) != feedback.shape:
-                got = type(bar).__name__ if not hasattr(bar, "shape") else f"shape {bar.shape}"
-                raise ValueError(
-                    f"feedback_bar returned {got}; expected an array of shape {feedback.shape}, "
-                    "that of feedback."
-                )
-        return y_bar, x_bar, None, None if bar is None else bar.astype(feedback.dtype)
+            bar = bar_of(op, x, kernel, feedback, y_bar)
+            _check_bar(bar, feedback)
+        if learns:
+            bar = jax.tree.map(lambda bar, stored: bar.astype(stored.dtype), bar, feedback)
+        return y_bar, x_bar, None, bar
 
     f = jax.custom_vjp(f)
     f.defvjp(f_fwd, f_bwd)
     y = forward(detach(x))
     with jax.named_scope(SCOPE):
         return f(y, x, jax.ad_checkpoint.checkpoint_name(kernel, MARK), feedback)
+
+
+def _kernel_bar(op, x, kernel_type, feedback, y_bar):
+    """The cotangent that feedback would have in the kernel's place, or its factors."""
+    if isinstance(feedback, factors.Product):  # in turn, without the kernel's cotangent
+        return jax.vjp(lambda own: factors.apply(op, x, own), feedback)[1](y_bar)[0]
+    (bar,) = jax.linear_transpose(lambda kernel: op(x, kernel), kernel_type)(y_bar)
+    return jax.vjp(factors.dense, feedback)[1](bar)[0]
+
+
+def _check_bar(bar, feedback):
+    """Raises ValueError unless a function returned a cotangent of feedback."""
+    found, expected = (
+        (jax.tree.structure(tree), list(map(jnp.shape, jax.tree.leaves(tree))))
+        for tree in (bar, feedback)
+    )
+    is_array = all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(bar))
+    if not is_array or found != expected:
+        got = f"shape {bar.shape}" if hasattr(bar, "shape") else type(bar).__name__
+        wanted = (
+            f"a {type(feedback).__name__} of the shapes {expected[1]}, as feedback is"
+            if factors.is_factored(feedback)
+            else f"an array of shape {feedback.shape}, that of feedback"
+        )
+        raise ValueError(f"feedback_bar returned {got}; expected {wanted}.")
 
 
 def cast_feedback(feedback: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -254,10 +290,10 @@ def feedback_op(op: BilinearOp, *, feedback_bar: FeedbackBar = None) -> Feedback
     Args:
         op: `(x, kernel) -> y`, linear in each argument, closing over no traced value.
         feedback_bar: the cotangent of feedback. None: none, it reads as zeros. "kernel": the
-            kernel's cotangent, as Kolen-Pollack learning asks. A loss of `soap_jax.local`: its
-            gradient by feedback, for rules that learn from the batch's activities. A function
-            `(x, y, kernel, feedback, y_bar) -> array` of feedback's shape: its value. Integer
-            feedback never has one.
+            kernel's cotangent, as Kolen-Pollack learning asks. A loss of
+            `soap_jax.local`: its gradient by feedback, for rules that learn from the batch's
+            activities. A function `(op, x, kernel, feedback, y_bar) -> array` of feedback's shape:
+            its value. Integer feedback never has one.
 
     Returns:
         A function `(x, kernel, feedback) -> y`; `feedback=None` means exact backpropagation.
@@ -279,11 +315,17 @@ def feedback_op(op: BilinearOp, *, feedback_bar: FeedbackBar = None) -> Feedback
         Lillicrap et al. (2016), above. For "kernel": Mohamed Akrout et al. Deep learning without
         weight transport. NeurIPS, 2019. https://arxiv.org/abs/1904.05391
     """
+    return _feedback_op(op, feedback_bar, in_turn=False)
 
-    def f(x: jax.Array, kernel: jax.Array, feedback: jax.Array | None) -> jax.Array:
+
+def _feedback_op(op, feedback_bar, *, in_turn):
+    """`feedback_op`; `in_turn` sends errors through one factor of feedback after the other."""
+
+    def f(x: jax.Array, kernel: jax.Array, feedback: Feedback | None) -> jax.Array:
         trees.check_kernel(kernel)
         x, kernel = _promote(x, kernel)
-        return through_feedback(op, x, kernel, feedback, feedback_bar=feedback_bar)
+        bar = feedback_bar
+        return through_feedback(op, x, kernel, feedback, feedback_bar=bar, in_turn=in_turn)
 
     return f
 
@@ -291,7 +333,7 @@ def feedback_op(op: BilinearOp, *, feedback_bar: FeedbackBar = None) -> Feedback
 def feedback_dense(
     x: jax.Array,
     kernel: jax.Array,
-    feedback: jax.Array | None,
+    feedback: Feedback | None,
     *,
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
@@ -302,7 +344,7 @@ def feedback_dense(
     Args:
         x: `(..., in)`.
         kernel: `(in, out)`.
-        feedback: `(in, out)`, or None for exact backpropagation.
+        feedback: `(in, out)`, or factors (`soap_jax.factors`); None for exact backpropagation.
         precision: as in `jax.lax.dot_general`.
         preferred_element_type: as in `jax.lax.dot_general`.
         feedback_bar: as in `feedback_op`.
@@ -333,14 +375,14 @@ def feedback_dense(
             preferred_element_type=preferred_element_type,
         )
 
-    return feedback_op(op, feedback_bar=feedback_bar)(x, kernel, feedback)
+    return _feedback_op(op, feedback_bar, in_turn=True)(x, kernel, feedback)
 
 
 def feedback_einsum(
     spec: str,
     x: jax.Array,
     kernel: jax.Array,
-    feedback: jax.Array | None,
+    feedback: Feedback | None,
     *,
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
@@ -352,7 +394,7 @@ def feedback_einsum(
         spec: an einsum string of two operands, `x` first, such as "bti,iho->btho".
         x: first operand.
         kernel: second operand.
-        feedback: of the kernel's shape, or None for exact backpropagation.
+        feedback: of the kernel's shape, or factors; None for exact backpropagation.
         precision: as in `jax.numpy.einsum`.
         preferred_element_type: as in `jax.numpy.einsum`.
         feedback_bar: as in `feedback_op`.
@@ -382,7 +424,7 @@ def feedback_einsum(
 def feedback_conv(
     x: jax.Array,
     kernel: jax.Array,
-    feedback: jax.Array | None,
+    feedback: Feedback | None,
     *,
     strides: int | Sequence[int] = 1,
     padding: str | Sequence[tuple[int, int]] = "SAME",
@@ -400,7 +442,7 @@ def feedback_conv(
     Args:
         x: `(batch, *spatial, in)`.
         kernel: `(*window, in / feature_group_count, out)`.
-        feedback: of the kernel's shape, or None for exact backpropagation.
+        feedback: of the kernel's shape, or factors; None for exact backpropagation.
         strides: window strides, one or one per spatial axis.
         padding: "SAME", "VALID", or `(low, high)` per spatial axis (with `input_dilation` only so).
         input_dilation: dilation of `x`, one or one per spatial axis.
@@ -438,13 +480,14 @@ def feedback_conv(
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
-    return feedback_op(op, feedback_bar=feedback_bar)(x, kernel, feedback)
+    in_turn = feature_group_count == 1
+    return _feedback_op(op, feedback_bar, in_turn=in_turn)(x, kernel, feedback)
 
 
 def feedback_conv_transpose(
     x: jax.Array,
     kernel: jax.Array,
-    feedback: jax.Array | None,
+    feedback: Feedback | None,
     *,
     strides: int | Sequence[int] = 1,
     padding: str | Sequence[tuple[int, int]] = "SAME",
@@ -459,7 +502,7 @@ def feedback_conv_transpose(
     Args:
         x: `(batch, *spatial, in)`.
         kernel: `(*window, in, out)`; with `transpose_kernel`, `(*window, out, in)`.
-        feedback: of the kernel's shape, or None for exact backpropagation.
+        feedback: of the kernel's shape, or factors; None for exact backpropagation.
         strides: upsampling factors, one or one per spatial axis.
         padding: "SAME", "VALID", or `(low, high)` per spatial axis.
         kernel_dilation: dilation of the window, one or one per spatial axis.

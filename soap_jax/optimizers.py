@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from soap_jax import dtypes, trees
+from soap_jax import dtypes, factors, trees
 
 
 class KolenPollackState(NamedTuple):
@@ -108,7 +108,13 @@ def kolen_pollack(
 
     def init(learnt):
         params, feedback = _pair(learnt)
-        for path, (_, leaf) in trees.pairs(params, feedback).items():
+        for path, (_, leaf) in trees.pairs(params, feedback, stored=True).items():
+            if factors.is_factored(leaf):
+                raise ValueError(
+                    f"feedback at {trees.show(path)} is a {type(leaf).__name__}; expected an array "
+                    "of its kernel's shape, which gets the kernel's update. Factors learn by their "
+                    "own gradients: with_feedback(loss, feedback_bar='kernel') and hold_fixed."
+                )
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
                 raise ValueError(
                     f"feedback at {trees.show(path)} has dtype {leaf.dtype}; expected floating "
@@ -137,6 +143,38 @@ def kolen_pollack(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def hold_fixed(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimiser around another, which leaves alone what is fixed in feedback.
+
+    That is the right factor of each `soap_jax.factors.Product`, whose gradient is 0, but which
+    weight decay would change. It keeps no moments either.
+
+    Args:
+        optimizer: any Optax optimiser, over feedback or a tree that holds it, such as the pair
+            `(params, feedback)`.
+
+    Returns:
+        An optimiser over the same tree.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from soap_jax import factors
+        >>> feedback = {"kernel": factors.Product(jnp.ones((3, 4)), jnp.ones((4, 2)))}
+        >>> optimizer = hold_fixed(optax.add_decayed_weights(0.5))
+        >>> zeros = jax.tree.map(jnp.zeros_like, feedback)
+        >>> updates, _ = optimizer.update(zeros, optimizer.init(feedback), feedback)
+        >>> jax.tree.map(lambda u: float(u.max()), updates)
+        {'kernel': Product(left=0.5, right=0.0)}
+    """
+
+    def labels(tree):
+        return jax.tree.map(
+            lambda is_fixed: "fixed" if is_fixed else "learned", factors.fixed(tree)
+        )
+
+    return optax.partition({"learned": optimizer, "fixed": optax.set_to_zero()}, labels)
 
 
 def _of_params(extra_args, feedback):

@@ -16,7 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from soap_jax import dtypes
+from soap_jax import dtypes, factors
 
 Path = tuple[str, ...]
 """Names from a tree's root to a leaf; the box that Flax may put around a leaf does not count."""
@@ -32,6 +32,8 @@ def map_pairs(
     fn: Callable[[Path, jax.Array, jax.Array], Any],
     params: chex.ArrayTree,
     feedback: chex.ArrayTree,
+    *,
+    stored: bool = False,
 ) -> chex.ArrayTree:
     """Maps `fn(path, kernel, feedback)` over the pairs of `params` and `feedback`.
 
@@ -40,9 +42,10 @@ def map_pairs(
         params: a tree that holds the kernels: a dict of arrays, an `nnx.State`, any pytree.
         feedback: a tree whose leaves lie at their kernels' paths, or are called `feedback` beside
             a `kernel`. `None` leaves are passed over.
+        stored: whether `fn` gets feedback that is stored as factors as it is, not as one array.
 
     Returns:
-        A tree of feedback's structure; `None` leaves stay `None`.
+        A tree of feedback's structure; `None` leaves stay `None`, and factors are one leaf.
 
     Raises:
         ValueError: if a feedback leaf has no kernel, or not its kernel's shape, if it is complex
@@ -84,14 +87,17 @@ def map_pairs(
             )
         check_kernel(kernel, path)
         check_feedback(leaf, kernel, path)
-        return fn(path, kernel, leaf)
+        return fn(path, kernel, leaf if stored else factors.dense(leaf))
 
-    return jax.tree_util.tree_map_with_path(one, feedback, is_leaf=lambda leaf: leaf is None)
+    def is_leaf(leaf):
+        return leaf is None or factors.is_factored(leaf)
+
+    return jax.tree_util.tree_map_with_path(one, feedback, is_leaf=is_leaf)
 
 
 def pairs(
-    params: chex.ArrayTree, feedback: chex.ArrayTree
-) -> dict[Path, tuple[jax.Array, jax.Array]]:
+    params: chex.ArrayTree, feedback: chex.ArrayTree, *, stored: bool = False
+) -> dict[Path, tuple[jax.Array, Any]]:
     """The pairs that `map_pairs` maps over, `(kernel, feedback)` by path.
 
     Example:
@@ -99,17 +105,20 @@ def pairs(
         >>> list(pairs({"kernel": jnp.eye(2)}, {"kernel": jnp.zeros((2, 2))}))
         [('kernel',)]
     """
-    found: dict[Path, tuple[jax.Array, jax.Array]] = {}
-    map_pairs(lambda path, *pair: found.setdefault(path, pair), params, feedback)
+    found: dict[Path, tuple[jax.Array, Any]] = {}
+    map_pairs(lambda path, *pair: found.setdefault(path, pair), params, feedback, stored=stored)
     return found
 
 
-def by_kernel(params: chex.ArrayTree, feedback: chex.ArrayTree) -> dict[Path, jax.Array]:
+def by_kernel(
+    params: chex.ArrayTree, feedback: chex.ArrayTree, *, stored: bool = False
+) -> dict[Path, Any]:
     """Feedback leaves by their kernel's path, also where they are called `feedback` beside it.
 
     Args:
         params: as in `map_pairs`.
         feedback: as in `map_pairs`.
+        stored: as in `map_pairs`.
 
     Raises:
         ValueError: as `map_pairs`.
@@ -122,7 +131,7 @@ def by_kernel(params: chex.ArrayTree, feedback: chex.ArrayTree) -> dict[Path, ja
     paths = {path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)}
     return {
         path if path in paths else (*path[:-1], "kernel"): leaf
-        for path, (_, leaf) in pairs(params, feedback).items()
+        for path, (_, leaf) in pairs(params, feedback, stored=stored).items()
     }
 
 
@@ -212,11 +221,24 @@ def check_not_empty(kernel: jax.Array, path: Path = ()) -> None:
         )
 
 
-def check_feedback(feedback: jax.Array, kernel: jax.Array, path: Path = ()) -> None:
+def check_feedback(feedback: Any, kernel: jax.Array, path: Path = ()) -> None:
     """Raises ValueError unless feedback has its kernel's shape, and is real if the kernel is.
 
     No forward pass would notice either.
     """
+    if factors.is_factored(feedback):
+        shapes = jnp.shape(feedback.left), jnp.shape(feedback.right)
+        *rows, out = jnp.shape(kernel)
+        if len(shapes[0]) != len(rows) + 1 or shapes != (
+            (*rows, shapes[0][-1]),
+            (shapes[0][-1], out),
+        ):
+            raise ValueError(
+                f"feedback{_at(path)} is a {type(feedback).__name__} of shapes {shapes[0]} and "
+                f"{shapes[1]}; expected {tuple(rows)} and a rank, and that rank and {out}, so that "
+                f"their product has the kernel's shape {jnp.shape(kernel)}."
+            )
+        feedback = jax.eval_shape(factors.dense, feedback)
     if jnp.shape(feedback) != jnp.shape(kernel):
         raise ValueError(
             f"feedback{_at(path)} has shape {jnp.shape(feedback)}; expected {jnp.shape(kernel)}, "

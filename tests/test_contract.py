@@ -138,7 +138,7 @@ def of_projections(error="exact", draw=direct.draw_projection, *, widths=WIDTHS,
     return of_loss(fun, init_feedback, widths=widths, **more)
 
 
-def of_names(widths=WIDTHS):
+def of_names(widths=WIDTHS, projection_bar=None, **more):
     """Direct feedback to the hidden layers of a function that names them."""
     taps = [f"h{i}" for i in range(len(widths) - 1)]
 
@@ -148,13 +148,13 @@ def of_names(widths=WIDTHS):
         logits = checkpoint_name(dense(params[f"Dense_{len(taps)}"], x), "logits")
         return training.cross_entropy(logits, labels)
 
-    by_names = soap_jax.with_direct_feedback(fun, taps, "logits")
+    by_names = soap_jax.with_direct_feedback(fun, taps, "logits", projection_bar=projection_bar)
 
     def init_feedback(key, params):
         batch = jnp.ones((1, 64)), jnp.zeros(1, jnp.int32)
         return soap_jax.init_projections(key, by_names, params, *batch)
 
-    return of_loss(by_names, init_feedback, widths=widths)
+    return of_loss(by_names, init_feedback, widths=widths, **more)
 
 
 def of_linen(model, collection="feedback"):
@@ -235,6 +235,14 @@ def of_activity(through=None):
 
 def of_kolen_pollack(wrap, feedback_bar="kernel"):
     return of_rule(rules.Fixed(), feedback_bar=feedback_bar, wrap=wrap, learns=True, angle=30.0)
+
+
+def of_learned(initializer, angle=45.0):
+    def wrap(optimizer):
+        return optimizers.hold_fixed(optax.chain(optax.add_decayed_weights(1e-2), optimizer))
+
+    more = {"feedback_bar": "kernel", "initializer": initializer, "learns": True, "wrap": wrap}
+    return of_rule(rules.Fixed(), angle=angle, **more)
 
 
 def of_local(loss, angle):
@@ -338,11 +346,19 @@ METHODS = {
     "kolen_pollack": of_kolen_pollack(
         lambda optimizer: optimizers.kolen_pollack(optimizer, decay=1e-3), feedback_bar=None
     ),
+    "PFA": of_learned(initializers.product(8)),
+    "PFA, orthogonal": of_learned(initializers.product(orthogonal=True)),
+    "LDFA": of_learned(initializers.low_rank(9, as_factors=True), angle=60.0),
     "symmetric alignment": of_local(local.SymmetricAlignment(), 5.0),
     "activation alignment": of_local(local.ActivationAlignment(), 10.0),
     "information alignment": of_local(local.InformationAlignment(), 50.0),
     "DFA": of_projections(),
     "DFA, by names": of_names(),
+    "direct Kolen-Pollack": of_names(
+        projection_bar="kernel",
+        wrap=lambda sgd: optax.chain(optax.add_decayed_weights(1e-2), sgd),
+        learns=True,
+    ),
     "DFA, from seeds": of_projections(draw=seed_in_place),
     "DFA, sparse": of_projections(draw=drawn(initializers.sparse(0.1, axis=-2))),
     "DFA, low rank": of_projections(draw=drawn(initializers.low_rank(4))),

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx as flax_nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from soap_jax import direct, ops, with_feedback
+from soap_jax import direct, ops, with_direct_feedback, with_feedback
 from soap_jax.direct import (
     direct_feedback,
     direct_target,
@@ -218,6 +219,79 @@ def test_axes_are_aligned_as_in_the_table(row):
     chex.assert_trees_all_equal((y, t_bar, p_bar), (a, 0 * o, 0 * p))
     expected = expected_bar(np.asarray(o) / rows, p, activation, spec)
     np.testing.assert_allclose(a_bar, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("row", AXES)
+def test_a_projection_learns_as_the_weights_of_that_connection_would(row):
+    """P_bar · Q is what is sent through Q, times the activation, for any Q: P_bar = eᵀ · a."""
+    output, activation, projection, spec = AXES[row]
+    o, a, p = normal(0, *output), normal(1, *activation), normal(2, *projection)
+    learned = functools.partial(direct_feedback, projection_bar="kernel")
+    *others, p_bar = pull_back(learned, o, a, p)
+    chex.assert_trees_all_equal(others, list(pull_back(direct_feedback, o, a, p)[:3]))
+    e, units = cotangent(output), np.eye(p.size, dtype=np.float32).reshape(-1, *projection)
+    expected = [np.sum(a * expected_bar(e, unit, activation, spec)) for unit in units]
+    np.testing.assert_allclose(p_bar.ravel(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_direct_kolen_pollack_by_hand_and_by_layers():
+    """Webster et al. (2021): P gets eᵀ · a; the last one the transpose of the output kernel's."""
+    from soap_jax import linen, nnx
+
+    o, hidden = normal(0, 4, 3), [normal(1, 4, 7), normal(2, 4, 5)]
+    e = cotangent((4, 3))
+    expected = [e.T @ h for h in hidden]
+
+    def of_linen(projections):
+        layer = linen.DirectFeedback(projection_bar="kernel")
+        variables = {"projection": {"projection": projections}}
+        return layer.apply(variables, o, hidden)
+
+    def of_nnx(projections):
+        layer = nnx.DirectFeedback(3, [7, 5], projection_bar="kernel", rngs=flax_nnx.Rngs(0))
+        layer.projection = nnx.Projection(projections)
+        return layer(o, hidden)
+
+    projections = [normal(3, 3, 7), normal(4, 3, 5)]
+    for f in (of_linen, of_nnx):
+        bars = pull_back(f, projections)[1]
+        for bar, by_hand in zip(bars, expected, strict=True):
+            np.testing.assert_allclose(bar, by_hand, rtol=1e-5, atol=1e-6)
+    stack, p = normal(5, 2, 4, 7), normal(6, 2, 3, 7)
+    f = functools.partial(direct_feedback, o, stack, stacked=True, projection_bar="kernel")
+    np.testing.assert_allclose(
+        pull_back(f, p)[1], np.einsum("bo,lbf->lof", e, stack), rtol=1e-5, atol=1e-5
+    )
+    signs = functools.partial(direct_feedback, o, hidden[0], error="sign", projection_bar="kernel")
+    expected_signs = np.sign(e).T @ hidden[0] / 4
+    np.testing.assert_allclose(pull_back(signs, projections[0])[1], expected_signs, rtol=1e-5)
+
+
+def test_a_key_for_noise_and_a_projection_that_learns_go_together():
+    o, a, p = normal(0, 4, 3), normal(1, 4, 7), normal(2, 3, 7)
+    f = functools.partial(direct_feedback, o, a, key=KEY, projection_bar="kernel")
+    np.testing.assert_allclose(
+        jax.jit(pull_back, static_argnums=0)(f, p)[1], cotangent((4, 3)).T @ a, 1e-5, 1e-5
+    )
+
+
+def test_what_cannot_learn_as_a_projection_raises():
+    o, a = jnp.ones((4, 3)), jnp.ones((4, 7))
+    learned = functools.partial(direct_feedback, o, a, projection_bar="kernel")
+    with pytest.raises(ValueError, match=r"the projection is of dtype key.*an optimiser learns it"):
+        learned(KEY)
+    with pytest.raises(ValueError, match=r"the projection is a function; expected a floating"):
+        learned(lambda error, shape, key: jnp.ones(shape))
+    with pytest.raises(ValueError, match=r"the projection is of dtype int8"):
+        learned(jnp.ones((3, 7), jnp.int8))
+    with pytest.raises(ValueError, match=r"with a target; expected None"):
+        learned(jnp.ones((3, 7)), target=o)
+    with pytest.raises(
+        ValueError, match=r"projection_bar is 'weights'; expected None, or 'kernel'"
+    ):
+        direct_feedback(o, a, jnp.ones((3, 7)), projection_bar="weights")
+    with pytest.raises(ValueError, match=r"projection_bar is True"):
+        with_direct_feedback(lambda p, x: x, "h", "y", projection_bar=True)
 
 
 @pytest.mark.parametrize(

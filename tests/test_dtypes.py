@@ -209,7 +209,7 @@ def test_ops_take_feedback_of_every_dtype(name, stored, mode):
     x, kernel = (
         np.cos(np.arange(np.prod(s), dtype=np.float32)).reshape(s) for s in (x_shape, kernel_shape)
     )
-    bars = [None, "kernel", *LOSSES, lambda x, y, kernel, feedback, y_bar: y_bar.sum() * kernel]
+    bars = [None, "kernel", *LOSSES, lambda op, x, kernel, feedback, y_bar: y_bar.sum() * kernel]
     for bar in bars if stored == "bfloat16" and name == "dense" else bars[:1]:
         with mode():
 

@@ -109,6 +109,38 @@ def test_a_density_that_is_no_share_raises(density):
         initializers.sparse(density, axis=-1)
 
 
+def test_matched_projections_fit_the_kernels_and_matched_kernels_the_projections():
+    shapes = [(20, 16), (16, 12), (12, 5)]
+    trained = [jax.random.normal(jax.random.key(i), s) for i, s in enumerate(shapes)]
+    projections, kernels = initializers.match_projections(trained)
+    assert [p.shape for p in projections] == [(5, 20), (5, 16), (5, 12)]
+    np.testing.assert_array_equal(projections[-1], trained[-1].T)
+    np.testing.assert_array_equal(kernels[-1], trained[-1])
+    for i in range(2):
+        above = projections[i + 1]
+        np.testing.assert_allclose(kernels[i], projections[i].T @ above, rtol=1e-5, atol=1e-5)
+        off = trained[i] - kernels[i]  # least squares: nothing is left in the rows of `above`
+        np.testing.assert_allclose(off @ above.T, np.zeros((len(off), 5)), atol=1e-4)
+
+
+def test_matched_projections_send_the_error_of_backprop_where_they_can():
+    """With orthonormal projections the matched linear network's errors are backprop's."""
+    last = jnp.linalg.qr(jax.random.normal(KEY, (12, 5)))[0]
+    trained = [jax.random.normal(jax.random.key(1), (16, 5)) @ last.T, last]
+    (below, above), kernels = initializers.match_projections(trained)
+    np.testing.assert_allclose(kernels[0], trained[0], rtol=1e-4, atol=1e-5)
+    error = jax.random.normal(jax.random.key(2), (3, 5))
+    np.testing.assert_allclose(error @ above, error @ kernels[1].T, rtol=1e-5, atol=1e-6)
+    by_backprop = error @ kernels[1].T @ kernels[0].T
+    np.testing.assert_allclose(error @ below, by_backprop, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shapes", [[], [(3, 4), (5, 2)], [(3, 4, 5)], [(3,)]])
+def test_kernels_that_are_no_chain_raise(shapes):
+    with pytest.raises(ValueError, match=r"kernels have the shapes .*; expected matrices"):
+        initializers.match_projections([jnp.ones(shape) for shape in shapes])
+
+
 def test_sparse_along_another_axis_raises():
     with pytest.raises(ValueError, match=r"axis is 0; expected -2 \(columns\) or -1 \(rows\)"):
         initializers.sparse(0.5, axis=0)

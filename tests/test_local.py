@@ -328,7 +328,7 @@ def test_a_loss_of_ones_own_is_a_class_of_five_lines():
     class Predict(ops.LocalLoss):
         weight: float
 
-        def __call__(self, op, x, kernel, feedback):
+        def loss(self, op, x, kernel, feedback):
             return self.weight * jnp.sum((op(x, feedback) - op(x, kernel)) ** 2) / 2
 
     x, w, b = draw(0, 6, 5), draw(1, 5, 3), draw(2, 5, 3)
@@ -498,5 +498,5 @@ def test_a_loss_without_a_formula_says_so():
     class Empty(ops.LocalLoss):
         pass
 
-    with pytest.raises(NotImplementedError, match="Empty must define __call__"):
+    with pytest.raises(NotImplementedError, match="Empty must define `loss`"):
         jax.eval_shape(functools.partial(dense, Empty()), *(jnp.ones((2, 2)),) * 3)

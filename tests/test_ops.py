@@ -508,7 +508,7 @@ def test_per_example_under_vmap_is_the_batched_computation():
 class SmallOutputs(ops.LocalLoss):
     """Half the square of what feedback makes of the input, as far as the kernel makes some."""
 
-    def __call__(self, op, x, kernel, feedback):
+    def loss(self, op, x, kernel, feedback):
         return jnp.sum(op(x, feedback) ** 2 * (op(x, kernel) > 0)) / 2
 
 
@@ -573,14 +573,14 @@ def test_feedbacks_cotangent_on_request_is_the_kernels(name, dtypes):
 
 
 def test_feedbacks_cotangent_is_a_given_functions_value():
-    def feedback_bar(x, y, kernel, feedback, y_bar):
-        return x.sum() * kernel + y.sum() * feedback + y_bar.sum()
+    def feedback_bar(op, x, kernel, feedback, y_bar):
+        return x.sum() * kernel + op(x, kernel).sum() * feedback + y_bar.sum()
 
     x, kernel, feedback = draw(CASES["dense"])
     f = functools.partial(ops.feedback_dense, feedback_bar=feedback_bar)
     y, x_bar, kernel_bar, actual = pull_back(f, x, kernel, feedback)
     chex.assert_trees_all_close(
-        actual, feedback_bar(x, y, kernel, feedback, y_bar_of(y)), rtol=1e-5, atol=1e-5
+        actual, feedback_bar(jnp.dot, x, kernel, feedback, y_bar_of(y)), rtol=1e-5, atol=1e-5
     )
     expected = pull_back(ops.feedback_dense, x, kernel, feedback)[:3]
     chex.assert_trees_all_close((y, x_bar, kernel_bar), expected, **ULPS)
@@ -588,7 +588,7 @@ def test_feedbacks_cotangent_is_a_given_functions_value():
 
 def test_a_given_functions_value_gets_feedbacks_dtype():
     f = functools.partial(
-        ops.feedback_dense, feedback_bar=lambda x, y, kernel, feedback, y_bar: 3.0 * kernel
+        ops.feedback_dense, feedback_bar=lambda op, x, kernel, feedback, y_bar: 3.0 * kernel
     )
     x, kernel, feedback = draw(CASES["dense"], (F32, F32, BF16))
     feedback_bar = pull_back(f, x, kernel, feedback)[3]
@@ -620,7 +620,7 @@ def test_a_local_loss_is_given_integer_input_in_the_kernels_dtype():
     """So that it may transpose the op, which JAX does for floating point alone."""
 
     class SentBack(ops.LocalLoss):
-        def __call__(self, op, x, kernel, feedback):
+        def loss(self, op, x, kernel, feedback):
             assert x.dtype == kernel.dtype == feedback.dtype == F32
             (back,) = jax.linear_transpose(lambda x: op(x, feedback), x)(op(x, kernel))
             return jnp.sum(back)
@@ -916,7 +916,7 @@ def test_an_integer_kernel_raises():
 
 def test_a_local_loss_without_a_formula_raises():
     f = functools.partial(ops.feedback_dense, feedback_bar=ops.LocalLoss())
-    with pytest.raises(NotImplementedError, match="LocalLoss must define __call__"):
+    with pytest.raises(NotImplementedError, match="LocalLoss must define `loss`"):
         pull_back(f, *draw(CASES["dense"]))
 
 
@@ -928,7 +928,7 @@ def test_an_unknown_feedback_bar_raises(feedback_bar):
 
 def test_a_feedback_bar_of_another_shape_raises():
     f = functools.partial(
-        ops.feedback_dense, feedback_bar=lambda x, y, kernel, feedback, y_bar: kernel.T
+        ops.feedback_dense, feedback_bar=lambda op, x, kernel, feedback, y_bar: kernel.T
     )
     with pytest.raises(
         ValueError, match=r"feedback_bar returned shape \(4, 3\); expected .* \(3, 4\)"

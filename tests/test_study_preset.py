@@ -156,7 +156,7 @@ def test_inputs_are_scaled_over_what_is_trained_on(inputs, digits):
     assert jnp.isnan(accuracy(broken, (x, labels)))
 
 
-@pytest.mark.parametrize("name", ["dfa", "sdfa", "drtp"])
+@pytest.mark.parametrize("name", ["dfa", "dkp", "sdfa", "drtp"])
 def test_direct_feedback_has_the_network_of_the_others_and_another_gradient(name, digits):
     task, method, params, batch = of(digits, name, hidden=(7, 5))
     projections = method.init_feedback(jax.random.key(1), params, batch)
@@ -211,7 +211,7 @@ def test_a_conv_net_needs_images_and_has_no_taps(digits):
         task.loss(params, batch)
     )
     with pytest.raises(
-        ValueError, match="methods has dfa, which need what only model='mlp' offers"
+        ValueError, match="methods has dfa, which needs what only model='mlp' offers"
     ):
         StudyConfig(methods=("bp", "dfa"), model="conv")
     flat = [split._replace(images=split.images.reshape(-1, 64)) for split in digits[1:3]]

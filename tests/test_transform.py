@@ -1294,8 +1294,8 @@ def test_feedback_bar_has_feedbacks_dtype():
 
 
 def test_feedback_bar_may_be_a_function_of_the_products_operands():
-    def oja(x, y, kernel, feedback, y_bar):
-        return x.T @ y + y_bar.sum() * kernel - feedback
+    def oja(op, x, kernel, feedback, y_bar):
+        return x.T @ op(x, kernel) + y_bar.sum() * kernel - feedback
 
     params, feedback, x = {"w": draw(5, 3)}, {"w": draw(5, 3, seed=1)}, draw(4, 3)
 

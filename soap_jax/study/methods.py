@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -17,7 +18,17 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from soap_jax import feedback, grids, local, ops, perturbation, rules, trees
+from soap_jax import (
+    feedback,
+    grids,
+    initializers,
+    local,
+    ops,
+    optimizers,
+    perturbation,
+    rules,
+    trees,
+)
 
 FEEDBACK_RATE = 0.01
 """At which feedback descends the losses of `soap_jax.local`, by plain SGD, whatever rate is swept.
@@ -137,10 +148,10 @@ class Method:
             "Fixed(), feedback_bar='kernel'"
         """
         said = [repr(self.rule)] if self.rule is not None else []
-        own = ("feedback_bar", "where", "loss", "init_feedback", "gradient", "estimator")
-        for field in (*own, "optimizer"):
+        own = ("feedback_bar", "where", "initializer", "loss", "init_feedback", "gradient")
+        for field in (*own, "estimator", "optimizer"):
             value = getattr(self, field)
-            if value is not None:
+            if value not in (None, "matched"):
                 said.append(f"{field}={in_words(value)}")
         said += [f"scale={self.scale!r}"] * bool(self.scale)
         said += ["last_only=True"] * self.last_only
@@ -213,6 +224,23 @@ def _slowly(base, learning_rate):
     del learning_rate
     parts = {"params": base, "feedback": optax.sgd(FEEDBACK_RATE)}
     return optax.partition(parts, ("params", "feedback"))
+
+
+def _held(base, learning_rate):
+    """The task's own for all that learns."""
+    del learning_rate
+    return optimizers.hold_fixed(base)
+
+
+def _factored(initializer, **words):
+    own = {"initializer": initializer, "optimizer": _held, "feedback_bar": "kernel"}
+    return Method(rule=rules.Fixed(), **own, **words)
+
+
+def _low_rank(key, shape, dtype):
+    """Factors of rank 10, or of the kernel's where that is less."""
+    rank = min(10, math.prod(shape[:-1]), shape[-1])
+    return initializers.low_rank(rank, as_factors=True)(key, shape, dtype)
 
 
 def _sign(magnitude, **words):
@@ -311,6 +339,20 @@ METHODS: dict[str, Method] = {
         isolates="B gets W's own updates: with weight decay it meets W",
         paper="Kolen, Pollack 1994; Akrout et al. 2019",
     ),
+    "pfa": _factored(
+        initializers.product(10),
+        label="PFA, product of factors",
+        color="#5A9600",
+        isolates="B = R B0 of which R learns: no synapse is the mirror of another",
+        paper="Li, Benna 2024",
+    ),
+    "ldfa": _factored(
+        _low_rank,
+        label="LDFA, low rank",
+        color="#B8860B",
+        isolates="B = Q P of rank 10, both learned: few numbers of the error pass",
+        paper="Hanut, Kadmon 2025",
+    ),
     "information_alignment": _local(
         local.InformationAlignment(),
         label="information alignment",
@@ -339,6 +381,14 @@ METHODS: dict[str, Method] = {
         isolates="the output's error straight to every layer",
         paper="Nøkland 2016",
     ),
+    "dkp": Method(
+        feedback_bar="kernel",
+        needs="the activations to which the output's error goes, and projection_bar='kernel'",
+        label="direct Kolen-Pollack",
+        color="#CC3300",
+        isolates="DFA whose projections learn as Kolen-Pollack feedback does",
+        paper="Webster et al. 2021",
+    ),
     "sdfa": Method(
         needs="the activations to which the error's signs go",
         label="sDFA, signs of errors",
@@ -352,6 +402,13 @@ METHODS: dict[str, Method] = {
         color="#995511",
         isolates="the target in place of any error",
         paper="Frenkel et al. 2021",
+    ),
+    "rflo": Method(
+        needs="one step of the cell and of the loss (soap_jax.temporal)",
+        label="RFLO, eligibility traces",
+        color="#4682B4",
+        isolates="the present error and traces that run forward: nothing goes back in time",
+        paper="Murray 2019; Bellec et al. 2020",
     ),
     "activity_propagation": Method(
         needs="a gradient by taps on the activations (soap_jax.activity)",

@@ -120,8 +120,9 @@ class Network:
         activation: tanh, relu or sigmoid.
         optimizer: sgd, momentum (SGD with momentum 0.9) or adam. Claims are about sgd.
         weight_decay: decoupled: each update also subtracts learning_rate * weight_decay * w, for
-            every method alike, and from feedback that Kolen-Pollack learning learns; layers that
-            are not trained do not decay. By default 0.001 if kp is among the methods, else 0.
+            every method alike, and from feedback that learns by its kernel's gradient; layers that
+            are not trained do not decay. By default 0.001 with such a method (kp, pfa, ldfa), else
+            0.
         init: initial weights: matched draws every method's kernels alike (Glorot normal); soap is
             that of the original package: methods without feedback start as PyTorch does (uniform
             within 1 / √fan_in), which is slower.
@@ -148,8 +149,9 @@ class StudyConfig(Protocol, Network):
     Attributes:
         methods: names of the methods to compare, of bp, fa, sign, sign_preserve, sign_norm,
             bp_scaled, bp_scaled_live, frozen, sign_glorot, sign_redraw, transport, weight_mirror,
-            kp, information_alignment, symmetric_alignment, activation_alignment, forward_gradient,
-            weight_perturbation and, with mlp, dfa, sdfa, drtp, activity_propagation.
+            kp, pfa, ldfa, information_alignment, symmetric_alignment, activation_alignment,
+            forward_gradient, weight_perturbation and, with mlp, dfa, dkp, sdfa, drtp,
+            activity_propagation. (rflo is for recurrent nets of your own.)
 
     Raises:
         ValueError: for a value out of range.
@@ -176,12 +178,8 @@ class StudyConfig(Protocol, Network):
             raise ValueError(f"methods is {said}; expected different ones of {', '.join(METHODS)}.")
         for method in self.methods:
             grids.check_known("methods", method, METHODS)
-        tapped = [name for name in self.methods if METHODS[name].needs]
-        if tapped and self.model != "mlp":
-            raise ValueError(
-                f"methods has {', '.join(tapped)}, which need what only model='mlp' offers here: "
-                f"{METHODS[tapped[0]].needs}."
-            )
+        for name in self.methods:
+            _check_offered(name, self.model)
         grids.check_count("seeds", self.seeds, most=grids.MOST_RUNS)
         grids.check_count("epochs", self.epochs, most=MAX_EPOCHS)
         for name in ("steps", "batch_size", "evaluations", "chunk_size"):
@@ -198,7 +196,8 @@ class StudyConfig(Protocol, Network):
                 raise ValueError(f"{name} is {value}; expected a positive number.")
         decay = self.weight_decay
         if decay is None:
-            decay = WEIGHT_DECAY if "kp" in self.methods else 0.0
+            learn = any(METHODS[name].feedback_bar == "kernel" for name in self.methods)
+            decay = WEIGHT_DECAY if learn else 0.0
         if not 0 <= grids.as_float32(decay) < math.inf:
             raise ValueError(
                 f"weight_decay is {decay}; expected a number of at least 0, finite as a float32."
@@ -258,6 +257,7 @@ class TrainConfig(Network):
         for name in ("hidden", "channels"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         grids.check_known("method", self.method, METHODS)
+        _check_offered(self.method, self.model)
         grids.check(seeds=[self.seed], learning_rates=[self.learning_rate])
         for name in ("period", "checkpoint_every", "keep"):
             grids.check_count(name, getattr(self, name))
@@ -374,12 +374,16 @@ def _method(config: StudyConfig, name: str, model: Any, scale: tasks.Scaling) ->
     from soap_jax.study.methods import METHODS
 
     method = METHODS[name]
-    changes: dict[str, Any] = {"initializer": feedback.glorot_normal}
-    errors: dict[str, Any] = {"dfa": "exact", "sdfa": "sign", "drtp": "target"}
+    changes: dict[str, Any] = {}
+    if method.initializer == "matched":
+        changes["initializer"] = feedback.glorot_normal
+    errors: dict[str, Any] = {"dfa": "exact", "dkp": "exact", "sdfa": "sign", "drtp": "target"}
     if config.init == "soap" and method.rule is None and name not in errors:
         changes["init"] = init_as_torch
     if name in errors:
-        direct = models.DirectMLP(model.features, activation=model.activation, error=errors[name])
+        bar: Any = method.feedback_bar
+        words = {"activation": model.activation, "error": errors[name], "projection_bar": bar}
+        direct = models.DirectMLP(model.features, **words)
 
         def loss(params, projections, batch):
             x, labels = batch
@@ -392,7 +396,8 @@ def _method(config: StudyConfig, name: str, model: Any, scale: tasks.Scaling) ->
             keys = {"params": key, "feedback": key}
             return direct.init(keys, scale(batch[0][:1]))["projection"]
 
-        loss.__qualname__ = f"DirectMLP(error={errors[name]!r})"
+        learns = f", projection_bar={bar!r}" if bar else ""
+        loss.__qualname__ = f"DirectMLP(error={errors[name]!r}{learns})"
         changes |= {"loss": loss, "init_feedback": init_feedback}
     if name == "activity_propagation":
 
@@ -406,6 +411,16 @@ def _method(config: StudyConfig, name: str, model: Any, scale: tasks.Scaling) ->
 
         changes["gradient"] = gradient
     return dataclasses.replace(method, **changes)
+
+
+def _check_offered(name: str, model: str) -> None:
+    """Raises ValueError for a method that needs what the model does not offer."""
+    from soap_jax.study.methods import METHODS
+
+    needs = METHODS[name].needs
+    if needs and (model != "mlp" or name == "rflo"):
+        offered = "no model offers" if name == "rflo" else "only model='mlp' offers"
+        raise ValueError(f"methods has {name}, which needs what {offered} here: {needs}.")
 
 
 def init_as_torch(key: chex.PRNGKey, params: chex.ArrayTree) -> chex.ArrayTree:

@@ -32,6 +32,7 @@ def with_direct_feedback(
     stacked: Stacked | Mapping[str, Stacked] | None = None,
     rows: float | None = None,
     initializer: jax.nn.initializers.Initializer = glorot_normal,
+    projection_bar: direct.ProjectionBar = None,
 ) -> WithDirectFeedback:
     """Gives any function that names its values direct feedback (DFA, sDFA, DRTP).
 
@@ -76,6 +77,8 @@ def with_direct_feedback(
         rows: with "sign" and `target`, how many rows the loss is a mean of; by default the product
             of the output's (the target's) axes but the last, and of the scans it is in.
         initializer: with which projections are drawn, as in `soap_jax.direct.draw_projection`.
+        projection_bar: the projections' own cotangent, as in `soap_jax.direct.direct_feedback`:
+            "kernel" for direct Kolen-Pollack.
 
     Returns:
         `fun_dfa(params, projections, *args, projection_key=None, **kwargs) -> outputs`.
@@ -124,6 +127,7 @@ def with_direct_feedback(
         )
     if error not in ("exact", "sign"):
         raise ValueError(f"error is {error!r}; expected 'exact' (DFA) or 'sign' (sDFA).")
+    direct.check_projection_bar(projection_bar)
     words = dict(stacked) if isinstance(stacked, Mapping) else dict.fromkeys(taps, stacked)
     if set(words) - set(taps) or not all(map(_is_word, words.values())):
         raise ValueError(
@@ -132,7 +136,7 @@ def with_direct_feedback(
             "to these."
         )
     return WithDirectFeedback(
-        fun, taps, output, target, error, tuple(words.items()), rows, initializer
+        fun, taps, output, target, error, tuple(words.items()), rows, initializer, projection_bar
     )
 
 
@@ -153,6 +157,7 @@ class WithDirectFeedback:
     stacked: tuple[tuple[str, Stacked | None], ...]
     rows: float | None
     initializer: jax.nn.initializers.Initializer
+    projection_bar: direct.ProjectionBar
 
     @property
     def __name__(self) -> str:
@@ -197,6 +202,7 @@ class WithDirectFeedback:
                         rows=rows,
                         initializer=self.initializer,
                         key=key,
+                        projection_bar=self.projection_bar,
                     )
                 except ValueError as problem:
                     raise ValueError(f"{problem} Named are {cut.show(mine)}.") from problem

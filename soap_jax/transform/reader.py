@@ -80,7 +80,6 @@ class Product(NamedTuple):
 
     eqn: core.JaxprEqn
     operands: Sequence[Value]
-    out: Value
     kernel: int
 
     def has_tangent(self, eqn: core.JaxprEqn, labels: Sequence[lb.Label]) -> bool:
@@ -169,7 +168,7 @@ class Reader:
             if eqn.primitive.name in (*lb.PRODUCTS, *lb.ELEMENTWISE):
                 kernels = [k for k, value in enumerate(operands) if value.label.kernels]
                 if len(kernels) == 1 and not any(value.label.tangent for value in operands):
-                    self.product = Product(eqn, operands, outs[0], kernels[0])
+                    self.product = Product(eqn, operands, kernels[0])
         self.product = outer
         return [read(atom) for atom in jaxpr.outvars]
 
@@ -301,12 +300,10 @@ class Reader:
             return vals.bind(eqn, [x, kernel] if k else [kernel, x])[0]
 
         def bar(residuals, y_bar):
-            x, y, kernel, feedback = residuals
-            if isinstance(of := self.local_bar, ops.LocalLoss):
-                return jax.grad(of, argnums=3)(op, x, kernel, feedback)
-            return of(x, y, kernel, feedback, y_bar).astype(feedback.dtype)
+            x, kernel, feedback = residuals
+            return self.local_bar(op, x, kernel, feedback, y_bar).astype(feedback.dtype)
 
-        residuals = x.array, product.out.array, kernel.array, kernel.feedback
+        residuals = x.array, kernel.array, kernel.feedback
         (out,) = outs
         (more,) = vals.linear(
             lambda residuals, y_bars: [bar(residuals, *y_bars)],

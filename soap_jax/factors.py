@@ -1,0 +1,162 @@
+"""Feedback that is stored as a product of two factors, and learns factor by factor.
+
+    B = left · right        left: (*window, in, rank), right: (rank, out)
+
+A leaf of a feedback tree may be a `Product` or a `LowRank` in the place of an array. An error
+passes B; what an optimiser learns are the factors. With F_bar the cotangent that an array B would
+have, `feedback_bar="kernel"` that of its kernel, xᵀ · y_bar,
+
+    left_bar = F_bar · rightᵀ = xᵀ · (y_bar · rightᵀ)
+
+which the activity before the layer and the error after the right factor tell: W is not seen. As
+with Kolen-Pollack, weight decay is what makes B meet W: B's start decays away, and what both have
+gained since is alike, as far as rightᵀ · right is like the identity. In this the two differ:
+
+    Product     PFA: right is fixed and random, with a rank above out
+    LowRank     LDFA: right learns the main directions of the gradient, with a rank below out
+
+`soap_jax.initializers.product` and `low_rank(rank, as_factors=True)` draw them:
+
+    state = init_feedback(key, params, where=..., initializer=initializers.product(10))
+    loss_fa = with_feedback(loss, feedback_bar="kernel")
+    optimizer = optimizers.hold_fixed(optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1)))
+    grads = jax.grad(loss_fa, argnums=(0, 1))(params, state.feedback, batch)
+
+`soap_jax.ops.feedback_dense` and `feedback_conv` send an error through one factor after the other.
+`with_feedback` and the layers form B, which takes longer where the rank is large.
+
+References:
+    Li Ji-An, Marcus K. Benna. Deep learning without weight symmetry. 2024 (PFA).
+    https://arxiv.org/abs/2405.20594
+    Maher Hanut, Jonathan Kadmon. Training large neural networks with low-dimensional error
+    feedback. 2025 (LDFA). https://arxiv.org/abs/2502.20580
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeGuard
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Product(NamedTuple):
+    """Feedback `left · right`, of which the left factor learns and the right one is fixed.
+
+    Attributes:
+        left: `(*window, in, rank)`, R in the paper, learned.
+        right: `(rank, out)`, B in the paper, fixed: its gradient is 0, and
+            `soap_jax.optimizers.hold_fixed` keeps weight decay from it.
+
+    References:
+        Li, Benna (2024); see the module's docstring. The equations are those of its public code.
+    """
+
+    left: jax.Array
+    right: jax.Array
+
+
+class LowRank(NamedTuple):
+    """Feedback `left · right`, of which the right factor learns by Oja's rule.
+
+        right_bar = (GᵀG · right - Gᵀ · F_bar) / |F_bar|²        G = F_bar · rightᵀ
+
+    with F_bar as a matrix `(*, out)`: its rows' main directions are where right settles, with
+    orthonormal rows, and of an error they are what passes.
+
+    Attributes:
+        left: `(*window, in, rank)`, Q in the paper.
+        right: `(rank, out)`, P in the paper.
+
+    References:
+        Hanut, Kadmon (2025); see the module's docstring. As its public reviews describe the first
+        version, Q learns as Kolen-Pollack feedback does, and P by Oja's rule from each error y_bar.
+        Here P learns from the rows of xᵀ · y_bar, which any product has, divided by their size, so
+        that one rate serves all layers. The local layers of the public code learn P by the chain
+        rule, beginning with a decomposition of W; from a random start that diverged in our trials.
+    """
+
+    left: jax.Array
+    right: jax.Array
+
+
+Feedback = jax.Array | LowRank | Product
+"""Feedback weights as they are stored: an array of the kernel's shape, or its factors."""
+
+
+def is_factored(leaf: Any) -> TypeGuard[LowRank | Product]:
+    """Whether a leaf of a feedback tree is stored as factors."""
+    return isinstance(leaf, LowRank | Product)
+
+
+def dense(feedback: Any) -> Any:
+    """The array that a leaf of a feedback tree stands for; what is not factored stays as it is.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> dense(LowRank(jnp.ones((3, 2)), jnp.ones((2, 4)))).shape
+        (3, 4)
+    """
+    if isinstance(feedback, LowRank):
+        return _low_rank(*feedback)
+    if isinstance(feedback, Product):
+        return jnp.matmul(feedback.left, lax.stop_gradient(feedback.right))
+    return feedback
+
+
+def apply(op, x: jax.Array, feedback: Any) -> jax.Array:
+    """`op(x, feedback)`, for an op whose kernel and output both end with the output's features.
+
+    Args:
+        op: `(x, kernel) -> y`, for kernels with any number of output features.
+        x: its input.
+        feedback: an array or factors.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> apply(jnp.dot, jnp.ones((5, 3)), Product(jnp.ones((3, 2)), jnp.ones((2, 4)))).shape
+        (5, 4)
+    """
+    if not is_factored(feedback):
+        return op(x, feedback)
+    return jnp.matmul(op(x, feedback.left), lax.stop_gradient(feedback.right))
+
+
+def fixed(feedback: chex.ArrayTree) -> chex.ArrayTree:
+    """Where nothing learns, as a tree of feedback's structure: the right factor of a `Product`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> fixed({"a": Product(jnp.ones((3, 2)), jnp.ones((2, 4))), "b": jnp.ones((2, 2))})
+        {'a': Product(left=False, right=True), 'b': False}
+    """
+
+    def one(leaf):
+        leaves, structure = jax.tree.flatten(leaf)
+        held = [False, True] if isinstance(leaf, Product) else [False] * len(leaves)
+        return jax.tree.unflatten(structure, held)
+
+    return jax.tree.map(one, feedback, is_leaf=is_factored)
+
+
+@jax.custom_vjp
+def _low_rank(left, right):
+    return jnp.matmul(left, right)
+
+
+def _low_rank_fwd(left, right):
+    return jnp.matmul(left, right), (left, right)
+
+
+def _low_rank_bwd(residuals, bar):
+    left, right = residuals
+    left_bar = jnp.matmul(bar, right.T)
+    rows, passed = bar.reshape(-1, bar.shape[-1]), left_bar.reshape(-1, right.shape[0])
+    size = jnp.sum(jnp.square(rows))
+    right_bar = passed.T @ (passed @ right - rows) / jnp.where(size > 0, size, 1)
+    return left_bar.astype(left.dtype), right_bar.astype(right.dtype)
+
+
+_low_rank.defvjp(_low_rank_fwd, _low_rank_bwd)
