@@ -121,8 +121,8 @@ class DirectMLP(nn.Module):
         if not hidden:
             return x
         error: direct.Error = "sign" if self.error == "sign" else "exact"
-        own = {"projection_init": self.projection_init, "projection_bar": self.projection_bar}
-        return linen.DirectFeedback(error, **own)(x, hidden)
+        init, bar = self.projection_init, self.projection_bar
+        return linen.DirectFeedback(error, projection_init=init, projection_bar=bar)(x, hidden)
 
     def _send_target(self, x, target):
         if target is None and self.is_initializing():
