@@ -42,8 +42,8 @@ class Method:
         per_example: whether the network is written for one example, and taken to the batch by
             `vmap`.
         direct: direct feedback, by projections that are stored; or drawn anew in every backward
-            pass, from keys; or stored, and all hidden layers but the first as one stack, whose
-            backward pass is a scan or parallel.
+            pass, from keys; or stored, for values that have names; or stored, and all hidden layers
+            but the first as one stack, whose backward pass is a scan or parallel.
         options: more arguments of `init_feedback`.
     """
 
@@ -51,7 +51,7 @@ class Method:
     transformed: bool = False
     learns: bool = False
     per_example: bool = False
-    direct: Literal["stored", "keys", "scan", "parallel"] | None = None
+    direct: Literal["stored", "keys", "names", "scan", "parallel"] | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -82,6 +82,7 @@ METHODS = {
     "kp": Method(soap_jax.Fixed(), learns=True),
     "dfa": Method(direct="stored"),
     "dfa, keys": Method(direct="keys"),
+    "dfa, by names": Method(direct="names"),
     "dfa, scan": Method(direct="scan"),
     "dfa, parallel": Method(direct="parallel"),
     "bp, per example": Method(per_example=True),
@@ -224,6 +225,8 @@ def _start(method, network, variables, batch, optimizer, dtype):
     if spec.direct in ("scan", "parallel"):
         params = _stacked(params)
         apply_fn, feedback = _direct_stack(params, parallel=spec.direct == "parallel")
+    elif spec.direct == "names":
+        apply_fn, feedback = _direct_by_names(net, params, batch[0])
     elif spec.direct:
         apply_fn, feedback = _direct(net, params, batch[0], stored=spec.direct == "stored")
     elif spec.rule is not None:
@@ -307,6 +310,25 @@ def _direct(net, params, x, *, stored):
     output, hidden = jax.eval_shape(forward, params, x)
     key = jax.random.key(1)
     return apply_fn, direct.draw_projections(key, output, hidden, stored=stored)
+
+
+def _direct_by_names(net, params, x):
+    """As `_direct`, by names in the network."""
+
+    def forward(params, x):
+        names.clear()
+
+        def tap(h):
+            names.append(f"h{len(names)}")
+            return jax.ad_checkpoint.checkpoint_name(h, names[-1])
+
+        output = net.tapped(tap)({"params": params}, x)
+        return jax.ad_checkpoint.checkpoint_name(output, "output")
+
+    names: list[str] = []
+    jax.eval_shape(forward, params, x)
+    apply_fn = soap_jax.with_direct_feedback(forward, tuple(names), "output")
+    return apply_fn, soap_jax.init_projections(jax.random.key(1), apply_fn, params, x)
 
 
 def _stacked(params):

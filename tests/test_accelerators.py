@@ -145,6 +145,15 @@ def test_transformed_models_keep_to_the_same(target, layout):
     assert synced.quiet.copies <= fixed.quiet.copies <= reference.quiet.copies
 
 
+@alone
+def test_direct_feedback_by_names_compiles_to_that_by_hand(target, layout):
+    _, by_hand = facts(target, layout, "dfa")
+    _, by_names = facts(target, layout, "dfa, by names")
+    assert by_names.quiet.products == by_hand.quiet.products
+    assert by_names.quiet.copies == by_hand.quiet.copies
+    assert by_names.peak <= by_hand.peak + SLACK[target]
+
+
 def test_a_target_is_refused_that_is_none():
     with pytest.raises(ValueError, match="expected 'h100'"):
         targets.missing("a100")
