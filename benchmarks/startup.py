@@ -41,7 +41,7 @@ IMPORTS = {  # the first is what the others are compared with
 }
 COMMANDS = (("--version",), ("--help",), ("study", "--help"))
 NETWORKS = ("784-256-10", "784-1024-1024-1024-10")
-METHODS = ("bp", "fa", "fa, with_feedback", "sign, T=1", "sign_redraw, T=1", "dfa")
+METHODS = ("bp", "fa", "fa, with_feedback", "sign, T=1", "sign_redraw, T=1", "dfa", "dfa, by names")
 BATCH_SIZE = 64
 STAGES = ("trace", "lower", "compile")
 
