@@ -207,11 +207,10 @@ def direct_feedback(
             return e, bars, None
 
         def through(projections):
-            """What the direct connections pass: its derivative is their weights' cotangent."""
-            sent = map(project, types, projections, keys, paths)
-            return sum(jnp.sum(a * bar) for a, bar in zip(activations, sent, strict=True))
+            """What the direct connections pass back, linear in their weights."""
+            return list(map(project, types, projections, keys, paths))
 
-        learnt = jax.grad(through)(projections)
+        (learnt,) = jax.linear_transpose(through, projections)(list(activations))
         return e, bars, [*learnt, *[None] * (len(arrays) - len(learnt))]  # projections come first
 
     f = jax.custom_vjp(f)

@@ -22,8 +22,9 @@ gained since is alike, as far as rightᵀ · right is like the identity. In this
     optimizer = optimizers.hold_fixed(optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1)))
     grads = jax.grad(loss_fa, argnums=(0, 1))(params, state.feedback, batch)
 
-`soap_jax.ops.feedback_dense` and `feedback_conv` send an error through one factor after the other.
-`with_feedback` and the layers form B, which takes longer where the rank is large.
+`soap_jax.ops.feedback_dense` sends an error through one factor after the other. All else forms B,
+which takes longer where the rank is large. Of kernels stacked by a scan, `(layers, in, out)`, each
+needs a right factor of its own: draw them under `jax.vmap`, and adopt them (`feedback=`).
 
 References:
     Li Ji-An, Marcus K. Benna. Deep learning without weight symmetry. 2024 (PFA).
@@ -40,6 +41,9 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
+
+from soap_jax import dtypes
 
 
 class Product(NamedTuple):
@@ -48,7 +52,8 @@ class Product(NamedTuple):
     Attributes:
         left: `(*window, in, rank)`, R in the paper, learned.
         right: `(rank, out)`, B in the paper, fixed: its gradient is 0, and
-            `soap_jax.optimizers.hold_fixed` keeps weight decay from it.
+            `soap_jax.optimizers.hold_fixed` keeps weight decay from it. Of stacked kernels
+            `(layers, rank, out)`.
 
     References:
         Li, Benna (2024); see the module's docstring. The equations are those of its public code.
@@ -64,17 +69,24 @@ class LowRank(NamedTuple):
         right_bar = (GᵀG · right - Gᵀ · F_bar) / |F_bar|²        G = F_bar · rightᵀ
 
     with F_bar as a matrix `(*, out)`: its rows' main directions are where right settles, with
-    orthonormal rows, and of an error they are what passes.
+    orthonormal rows, and of an error they are what passes. Take a rank of at least the number of
+    outputs.
+
+    This is no gradient, and not linear in the error. It is as large for small errors as for large
+    ones, so that weight decay does not shrink right as errors vanish: scaling the loss, and the
+    gradients back, slows it. And parts of a batch (`vmap` over examples, one use of a kernel after
+    the other in `soap_jax.ops`) have each their own, whose sum is another than the whole's;
+    `with_feedback` sums F_bar over all uses first.
 
     Attributes:
         left: `(*window, in, rank)`, Q in the paper.
-        right: `(rank, out)`, P in the paper.
+        right: `(rank, out)`, P in the paper; of stacked kernels `(layers, rank, out)`.
 
     References:
         Hanut, Kadmon (2025); see the module's docstring. As its public reviews describe the first
         version, Q learns as Kolen-Pollack feedback does, and P by Oja's rule from each error y_bar.
-        Here P learns from the rows of xᵀ · y_bar, which any product has, divided by their size, so
-        that one rate serves all layers. The local layers of the public code learn P by the chain
+        Here P learns from the rows of xᵀ · y_bar, which any product has, divided by their size. The
+        local layers of the public code learn P by the chain
         rule, beginning with a decomposition of W; from a random start that diverged in our trials.
     """
 
@@ -91,37 +103,43 @@ def is_factored(leaf: Any) -> TypeGuard[LowRank | Product]:
     return isinstance(leaf, LowRank | Product)
 
 
-def dense(feedback: Any) -> Any:
+def dense(feedback: Any, dtype: DTypeLike | None = None) -> Any:
     """The array that a leaf of a feedback tree stands for; what is not factored stays as it is.
+
+    Args:
+        feedback: a leaf.
+        dtype: in which factors are multiplied, that of their kernel; by default their own.
 
     Example:
         >>> import jax.numpy as jnp
         >>> dense(LowRank(jnp.ones((3, 2)), jnp.ones((2, 4)))).shape
         (3, 4)
     """
+    if not is_factored(feedback):
+        return feedback
+    left, right = (factor if dtype is None else factor.astype(dtype) for factor in feedback)
     if isinstance(feedback, LowRank):
-        return _low_rank(*feedback)
-    if isinstance(feedback, Product):
-        return jnp.matmul(feedback.left, lax.stop_gradient(feedback.right))
-    return feedback
+        return _low_rank(left, right)
+    return jnp.matmul(left, lax.stop_gradient(right))
 
 
-def apply(op, x: jax.Array, feedback: Any) -> jax.Array:
-    """`op(x, feedback)`, for an op whose kernel and output both end with the output's features.
+def in_turn(product, x: jax.Array, feedback: Any) -> jax.Array:
+    """`product(x, feedback)` for a matrix product, through one factor after the other.
 
     Args:
-        op: `(x, kernel) -> y`, for kernels with any number of output features.
+        product: `(x, matrix) -> y`, of the last axis of x and the first of the matrix.
         x: its input.
         feedback: an array or factors.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> apply(jnp.dot, jnp.ones((5, 3)), Product(jnp.ones((3, 2)), jnp.ones((2, 4)))).shape
+        >>> in_turn(jnp.dot, jnp.ones((5, 3)), Product(jnp.ones((3, 2)), jnp.ones((2, 4)))).shape
         (5, 4)
     """
     if not is_factored(feedback):
-        return op(x, feedback)
-    return jnp.matmul(op(x, feedback.left), lax.stop_gradient(feedback.right))
+        return product(x, feedback)
+    passed = product(x, feedback.left).astype(feedback.right.dtype)
+    return product(passed, lax.stop_gradient(feedback.right))
 
 
 def fixed(feedback: chex.ArrayTree) -> chex.ArrayTree:
@@ -141,6 +159,21 @@ def fixed(feedback: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(one, feedback, is_leaf=is_factored)
 
 
+def arrays_only(initializer):
+    """The initialiser, for what takes no factors: it raises ValueError if it draws some."""
+
+    def init(*args, **kwargs):
+        drawn = initializer(*args, **kwargs)
+        if is_factored(drawn):
+            raise ValueError(
+                f"an initializer returned a {type(drawn).__name__}; expected one that returns an "
+                "array. Factors are drawn by init_feedback(..., initializer=...) alone."
+            )
+        return drawn
+
+    return init
+
+
 @jax.custom_vjp
 def _low_rank(left, right):
     return jnp.matmul(left, right)
@@ -151,12 +184,20 @@ def _low_rank_fwd(left, right):
 
 
 def _low_rank_bwd(residuals, bar):
-    left, right = residuals
-    left_bar = jnp.matmul(bar, right.T)
-    rows, passed = bar.reshape(-1, bar.shape[-1]), left_bar.reshape(-1, right.shape[0])
-    size = jnp.sum(jnp.square(rows))
-    right_bar = passed.T @ (passed @ right - rows) / jnp.where(size > 0, size, 1)
-    return left_bar.astype(left.dtype), right_bar.astype(right.dtype)
+    left, right = (factor.astype(dtypes.wide(factor)) for factor in residuals)
+    types = [factor.dtype for factor in residuals]
+    bar = bar.astype(left.dtype)
+    is_stack = right.ndim > 2  # of which each is by itself
+    keep: dict[str, Any] = {"axis": (-2, -1) if is_stack else None, "keepdims": is_stack}
+    largest = jnp.max(jnp.abs(bar), **keep)
+    unit = bar / jnp.where(largest > 0, largest, 1)  # whose squares stay within range
+    size = jnp.sqrt(jnp.sum(jnp.square(unit), **keep))
+    unit = unit / jnp.where(size > 0, size, 1)
+    # By transposition, which knows how shards are summed.
+    (passed,) = jax.linear_transpose(lambda left: jnp.matmul(left, right), left)(unit)
+    lost = jnp.matmul(passed, right) - unit
+    (oja,) = jax.linear_transpose(lambda right: jnp.matmul(passed, right), right)(lost)
+    return (largest * size * passed).astype(types[0]), oja.astype(types[1])
 
 
 _low_rank.defvjp(_low_rank_fwd, _low_rank_bwd)

@@ -212,7 +212,7 @@ def init_feedback(
         trees.check_not_empty(kernel, path)
         own = used.get(path) if as_used else dtype
         if factors.is_factored(leaf):
-            return _stored_factors(leaf, own, path)
+            return _stored_factors(leaf, own, kernel, path)
         return rules.shard_like(dtypes.stored(leaf, own), kernel)
 
     feedback = trees.map_pairs(store, params, feedback, stored=True)
@@ -573,14 +573,18 @@ def _used(where, static, pairs) -> dict[trees.Path, np.dtype]:
     }
 
 
-def _stored_factors(leaf, dtype, path):
-    """Factors in the dtype; ValueError for an integer one, in which nothing learns."""
+def _stored_factors(leaf, dtype, kernel, path):
+    """Factors in the dtype, split as their kernel; ValueError for one in which nothing learns."""
     if dtype is not None and jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
             f"dtype is {np.dtype(dtype)} and feedback at {trees.show(path)} a "
             f"{type(leaf).__name__}; expected floating point, since an optimiser learns factors."
         )
-    return jax.tree.map(lambda factor: dtypes.stored(factor, dtype), leaf)
+    left, right = (dtypes.stored(factor, dtype) for factor in leaf)
+    split = rules.split_of(kernel)
+    stack = split[: right.ndim - 2]
+    left = rules.shard_as(left, kernel, (*split[:-1], None))
+    return type(leaf)(left, rules.shard_as(right, kernel, (*stack, None, *split[-1:])))
 
 
 def _is_integer(leaf):

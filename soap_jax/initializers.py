@@ -19,8 +19,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from soap_jax import dtypes, factors
+from soap_jax import dtypes, factors, rules
+from soap_jax.factors import arrays_only
 from soap_jax.feedback import glorot_normal
 
 Initializer = jax.nn.initializers.Initializer
@@ -63,7 +65,7 @@ def sparse(density: float, initializer: Initializer = glorot_normal, *, axis: in
 
     def init(key, shape, dtype=jnp.float32, out_sharding=None):
         entries_key, places_key = jax.random.split(key)
-        entries = initializer(entries_key, shape, dtype)
+        entries = arrays_only(initializer)(entries_key, shape, dtype)
         matrix = entries.reshape(-1, entries.shape[-1])
         length = matrix.shape[axis]
         kept = max(1, round(density * length))
@@ -117,14 +119,14 @@ def low_rank(
                 f"matrix ({rows}, {columns}) that {tuple(shape)} is."
             )
         size_key, *keys = jax.random.split(key, 3)
-        size = initializer(size_key, shape, dtype)
+        size = arrays_only(initializer)(size_key, shape, dtype)
         wide = dtypes.wide(size)
         u = jax.random.normal(keys[0], (rows, rank), wide)
         draw = jax.nn.initializers.orthogonal() if as_factors else jax.random.normal
         v = draw(keys[1], (rank, columns), wide)
         # At a lower precision, accelerators' default, rounding would fill up the rank.
         matrix = jnp.dot(u, v, precision="highest")
-        c = _root_mean_square(size.astype(wide)) / _root_mean_square(matrix)
+        c = rules.root_mean_square(size) / rules.root_mean_square(matrix)
         if as_factors:
             left = (c * u).reshape(*size.shape[:-1], rank)
             return factors.LowRank(left.astype(size.dtype), v.astype(size.dtype))
@@ -169,6 +171,8 @@ def product(expansion: int = 1, *, orthogonal: bool = False) -> Initializer:
         raise ValueError(f"expansion is {expansion!r}; expected an integer, 1 or more.")
 
     def init(key, shape, dtype=jnp.float32):
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"dtype is {np.dtype(dtype)}; expected a real floating-point dtype.")
         *rows, out = shape
         left_key, right_key = jax.random.split(key)
         left = jax.nn.initializers.glorot_uniform()(left_key, (*rows, expansion * out), dtype)
@@ -198,7 +202,7 @@ def match_projections(
     rank of the output, as the projections have: between wide layers most of W_l is lost.
 
     Args:
-        kernels: two or more, `(in, out)`, each of the next one's `in`; not the one below the first
+        kernels: one or more, `(in, out)`, each of the next one's `in`; not the one below the first
             activation with direct feedback, which stays as it is.
         rank_tolerance: singular values below this share of the largest count as 0.
 
@@ -206,7 +210,8 @@ def match_projections(
         The projections `(output, in)` of the activations before each kernel, and the new kernels.
 
     Raises:
-        ValueError: if the kernels are no such chain of matrices.
+        ValueError: if the kernels are no such chain of matrices, or `rank_tolerance` is not in
+            [0, 1).
 
     Example:
         >>> import jax
@@ -228,14 +233,16 @@ def match_projections(
             f"kernels have the shapes {shapes}; expected matrices (in, out), each with the out of "
             "the one before as its in."
         )
-    *below, last = kernels
-    projections, matched = [jnp.asarray(last).T], [jnp.asarray(last)]
+    if not (isinstance(rank_tolerance, numbers.Real) and 0 <= rank_tolerance < 1):
+        raise ValueError(f"rank_tolerance is {rank_tolerance!r}; expected a share, in [0, 1).")
+    *below, last = map(jnp.asarray, kernels)
+    projections, matched = [last.T], [last]
     for kernel in reversed(below):
-        above = projections[0]
         # Pᵀ · above = kernel, solved for the columns of P
-        inverse = jnp.linalg.pinv(above.T, rtol=rank_tolerance)
-        projections.insert(0, inverse @ kernel.T)
-        matched.insert(0, projections[0].T @ above)
+        above, wanted = dtypes.widen(projections[0], kernel)
+        fitted = jnp.linalg.pinv(above.T, rtol=rank_tolerance) @ wanted.T
+        projections.insert(0, fitted.astype(kernel.dtype))
+        matched.insert(0, (fitted.T @ above).astype(kernel.dtype))
     return projections, matched
 
 
@@ -264,14 +271,10 @@ def scaled(gain: float, initializer: Initializer = glorot_normal) -> Initializer
         raise ValueError(f"gain is {gain!r}; expected a positive, finite number.")
 
     def init(key, shape, dtype=jnp.float32, out_sharding=None):
-        return _shard(float(gain) * initializer(key, shape, dtype), out_sharding)
+        return _shard(float(gain) * arrays_only(initializer)(key, shape, dtype), out_sharding)
 
     return init
 
 
 def _shard(x, out_sharding):
     return x if out_sharding is None else jax.sharding.reshard(x, out_sharding)
-
-
-def _root_mean_square(x):
-    return jnp.sqrt(jnp.mean(jnp.square(x)))

@@ -53,7 +53,7 @@ from flax.core import meta
 from jax import lax
 from jax.typing import DTypeLike
 
-from soap_jax import direct, dtypes, ops, trees
+from soap_jax import direct, dtypes, factors, ops, trees
 from soap_jax.feedback import glorot_normal
 
 COLLECTION = "feedback"
@@ -127,7 +127,8 @@ class _FeedbackLayer(_Feedback, kw_only=True):
         if self.is_initializing():
             # First, so that it draws what Flax's layer draws.
             y = super().__call__(inputs, *args, **kwargs)
-            twin = self._flax_layer(kernel_init=self.feedback_init or self.kernel_init)
+            init = factors.arrays_only(self.feedback_init or self.kernel_init)
+            twin = self._flax_layer(kernel_init=init)
             self._make(twin, inputs, *args, **kwargs)
             return y
         feedback = self._read()
@@ -287,7 +288,7 @@ class FeedbackDotGeneral(_Feedback):
             return lax.dot_general(x, kernel, *args, **kwargs)
 
         if layer.is_initializing():
-            init = self.feedback_init or layer.kernel_init
+            init = factors.arrays_only(self.feedback_init or layer.kernel_init)
             none = {"parent": None, "name": None, "dot_general": None, "dot_general_cls": None}
             self._make(layer.clone(**none, kernel_init=init), x)
             return product(x, kernel)

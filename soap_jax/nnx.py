@@ -49,7 +49,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from soap_jax import direct, dtypes, ops, trees
+from soap_jax import direct, dtypes, factors, ops, trees
 from soap_jax.feedback import glorot_normal
 
 
@@ -108,7 +108,7 @@ class _FeedbackLayer(_Base):
         feedback_rngs = nnx.Rngs(params=_feedback_key(rngs))
         super().__init__(*args, rngs=rngs, **kwargs)
         if feedback_init is not None:
-            kwargs["kernel_init"] = feedback_init
+            kwargs["kernel_init"] = factors.arrays_only(feedback_init)
         twin = _flax_layer(type(self))(*args, rngs=feedback_rngs, **kwargs)
         drawn = twin.kernel[...]
         trees.check_feedback(drawn, self.kernel[...], ("feedback",))

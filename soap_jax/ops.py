@@ -40,8 +40,8 @@ BilinearOp = Callable[[jax.Array, jax.Array], jax.Array]
 
 Feedback = factors.Feedback
 
-FeedbackBarFn = Callable[[BilinearOp, jax.Array, jax.Array, Feedback, jax.Array], Feedback]
-"""`(op, x, kernel, feedback, y_bar) -> feedback_bar`, like feedback; `op(x, kernel)` is y."""
+FeedbackBarFn = Callable[[BilinearOp, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+"""`(op, x, kernel, feedback, y_bar) -> feedback_bar`, of feedback's shape; `op(x, kernel)` is y."""
 
 FeedbackBar = Literal["kernel"] | FeedbackBarFn | None
 """What feedback's cotangent is: a function's value, or zeros (`None`). "kernel" names the function
@@ -69,15 +69,11 @@ class LocalLoss:
         raise NotImplementedError(f"{type(self).__name__} must define `loss`.")
 
     def __call__(
-        self, op: BilinearOp, x: jax.Array, kernel: jax.Array, feedback: Feedback, y_bar: jax.Array
-    ) -> Feedback:
+        self, op: BilinearOp, x: jax.Array, kernel: jax.Array, feedback: jax.Array, y_bar: jax.Array
+    ) -> jax.Array:
         """Returns the loss's gradient by feedback."""
         del y_bar
-
-        def of(feedback):
-            return self.loss(op, x, kernel, cast_feedback(factors.dense(feedback), kernel))
-
-        return jax.grad(of)(feedback)
+        return jax.grad(self.loss, argnums=3)(op, x, kernel, cast_feedback(feedback, kernel))
 
 
 SCOPE = "through_feedback"
@@ -169,8 +165,8 @@ def through_feedback(
         forward: `x -> y`, by default `op(x, kernel)`; may add what does not depend on `x` (a bias).
         feedback_bar: feedback's own cotangent; see `feedback_op`.
         mask: by what `forward`, but not `op`, multiplies the kernel; may be traced.
-        in_turn: whether an error passes factors one after the other, and not their product: for an
-            op as `soap_jax.factors.apply` takes it.
+        in_turn: whether an error passes factors one after the other, and not their product; for a
+            matrix product without a mask.
         path: feedback's path, for error messages.
 
     Returns:
@@ -196,7 +192,7 @@ def through_feedback(
         return forward(x)
     trees.check_feedback(feedback, kernel, path)
     if not in_turn:
-        feedback = factors.dense(feedback)
+        feedback = factors.dense(feedback, kernel.dtype)
     if mask is not None:
         feedback = cast_feedback(factors.dense(feedback), kernel)
         feedback *= jnp.asarray(mask).astype(kernel.dtype)
@@ -218,7 +214,7 @@ def through_feedback(
         at_feedback = jax.tree.map(lambda b: cast_feedback(b, kernel_type), feedback)
         x_bar = bar = None
         if _has_cotangent(x_type):
-            back = jax.linear_transpose(lambda x: factors.apply(op, x, at_feedback), x_type)
+            back = jax.linear_transpose(lambda x: factors.in_turn(op, x, at_feedback), x_type)
             (x_bar,) = back(y_bar)
         if learns and feedback_bar == "kernel":
             (x,) = activities
@@ -226,8 +222,10 @@ def through_feedback(
         elif learns:
             x, kernel = activities
             x = x if _has_cotangent(x) else x.astype(kernel.dtype)  # a loss may transpose `op` by x
-            bar = bar_of(op, x, kernel, feedback, y_bar)
-            _check_bar(bar, feedback)
+            whole, pull_back = jax.vjp(lambda own: factors.dense(own, kernel.dtype), feedback)
+            bar = bar_of(op, x, kernel, whole, y_bar)
+            _check_bar(bar, whole)
+            (bar,) = pull_back(bar.astype(whole.dtype))
         if learns:
             bar = jax.tree.map(lambda bar, stored: bar.astype(stored.dtype), bar, feedback)
         return y_bar, x_bar, None, bar
@@ -242,26 +240,19 @@ def through_feedback(
 def _kernel_bar(op, x, kernel_type, feedback, y_bar):
     """The cotangent that feedback would have in the kernel's place, or its factors."""
     if isinstance(feedback, factors.Product):  # in turn, without the kernel's cotangent
-        return jax.vjp(lambda own: factors.apply(op, x, own), feedback)[1](y_bar)[0]
+        return jax.vjp(lambda own: factors.in_turn(op, x, own), feedback)[1](y_bar)[0]
     (bar,) = jax.linear_transpose(lambda kernel: op(x, kernel), kernel_type)(y_bar)
     return jax.vjp(factors.dense, feedback)[1](bar)[0]
 
 
 def _check_bar(bar, feedback):
     """Raises ValueError unless a function returned a cotangent of feedback."""
-    found, expected = (
-        (jax.tree.structure(tree), list(map(jnp.shape, jax.tree.leaves(tree))))
-        for tree in (bar, feedback)
-    )
-    is_array = all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(bar))
-    if not is_array or found != expected:
+    if getattr(bar, "shape", None) != feedback.shape:
         got = f"shape {bar.shape}" if hasattr(bar, "shape") else type(bar).__name__
-        wanted = (
-            f"a {type(feedback).__name__} of the shapes {expected[1]}, as feedback is"
-            if factors.is_factored(feedback)
-            else f"an array of shape {feedback.shape}, that of feedback"
+        raise ValueError(
+            f"feedback_bar returned {got}; expected an array of shape {feedback.shape}, that of "
+            "feedback."
         )
-        raise ValueError(f"feedback_bar returned {got}; expected {wanted}.")
 
 
 def cast_feedback(feedback: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -480,8 +471,7 @@ def feedback_conv(
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
-    in_turn = feature_group_count == 1
-    return _feedback_op(op, feedback_bar, in_turn=in_turn)(x, kernel, feedback)
+    return feedback_op(op, feedback_bar=feedback_bar)(x, kernel, feedback)
 
 
 def feedback_conv_transpose(

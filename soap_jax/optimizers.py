@@ -93,11 +93,7 @@ def kolen_pollack(
         https://arxiv.org/abs/1904.05391
         John F. Kolen, Jordan B. Pollack. Backpropagation without weight transport. ICNN, 1994.
     """
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise ValueError(
-            f"optimizer is a {type(optimizer).__name__}; expected an Optax optimiser, such as "
-            "optax.sgd(0.1)."
-        )
+    _check_optimizer(optimizer)
     known = not (callable(decay) or isinstance(decay, jax.core.Tracer))
     if known and not _is_share(decay):
         raise ValueError(
@@ -158,6 +154,9 @@ def hold_fixed(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
     Returns:
         An optimiser over the same tree.
 
+    Raises:
+        ValueError: if `optimizer` is no optimiser.
+
     Example:
         >>> import jax, jax.numpy as jnp, optax
         >>> from soap_jax import factors
@@ -168,13 +167,40 @@ def hold_fixed(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
         >>> jax.tree.map(lambda u: float(u.max()), updates)
         {'kernel': Product(left=0.5, right=0.0)}
     """
+    _check_optimizer(optimizer)
+    inner = optax.with_extra_args_support(optimizer)
 
-    def labels(tree):
+    def learned(tree):
+        return jax.tree.map(lambda held, x: None if held else x, factors.fixed(tree), tree)
+
+    def whole(part, tree):
         return jax.tree.map(
-            lambda is_fixed: "fixed" if is_fixed else "learned", factors.fixed(tree)
+            lambda held, x, own: x if held else own, factors.fixed(tree), tree, part
         )
 
-    return optax.partition({"learned": optimizer, "fixed": optax.set_to_zero()}, labels)
+    def init(tree):
+        return inner.init(learned(tree))
+
+    def update(updates, state, params=None, **extra_args):
+        given = {
+            "grad": learned,
+            "value_fn": lambda value: lambda part: value(whole(part, params)),
+        }
+        extra_args = {k: given[k](arg) if k in given else arg for k, arg in extra_args.items()}
+        own = None if params is None else learned(params)
+        changes, state = inner.update(learned(updates), state, own, **extra_args)
+        return whole(changes, jax.tree.map(jnp.zeros_like, updates)), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_optimizer(optimizer):
+    """Raises ValueError for what is no Optax optimiser."""
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ValueError(
+            f"optimizer is a {type(optimizer).__name__}; expected an Optax optimiser, such as "
+            "optax.sgd(0.1)."
+        )
 
 
 def _of_params(extra_args, feedback):

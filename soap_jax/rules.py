@@ -233,8 +233,8 @@ class SignSync(Rule):
                 magnitude = jnp.abs(feedback)
             case "kernel":
                 w = kernel.astype(dtypes.wide(kernel))
-                alive = jnp.maximum(jnp.sum(w != 0), 1).astype(w.dtype)
-                return jnp.sqrt(jnp.sum(jnp.square(w)) / alive) * jnp.sign(w)
+                alive = jnp.maximum(jnp.sum(w != 0), 1).astype(jnp.abs(w).dtype)
+                return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(w))) / alive) * jnp.sign(w)
             case "norm":
                 if memory is None:
                     raise ValueError(
@@ -406,6 +406,26 @@ def shard_like(x: jax.Array, kernel: jax.Array) -> jax.Array:
             return x  # device_put would commit it, even if the kernel is not
         return jax.device_put(x, kernel.sharding)
     return jax.sharding.reshard(x, jax.typeof(kernel).sharding) if _is_explicit(kernel) else x
+
+
+def split_of(kernel: jax.Array) -> tuple:
+    """The axes of a mesh over which each axis of the kernel is split; None where it is not."""
+    sharding = jax.typeof(kernel).sharding if _is_explicit(kernel) else None
+    if sharding is None and not isinstance(kernel, jax.core.Tracer):
+        sharding = getattr(kernel, "sharding", None)
+    spec = sharding.spec if isinstance(sharding, jax.sharding.NamedSharding) else ()
+    return (*spec, *[None] * (jnp.ndim(kernel) - len(spec)))
+
+
+def shard_as(x: jax.Array, kernel: jax.Array, split: tuple) -> jax.Array:
+    """Splits `x` so over the kernel's mesh, if the kernel lies on one."""
+    spec = jax.sharding.PartitionSpec(*split)
+    if isinstance(kernel, jax.core.Tracer) or isinstance(x, jax.core.Tracer):
+        return jax.sharding.reshard(x, spec) if _is_explicit(kernel) else x
+    sharding = getattr(kernel, "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return x
+    return jax.device_put(x, jax.sharding.NamedSharding(sharding.mesh, spec))
 
 
 def replicated(x: jax.Array) -> jax.Array:

@@ -79,6 +79,8 @@ def map_pairs(
                 if is_state
                 else ("Was feedback left out of the call, or swapped with params?")
             )
+            if path[-1] in ("left", "right"):
+                guess = "Factors are a soap_jax.factors.Product or LowRank, no dict of arrays."
             raise ValueError(
                 f"feedback at {show(path)} has no kernel: params has no leaf there. ({guess}) "
                 "Feedback lies "
@@ -87,7 +89,7 @@ def map_pairs(
             )
         check_kernel(kernel, path)
         check_feedback(leaf, kernel, path)
-        return fn(path, kernel, leaf if stored else factors.dense(leaf))
+        return fn(path, kernel, leaf if stored else factors.dense(leaf, kernel.dtype))
 
     def is_leaf(leaf):
         return leaf is None or factors.is_factored(leaf)
@@ -227,31 +229,42 @@ def check_feedback(feedback: Any, kernel: jax.Array, path: Path = ()) -> None:
     No forward pass would notice either.
     """
     if factors.is_factored(feedback):
-        shapes = jnp.shape(feedback.left), jnp.shape(feedback.right)
-        *rows, out = jnp.shape(kernel)
-        if len(shapes[0]) != len(rows) + 1 or shapes != (
-            (*rows, shapes[0][-1]),
-            (shapes[0][-1], out),
-        ):
-            raise ValueError(
-                f"feedback{_at(path)} is a {type(feedback).__name__} of shapes {shapes[0]} and "
-                f"{shapes[1]}; expected {tuple(rows)} and a rank, and that rank and {out}, so that "
-                f"their product has the kernel's shape {jnp.shape(kernel)}."
-            )
-        feedback = jax.eval_shape(factors.dense, feedback)
+        feedback = _check_factors(feedback, kernel, path)
+    elif isinstance(feedback, tuple | list) or dtypes.of(feedback) is None:
+        raise ValueError(
+            f"feedback{_at(path)} is a {type(feedback).__name__}; expected an array, or factors: a "
+            "soap_jax.factors.Product or LowRank."
+        )
     if jnp.shape(feedback) != jnp.shape(kernel):
         raise ValueError(
             f"feedback{_at(path)} has shape {jnp.shape(feedback)}; expected {jnp.shape(kernel)}, "
             "the shape of its kernel. Feedback is laid out like the kernel, not transposed."
         )
-    dtype = dtypes.of(feedback)
-    if dtype is None:
-        raise ValueError(f"feedback{_at(path)} {_kind(feedback)}; expected an array of numbers.")
+    dtype = jnp.result_type(feedback)
     if not dtypes.holds(jnp.result_type(kernel), dtype):
         raise ValueError(
             f"feedback{_at(path)} has dtype {dtype} and its kernel {jnp.result_type(kernel)}; "
             "expected real feedback for a real kernel, whose error has no imaginary part."
         )
+
+
+def _check_factors(feedback, kernel, path) -> jax.ShapeDtypeStruct:
+    """What factors make; ValueError unless they are real, and make what has the kernel's shape."""
+    kind = type(feedback).__name__
+    named = " and ".join(f"{jnp.result_type(f)}{list(jnp.shape(f))}" for f in feedback)
+    if not all(jnp.issubdtype(jnp.result_type(f), jnp.floating) for f in feedback):
+        raise ValueError(
+            f"feedback{_at(path)} is a {kind} of {named}; expected real floating-point factors."
+        )
+    left, right = map(jnp.shape, feedback)
+    fits = left[-1:] == right[-2:-1] and (*left[:-1], *right[-1:]) == jnp.shape(kernel)
+    if not fits or right[:-2] not in ((), left[:-2]):
+        *rows, out = jnp.shape(kernel)
+        raise ValueError(
+            f"feedback{_at(path)} is a {kind} of {named}; expected ({', '.join(map(str, rows))}, "
+            f"rank) and (rank, {out}), so that their product has the kernel's shape."
+        )
+    return jax.ShapeDtypeStruct(jnp.shape(kernel), jnp.result_type(*feedback))
 
 
 def is_inexact(leaf: Any) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import serialization
+from jax.sharding import NamedSharding, PartitionSpec
 
 import soap_jax
 from soap_jax import factors, initializers, linen, local, metrics, ops, optimizers, training
@@ -284,10 +285,12 @@ def test_a_rule_for_factors_raises():
 
 def test_factors_of_another_shape_raise():
     bad = {"w2": LowRank(jnp.ones((16, 3)), jnp.ones((4, 12)))}
-    message = r"\['w2'\] is a LowRank of shapes \(16, 3\) and \(4, 12\); expected .*\(16, 12\)"
+    message = (
+        r"\['w2'\] is a LowRank of float32\[16, 3\] and float32\[4, 12\]; expected \(16, rank\)"
+    )
     with pytest.raises(ValueError, match=message):
         soap_jax.with_feedback(loss)(PARAMS, bad, X, Y)
-    with pytest.raises(ValueError, match=r"LowRank of shapes \(12, 16\)"):
+    with pytest.raises(ValueError, match=r"LowRank of float32\[12, 16\]"):
         ops.feedback_dense(X, PARAMS["w1"], LowRank(jnp.ones((12, 16)), jnp.ones((16, 8))))
 
 
@@ -309,11 +312,157 @@ def test_integers_and_kolen_pollack_refuse_factors():
         optimizer.init((PARAMS, start("PFA").feedback))
 
 
-def test_a_function_must_return_factors_for_factors():
-    f = functools.partial(ops.feedback_dense, feedback_bar=lambda op, x, w, b, y_bar: w)
-    own = start("LDFA").feedback["w2"]
-    with pytest.raises(ValueError, match=r"returned shape .*expected an array of shape"):
-        f_bad = functools.partial(ops.feedback_dense, feedback_bar=lambda *args: jnp.ones(3))
-        jax.grad(lambda b: f_bad(jnp.ones((2, 16)), PARAMS["w2"], b).sum())(PARAMS["w2"])
-    with pytest.raises(ValueError, match="expected a LowRank of the shapes"):
-        jax.grad(lambda b: f(jnp.ones((2, 16)), PARAMS["w2"], b).sum())(own)
+@pytest.mark.parametrize("kind", [Product, LowRank])
+def test_a_function_gets_the_product_and_what_it_returns_reaches_the_factors(kind):
+    """Also where an op takes factors in turn; the fixed factor of a Product gets nothing."""
+    own = kind(draw(0, 16, 3), draw(1, 3, 12))
+    x = draw(2, 4, 16)
+
+    def bar(op, x, kernel, feedback, y_bar):
+        assert feedback.shape == kernel.shape
+        return feedback - kernel
+
+    def gradient(f):
+        return jax.grad(lambda b: f(x, PARAMS["w2"], b, feedback_bar=bar).sum())(own)
+
+    einsum = functools.partial(ops.feedback_einsum, "bi,io->bo")
+    expected = jax.vjp(factors.dense, own)[1](factors.dense(own) - PARAMS["w2"])[0]
+    for f in (ops.feedback_dense, einsum):
+        chex.assert_trees_all_close(gradient(f), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_function_returns_must_have_the_kernels_shape():
+    f = functools.partial(ops.feedback_dense, feedback_bar=lambda *args: jnp.ones(3))
+    for own in (PARAMS["w2"], start("LDFA").feedback["w2"]):
+        with pytest.raises(ValueError, match=r"returned shape \(3,\); expected an array of shape"):
+            jax.grad(lambda b: f(jnp.ones((2, 16)), PARAMS["w2"], b).sum())(own)
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e-4, 1.0, 3e4, 1e19])
+def test_ojas_rule_holds_at_any_size_of_the_error(scale):
+    own, bar = LowRank(draw(0, 6, 2), draw(1, 2, 4)), draw(2, 6, 4)
+    expected = jax.vjp(factors.dense, own)[1](bar)[0].right
+    got = jax.vjp(factors.dense, own)[1](scale * bar)[0]
+    np.testing.assert_allclose(got.right, expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(got.left, scale * bar @ own.right.T, rtol=1e-5)
+    half = jax.tree.map(lambda f: f.astype(jnp.float16), own)
+    got = jax.vjp(factors.dense, half)[1]((min(scale, 1e4) * bar).astype(jnp.float16))[0]
+    if scale >= 1e-4:
+        np.testing.assert_allclose(got.right, expected, rtol=0.1, atol=5e-3)
+
+
+@every_kind
+def test_stacked_kernels_have_factors_of_their_own_when_mapped(kind):
+    """Scanned layers: what a layer's factors get is what they would get by themselves."""
+    stack = draw(0, 3, 12, 12) / 3
+    keys = jax.random.split(jax.random.key(1), 3)
+    own = jax.vmap(lambda key: KINDS[kind](key, (12, 12)))(keys)
+    params = {"first": draw(2, 8, 12), "stack": stack, "last": draw(3, 12, 5)}
+    state = soap_jax.init_feedback(
+        jax.random.key(0), params, feedback={"first": None, "stack": own, "last": None}
+    )
+
+    def scanned(params, x):
+        x, _ = jax.lax.scan(
+            lambda x, w: (jnp.tanh(x @ w), None), x @ params["first"], params["stack"]
+        )
+        return jnp.sum(jnp.sin(x @ params["last"]))
+
+    def unrolled(params, x):
+        x = x @ params["first"]
+        for w in params["stack"]:
+            x = jnp.tanh(x @ w)
+        return jnp.sum(jnp.sin(x @ params["last"]))
+
+    grad = jax.grad(soap_jax.with_feedback(scanned, feedback_bar="kernel"), (0, 1))
+    got = grad(params, state.feedback, X)
+    apart = params | {"stack": list(stack)}
+    parts = [type(own)(*layer) for layer in zip(*own, strict=True)]
+    grad = jax.grad(soap_jax.with_feedback(unrolled, feedback_bar="kernel"), (0, 1))
+    expected = grad(apart, {"first": None, "stack": parts, "last": None}, X)
+    chex.assert_trees_all_close(got[0]["first"], expected[0]["first"], rtol=1e-4, atol=1e-5)
+    together = jax.tree.map(lambda *f: jnp.stack(f), *expected[1]["stack"])
+    chex.assert_trees_all_close(got[1]["stack"], together, rtol=1e-3, atol=1e-4)
+
+
+@every_kind
+def test_factors_are_split_over_a_mesh_as_their_kernels(kind, explicit_mesh):
+    axis = explicit_mesh.axis_names[0]
+
+    def put(x, *split):
+        return jax.device_put(x, NamedSharding(explicit_mesh, PartitionSpec(*split)))
+
+    for spec in ((axis, None), (None, axis)):
+        params = {"w": put(draw(0, 16, 12), *spec)}
+        state = soap_jax.init_feedback(
+            jax.random.key(0), params, initializer=KINDS[kind], where="w"
+        )
+        left, right = state.feedback["w"]
+        assert left.sharding.spec == PartitionSpec(spec[0], None)
+        assert right.sharding.spec == PartitionSpec(None, spec[1])
+
+    def f(x, w, own):
+        return jnp.sum(jnp.sin(ops.feedback_dense(x, w, own, feedback_bar="kernel")) ** 2)
+
+    args = draw(1, 8, 16), params["w"], state.feedback["w"]
+    expected = jax.grad(f, (0, 2))(*jax.tree.map(np.asarray, args))
+    with jax.set_mesh(explicit_mesh):
+        got = jax.jit(jax.grad(f, (0, 2)))(*args)
+    assert jax.tree.map(lambda leaf: leaf.sharding, got[1]) == jax.tree.map(
+        lambda leaf: leaf.sharding, args[2]
+    )
+    got, expected = jax.tree.map(np.asarray, (got, expected))
+    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_factors_of_integers_and_of_complex_numbers_raise():
+    with pytest.raises(
+        ValueError, match=r"a Product of float32\[16, 3\] and int8\[3, 12\]; expected real"
+    ):
+        ops.feedback_dense(
+            jnp.ones((2, 16)), PARAMS["w2"], Product(jnp.ones((16, 3)), jnp.ones((3, 12), jnp.int8))
+        )
+    with pytest.raises(ValueError, match=r"dtype is complex64; expected a real floating"):
+        initializers.product()(jax.random.key(0), (3, 4), jnp.complex64)
+
+
+def test_what_takes_no_factors_says_so():
+    makes = [
+        lambda: initializers.scaled(2.0, KINDS["PFA"])(jax.random.key(0), (4, 3)),
+        lambda: initializers.sparse(0.5, KINDS["PFA"], axis=-1)(jax.random.key(0), (4, 3)),
+        lambda: linen.FeedbackDense(3, feedback_init=KINDS["PFA"]).init(
+            jax.random.key(0), jnp.ones((1, 4))
+        ),
+    ]
+    for make in makes:
+        with pytest.raises(ValueError, match="returned a Product; expected one that returns an"):
+            make()
+    with pytest.raises(ValueError, match="is a tuple; expected an array, or factors"):
+        ops.feedback_dense(X, PARAMS["w1"], (jnp.ones((8, 2)), jnp.ones((2, 16))))
+    restored = {"w2": {"left": jnp.ones((16, 2)), "right": jnp.ones((2, 12))}}
+    with pytest.raises(ValueError, match=r"Factors are a soap_jax.factors.Product or LowRank"):
+        soap_jax.with_feedback(loss)(PARAMS, restored, X, Y)
+    with pytest.raises(ValueError, match="optimizer is a float; expected an Optax optimiser"):
+        optimizers.hold_fixed(0.1)
+
+
+def test_hold_fixed_serves_optimisers_that_ask_for_the_loss():
+    """A line search evaluates the loss of what it would learn."""
+    feedback = start("PFA").feedback
+    optimizer = optimizers.hold_fixed(optax.lbfgs())
+
+    def value_fn(learnt):
+        params, own = learnt
+        return loss(params, X, Y) + sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(own)) / 100
+
+    learnt = PARAMS, feedback
+    state, values = optimizer.init(learnt), []
+    for _ in range(3):
+        value, grads = jax.value_and_grad(value_fn)(learnt)
+        values.append(value)
+        updates, state = optimizer.update(
+            grads, state, learnt, value=value, grad=grads, value_fn=value_fn
+        )
+        learnt = optax.apply_updates(learnt, updates)
+    assert values[2] < values[1] < values[0]
+    chex.assert_trees_all_equal(learnt[1]["w2"].right, feedback["w2"].right)
