@@ -68,7 +68,7 @@ import numbers
 import operator
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import chex
 import jax
@@ -164,13 +164,8 @@ def direct_feedback(
         raise ValueError(f"error is {error!r}; expected 'exact' (DFA) or 'sign' (sDFA).")
     if error == "sign" and target is not None:
         raise ValueError("error='sign' and a target; expected one of them: what is sent.")
-    check_projection_bar(projection_bar)
+    check_projection_bar(projection_bar, target)
     learns = projection_bar is not None
-    if learns and target is not None:
-        raise ValueError(
-            f"projection_bar is {projection_bar!r}, with a target; expected None, since "
-            "projections learn from errors."
-        )
     name, sender = ("output", output) if target is None else ("target", target)
     _check_array(name, sender)
     rows = _rows(rows, sender)
@@ -202,15 +197,15 @@ def direct_feedback(
         if error == "sign":
             sent = jnp.sign(e) / rows
         project = functools.partial(_project, sent, stacked=stacked, initializer=initializer)
-        bars = list(map(project, types, projections, keys, paths))
-        if not learns:
-            return e, bars, None
 
-        def through(projections):
-            """What the direct connections pass back, linear in their weights."""
+        def send(projections):
+            """The activations' cotangents, linear in the projections."""
             return list(map(project, types, projections, keys, paths))
 
-        (learnt,) = jax.linear_transpose(through, projections)(list(activations))
+        bars = send(projections)
+        if not learns:
+            return e, bars, None
+        (learnt,) = jax.linear_transpose(send, projections)(list(activations))
         return e, bars, [*learnt, *[None] * (len(arrays) - len(learnt))]  # projections come first
 
     f = jax.custom_vjp(f)
@@ -219,12 +214,17 @@ def direct_feedback(
         return f(output, activations, arrays if learns else lax.stop_gradient(arrays))
 
 
-def check_projection_bar(projection_bar: ProjectionBar) -> None:
-    """Raises ValueError for what is no cotangent of a projection."""
+def check_projection_bar(projection_bar: ProjectionBar, target: Any = None) -> None:
+    """Raises ValueError for what is no cotangent of a projection, or for one beside a target."""
     if projection_bar not in (None, "kernel"):
         raise ValueError(
             f"projection_bar is {projection_bar!r}; expected None, or 'kernel' (direct "
             "Kolen-Pollack)."
+        )
+    if projection_bar is not None and target is not None:
+        raise ValueError(
+            f"projection_bar is {projection_bar!r}, with a target; expected None, since "
+            "projections learn from errors."
         )
 
 

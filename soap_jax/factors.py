@@ -3,17 +3,17 @@
     B = left · right        left: (*window, in, rank), right: (rank, out)
 
 A leaf of a feedback tree may be a `Product` or a `LowRank` in the place of an array. An error
-passes B; what an optimiser learns are the factors. With F_bar the cotangent that an array B would
-have, `feedback_bar="kernel"` that of its kernel, xᵀ · y_bar,
+passes B; an optimiser learns the factors. With F_bar the cotangent that an array B would have,
+which with `feedback_bar="kernel"` is its kernel's, xᵀ · y_bar,
 
     left_bar = F_bar · rightᵀ = xᵀ · (y_bar · rightᵀ)
 
-which the activity before the layer and the error after the right factor tell: W is not seen. As
-with Kolen-Pollack, weight decay is what makes B meet W: B's start decays away, and what both have
-gained since is alike, as far as rightᵀ · right is like the identity. In this the two differ:
+The left factor needs only the layer's input and the error after the right factor; it never sees W.
+As in Kolen-Pollack learning, weight decay aligns B with W: initial values decay, and the updates of
+B are those of W times rightᵀ · right. The right factor is what tells the two kinds apart:
 
-    Product     PFA: right is fixed and random, with a rank above out
-    LowRank     LDFA: right learns the main directions of the gradient, with a rank below out
+    Product     PFA: right is fixed and random, its rank at least out
+    LowRank     LDFA: right learns the main directions of the gradient, its rank at most out
 
 `soap_jax.initializers.product` and `low_rank(rank, as_factors=True)` draw them:
 
@@ -22,9 +22,10 @@ gained since is alike, as far as rightᵀ · right is like the identity. In this
     optimizer = optimizers.hold_fixed(optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1)))
     grads = jax.grad(loss_fa, argnums=(0, 1))(params, state.feedback, batch)
 
-`soap_jax.ops.feedback_dense` sends an error through one factor after the other. All else forms B,
-which takes longer where the rank is large. Of kernels stacked by a scan, `(layers, in, out)`, each
-needs a right factor of its own: draw them under `jax.vmap`, and adopt them (`feedback=`).
+`soap_jax.ops.feedback_dense` sends an error through one factor after the other; all else forms B.
+Kernels stacked by a scan, `(layers, in, out)`, get one right factor for all layers, unless factors
+are drawn under `jax.vmap`, a right one for each, and adopted (`init_feedback(feedback=...)`); for
+stacked convolutions that is not possible.
 
 References:
     Li Ji-An, Marcus K. Benna. Deep learning without weight symmetry. 2024 (PFA).
@@ -56,7 +57,8 @@ class Product(NamedTuple):
             `(layers, rank, out)`.
 
     References:
-        Li, Benna (2024); see the module's docstring. The equations are those of its public code.
+        Li, Benna (2024); see the module's docstring. The equations are those of its public code,
+        https://github.com/jil095/product_feedback_alignment.
     """
 
     left: jax.Array
@@ -68,14 +70,14 @@ class LowRank(NamedTuple):
 
         right_bar = (GᵀG · right - Gᵀ · F_bar) / |F_bar|²        G = F_bar · rightᵀ
 
-    with F_bar as a matrix `(*, out)`: its rows' main directions are where right settles, with
-    orthonormal rows, and of an error they are what passes. Take a rank of at least the number of
-    outputs.
+    with F_bar as a matrix `(*, out)`: right converges to an orthonormal basis of the main
+    directions of F_bar's rows; only these components of an error pass. Take a rank of at least the
+    number of outputs.
 
-    This is no gradient, and not linear in the error. It is as large for small errors as for large
-    ones, so that weight decay does not shrink right as errors vanish: scaling the loss, and the
-    gradients back, slows it. And parts of a batch (`vmap` over examples, one use of a kernel after
-    the other in `soap_jax.ops`) have each their own, whose sum is another than the whole's;
+    right_bar is no gradient. It does not depend on the error's size, so that weight decay does not
+    shrink right as errors vanish; under loss scaling, dividing gradients by the scale makes right
+    learn slower by that factor. And it is not linear: the sum over parts of a batch (`vmap` over
+    examples, several uses of a kernel in `soap_jax.ops`) is not the value for the whole batch.
     `with_feedback` sums F_bar over all uses first.
 
     Attributes:
@@ -103,7 +105,7 @@ def is_factored(leaf: Any) -> TypeGuard[LowRank | Product]:
     return isinstance(leaf, LowRank | Product)
 
 
-def dense(feedback: Any, dtype: DTypeLike | None = None) -> Any:
+def as_array(feedback: Any, dtype: DTypeLike | None = None) -> Any:
     """The array that a leaf of a feedback tree stands for; what is not factored stays as it is.
 
     Args:
@@ -112,7 +114,7 @@ def dense(feedback: Any, dtype: DTypeLike | None = None) -> Any:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> dense(LowRank(jnp.ones((3, 2)), jnp.ones((2, 4)))).shape
+        >>> as_array(LowRank(jnp.ones((3, 2)), jnp.ones((2, 4)))).shape
         (3, 4)
     """
     if not is_factored(feedback):
@@ -123,11 +125,11 @@ def dense(feedback: Any, dtype: DTypeLike | None = None) -> Any:
     return jnp.matmul(left, lax.stop_gradient(right))
 
 
-def in_turn(product, x: jax.Array, feedback: Any) -> jax.Array:
-    """`product(x, feedback)` for a matrix product, through one factor after the other.
+def in_turn(op, x: jax.Array, feedback: Feedback) -> jax.Array:
+    """`op(x, feedback)` for a matrix product, through one factor after the other.
 
     Args:
-        product: `(x, matrix) -> y`, of the last axis of x and the first of the matrix.
+        op: `(x, matrix) -> y`, of the last axis of x and the first of the matrix.
         x: its input.
         feedback: an array or factors.
 
@@ -137,13 +139,13 @@ def in_turn(product, x: jax.Array, feedback: Any) -> jax.Array:
         (5, 4)
     """
     if not is_factored(feedback):
-        return product(x, feedback)
-    passed = product(x, feedback.left).astype(feedback.right.dtype)
-    return product(passed, lax.stop_gradient(feedback.right))
+        return op(x, feedback)
+    passed = op(x, feedback.left).astype(feedback.right.dtype)
+    return op(passed, lax.stop_gradient(feedback.right))
 
 
 def fixed(feedback: chex.ArrayTree) -> chex.ArrayTree:
-    """Where nothing learns, as a tree of feedback's structure: the right factor of a `Product`.
+    """A tree of bools, of feedback's structure: True at the right factor of each `Product`.
 
     Example:
         >>> import jax.numpy as jnp

@@ -127,9 +127,10 @@ def init_feedback(
             its library and layout. A kernel of zeros has no size to match, and feedback of zeros
             would keep all layers below from learning: there it is Glorot's √(2/(fan_in + fan_out)),
             with 1 for an axis that is missing. Or a function `(key, shape, dtype) -> array`, best
-            the one of the kernels, cast to the kernel's dtype. Or a mapping from path patterns to
-            initialisers, of which the first that matches a leaf counts. Feedback that is larger
-            than its kernel multiplies the learning rate of the layers below, which easily passes
+            the one of the kernels, cast to the kernel's dtype; or one that draws `soap_jax.factors`
+            (`initializers.product`), for `Fixed()` and a floating-point dtype. Or a mapping from
+            path patterns to initialisers, of which the first that matches a leaf counts. Feedback
+            larger than its kernel multiplies the learning rate of the layers below, which passes
             for a better method.
         feedback: feedback weights to adopt instead, such as Linen's `variables["feedback"]`,
             `nnx.state(model, soap_jax.nnx.Feedback)`, or a second draw of `params`; with `where`,
@@ -316,7 +317,7 @@ def _check_fits(params, state):
 
 
 def _check_whole(rule, paths, pairs):
-    """Raises ValueError if a rule is for feedback that is stored as factors, which it would end."""
+    """Raises ValueError if feedback that a rule changes is stored as factors."""
     for path in paths:
         if factors.is_factored(leaf := pairs[path][1]):
             raise ValueError(
@@ -574,14 +575,14 @@ def _used(where, static, pairs) -> dict[trees.Path, np.dtype]:
 
 
 def _stored_factors(leaf, dtype, kernel, path):
-    """Factors in the dtype, split as their kernel; ValueError for one in which nothing learns."""
+    """Factors in the dtype, split as their kernel; ValueError for an integer dtype."""
     if dtype is not None and jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
             f"dtype is {np.dtype(dtype)} and feedback at {trees.show(path)} a "
             f"{type(leaf).__name__}; expected floating point, since an optimiser learns factors."
         )
     left, right = (dtypes.stored(factor, dtype) for factor in leaf)
-    split = rules.split_of(kernel)
+    split = rules.partition_spec(kernel)
     stack = split[: right.ndim - 2]
     left = rules.shard_as(left, kernel, (*split[:-1], None))
     return type(leaf)(left, rules.shard_as(right, kernel, (*stack, None, *split[-1:])))

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from soap_jax import dtypes, factors, rules
-from soap_jax.factors import arrays_only
 from soap_jax.feedback import glorot_normal
 
 Initializer = jax.nn.initializers.Initializer
@@ -65,7 +64,7 @@ def sparse(density: float, initializer: Initializer = glorot_normal, *, axis: in
 
     def init(key, shape, dtype=jnp.float32, out_sharding=None):
         entries_key, places_key = jax.random.split(key)
-        entries = arrays_only(initializer)(entries_key, shape, dtype)
+        entries = factors.arrays_only(initializer)(entries_key, shape, dtype)
         matrix = entries.reshape(-1, entries.shape[-1])
         length = matrix.shape[axis]
         kept = max(1, round(density * length))
@@ -74,7 +73,7 @@ def sparse(density: float, initializer: Initializer = glorot_normal, *, axis: in
         matrix *= scale.astype(matrix.dtype)
         return _shard(matrix.reshape(entries.shape), out_sharding)
 
-    return init
+    return _named(init, f"sparse({density}, {_name(initializer)}, axis={axis})")
 
 
 def low_rank(
@@ -119,7 +118,7 @@ def low_rank(
                 f"matrix ({rows}, {columns}) that {tuple(shape)} is."
             )
         size_key, *keys = jax.random.split(key, 3)
-        size = arrays_only(initializer)(size_key, shape, dtype)
+        size = factors.arrays_only(initializer)(size_key, shape, dtype)
         wide = dtypes.wide(size)
         u = jax.random.normal(keys[0], (rows, rank), wide)
         draw = jax.nn.initializers.orthogonal() if as_factors else jax.random.normal
@@ -127,14 +126,15 @@ def low_rank(
         # At a lower precision, accelerators' default, rounding would fill up the rank.
         matrix = jnp.dot(u, v, precision="highest")
         c = rules.root_mean_square(size) / rules.root_mean_square(matrix)
+        if as_factors and out_sharding is not None:
+            raise ValueError(f"out_sharding is {out_sharding}; expected None for factors.")
         if as_factors:
             left = (c * u).reshape(*size.shape[:-1], rank)
             return factors.LowRank(left.astype(size.dtype), v.astype(size.dtype))
         matrix *= c
         return _shard(matrix.reshape(size.shape).astype(size.dtype), out_sharding)
 
-    init.__qualname__ = f"low_rank({rank}, as_factors={as_factors})"  # as a study's record says it
-    return init
+    return _named(init, f"low_rank({rank}, {_name(initializer)}, as_factors={as_factors})")
 
 
 def product(expansion: int = 1, *, orthogonal: bool = False) -> Initializer:
@@ -143,9 +143,9 @@ def product(expansion: int = 1, *, orthogonal: bool = False) -> Initializer:
         left: (*window, in, expansion · out), Glorot's uniform one
         right: (expansion · out, out), of mean 0 and variance 1 / (expansion · out), or orthogonal
 
-    so that rightᵀ · right is about the identity, which the learned left factor counts on. However
-    long it learns, B stays some atan √(1 / expansion) off its kernel, 18 degrees for 10 neurons on
-    the way back for each of the output's; an orthogonal one comes as near as Kolen-Pollack.
+    so that rightᵀ · right is about the identity. However long B learns, its angle to its kernel
+    stays about atan √(1 / expansion): 18 degrees at expansion=10. With an orthogonal right factor
+    it falls as in Kolen-Pollack learning.
 
     Args:
         expansion: 1 or more.
@@ -165,7 +165,8 @@ def product(expansion: int = 1, *, orthogonal: bool = False) -> Initializer:
 
     References:
         Li Ji-An, Marcus K. Benna. Deep learning without weight symmetry. 2024.
-        https://arxiv.org/abs/2405.20594. Both draws are those of its public code ("xavier").
+        https://arxiv.org/abs/2405.20594. Both draws are those of its public code ("xavier"),
+        https://github.com/jil095/product_feedback_alignment.
     """
     if not (isinstance(expansion, numbers.Integral) and expansion >= 1):
         raise ValueError(f"expansion is {expansion!r}; expected an integer, 1 or more.")
@@ -182,12 +183,11 @@ def product(expansion: int = 1, *, orthogonal: bool = False) -> Initializer:
         bound = math.sqrt(3 / (expansion * out))
         return factors.Product(left, jax.random.uniform(right_key, shape, dtype, -bound, bound))
 
-    init.__qualname__ = f"product({expansion}, orthogonal={orthogonal})"  # as in a study's record
-    return init
+    return _named(init, f"product({expansion}, orthogonal={orthogonal})")
 
 
 def match_projections(
-    kernels: Sequence[jax.Array], *, rank_tolerance: float = 1e-6
+    kernels: Sequence[jax.Array], *, rtol: float = 1e-6
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Feedback-weight matching: projections for trained kernels, and kernels that fit these.
 
@@ -204,13 +204,13 @@ def match_projections(
     Args:
         kernels: one or more, `(in, out)`, each of the next one's `in`; not the one below the first
             activation with direct feedback, which stays as it is.
-        rank_tolerance: singular values below this share of the largest count as 0.
+        rtol: singular values below this share of the largest count as 0, as in `jnp.linalg.pinv`.
 
     Returns:
         The projections `(output, in)` of the activations before each kernel, and the new kernels.
 
     Raises:
-        ValueError: if the kernels are no such chain of matrices, or `rank_tolerance` is not in
+        ValueError: if the kernels are no such chain of matrices, or `rtol` is not in
             [0, 1).
 
     Example:
@@ -233,14 +233,14 @@ def match_projections(
             f"kernels have the shapes {shapes}; expected matrices (in, out), each with the out of "
             "the one before as its in."
         )
-    if not (isinstance(rank_tolerance, numbers.Real) and 0 <= rank_tolerance < 1):
-        raise ValueError(f"rank_tolerance is {rank_tolerance!r}; expected a share, in [0, 1).")
+    if not (isinstance(rtol, numbers.Real) and 0 <= rtol < 1):
+        raise ValueError(f"rtol is {rtol!r}; expected a share, in [0, 1).")
     *below, last = map(jnp.asarray, kernels)
     projections, matched = [last.T], [last]
     for kernel in reversed(below):
         # Pᵀ · above = kernel, solved for the columns of P
         above, wanted = dtypes.widen(projections[0], kernel)
-        fitted = jnp.linalg.pinv(above.T, rtol=rank_tolerance) @ wanted.T
+        fitted = jnp.linalg.pinv(above.T, rtol=rtol) @ wanted.T
         projections.insert(0, fitted.astype(kernel.dtype))
         matched.insert(0, (fitted.T @ above).astype(kernel.dtype))
     return projections, matched
@@ -271,9 +271,21 @@ def scaled(gain: float, initializer: Initializer = glorot_normal) -> Initializer
         raise ValueError(f"gain is {gain!r}; expected a positive, finite number.")
 
     def init(key, shape, dtype=jnp.float32, out_sharding=None):
-        return _shard(float(gain) * arrays_only(initializer)(key, shape, dtype), out_sharding)
+        return _shard(
+            float(gain) * factors.arrays_only(initializer)(key, shape, dtype), out_sharding
+        )
 
+    return _named(init, f"scaled({gain}, {_name(initializer)})")
+
+
+def _named(init, name):
+    """The initialiser, called so where a study's record describes it."""
+    init.__qualname__ = name
     return init
+
+
+def _name(initializer):
+    return getattr(initializer, "__qualname__", type(initializer).__name__)
 
 
 def _shard(x, out_sharding):

@@ -118,7 +118,7 @@ class _FeedbackLayer(_Feedback, kw_only=True):
     """Mixin before one of Flax's layers: a bilinear op of input and kernel, and perhaps a bias.
 
     One mechanism for all five. Flax's hooks for products are none: two of the layers lack them, and
-    they see neither a mask nor the output, which `feedback_bar` may ask for.
+    they do not see a mask.
     """
 
     @nn.nowrap  # Flax's own `__call__` is; twice would record its intermediates twice

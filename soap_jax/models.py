@@ -106,6 +106,8 @@ class DirectMLP(nn.Module):
         """
         if self.error not in ("exact", "sign", "target"):
             raise ValueError(f"error is {self.error!r}; expected 'exact', 'sign' or 'target'.")
+        target_bar = self.projection_bar if self.error == "target" else None
+        direct.check_projection_bar(target_bar, self.error)
         x = x.reshape(x.shape[0], -1)
         hidden: dict[str, jax.Array] = {}
         for i, width in enumerate(self.features):

@@ -41,7 +41,9 @@ BilinearOp = Callable[[jax.Array, jax.Array], jax.Array]
 Feedback = factors.Feedback
 
 FeedbackBarFn = Callable[[BilinearOp, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-"""`(op, x, kernel, feedback, y_bar) -> feedback_bar`, of feedback's shape; `op(x, kernel)` is y."""
+"""`(op, x, kernel, feedback, y_bar) -> feedback_bar`, of feedback's shape.
+
+`op(x, kernel)` is the product, without a layer's bias and mask."""
 
 FeedbackBar = Literal["kernel"] | FeedbackBarFn | None
 """What feedback's cotangent is: a function's value, or zeros (`None`). "kernel" names the function
@@ -191,11 +193,11 @@ def through_feedback(
     if feedback is None:
         return forward(x)
     trees.check_feedback(feedback, kernel, path)
-    if not in_turn:
-        feedback = factors.dense(feedback, kernel.dtype)
+    if mask is not None or not in_turn:
+        feedback = factors.as_array(feedback, kernel.dtype)
     if mask is not None:
-        feedback = cast_feedback(factors.dense(feedback), kernel)
-        feedback *= jnp.asarray(mask).astype(kernel.dtype)
+        masked: Any = feedback
+        feedback = cast_feedback(masked, kernel) * jnp.asarray(mask).astype(kernel.dtype)
     x_type, kernel_type = jax.typeof(x), jax.typeof(kernel)
     bar_of: Any = feedback_bar
     learns = feedback_bar is not None and all(map(_has_cotangent, jax.tree.leaves(feedback)))
@@ -222,7 +224,7 @@ def through_feedback(
         elif learns:
             x, kernel = activities
             x = x if _has_cotangent(x) else x.astype(kernel.dtype)  # a loss may transpose `op` by x
-            whole, pull_back = jax.vjp(lambda own: factors.dense(own, kernel.dtype), feedback)
+            whole, pull_back = jax.vjp(lambda own: factors.as_array(own, kernel.dtype), feedback)
             bar = bar_of(op, x, kernel, whole, y_bar)
             _check_bar(bar, whole)
             (bar,) = pull_back(bar.astype(whole.dtype))
@@ -242,7 +244,7 @@ def _kernel_bar(op, x, kernel_type, feedback, y_bar):
     if isinstance(feedback, factors.Product):  # in turn, without the kernel's cotangent
         return jax.vjp(lambda own: factors.in_turn(op, x, own), feedback)[1](y_bar)[0]
     (bar,) = jax.linear_transpose(lambda kernel: op(x, kernel), kernel_type)(y_bar)
-    return jax.vjp(factors.dense, feedback)[1](bar)[0]
+    return jax.vjp(factors.as_array, feedback)[1](bar)[0]
 
 
 def _check_bar(bar, feedback):
@@ -306,17 +308,11 @@ def feedback_op(op: BilinearOp, *, feedback_bar: FeedbackBar = None) -> Feedback
         Lillicrap et al. (2016), above. For "kernel": Mohamed Akrout et al. Deep learning without
         weight transport. NeurIPS, 2019. https://arxiv.org/abs/1904.05391
     """
-    return _feedback_op(op, feedback_bar, in_turn=False)
-
-
-def _feedback_op(op, feedback_bar, *, in_turn):
-    """`feedback_op`; `in_turn` sends errors through one factor of feedback after the other."""
 
     def f(x: jax.Array, kernel: jax.Array, feedback: Feedback | None) -> jax.Array:
         trees.check_kernel(kernel)
         x, kernel = _promote(x, kernel)
-        bar = feedback_bar
-        return through_feedback(op, x, kernel, feedback, feedback_bar=bar, in_turn=in_turn)
+        return through_feedback(op, x, kernel, feedback, feedback_bar=feedback_bar)
 
     return f
 
@@ -366,7 +362,9 @@ def feedback_dense(
             preferred_element_type=preferred_element_type,
         )
 
-    return _feedback_op(op, feedback_bar, in_turn=True)(x, kernel, feedback)
+    trees.check_kernel(kernel)
+    x, kernel = _promote(x, kernel)
+    return through_feedback(op, x, kernel, feedback, feedback_bar=feedback_bar, in_turn=True)
 
 
 def feedback_einsum(

@@ -142,10 +142,10 @@ def kolen_pollack(
 
 
 def hold_fixed(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """An optimiser around another, which leaves alone what is fixed in feedback.
+    """An optimiser that does not update fixed factors of feedback, and keeps no moments for them.
 
-    That is the right factor of each `soap_jax.factors.Product`, whose gradient is 0, but which
-    weight decay would change. It keeps no moments either.
+    That is the right factor of each `soap_jax.factors.Product`. Its gradient is 0, but weight decay
+    would change it.
 
     Args:
         optimizer: any Optax optimiser, over feedback or a tree that holds it, such as the pair

@@ -408,11 +408,10 @@ def shard_like(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, jax.typeof(kernel).sharding) if _is_explicit(kernel) else x
 
 
-def split_of(kernel: jax.Array) -> tuple:
+def partition_spec(kernel: jax.Array) -> tuple:
     """The axes of a mesh over which each axis of the kernel is split; None where it is not."""
-    sharding = jax.typeof(kernel).sharding if _is_explicit(kernel) else None
-    if sharding is None and not isinstance(kernel, jax.core.Tracer):
-        sharding = getattr(kernel, "sharding", None)
+    is_traced = isinstance(kernel, jax.core.Tracer)
+    sharding = jax.typeof(kernel).sharding if is_traced else getattr(kernel, "sharding", None)
     spec = sharding.spec if isinstance(sharding, jax.sharding.NamedSharding) else ()
     return (*spec, *[None] * (jnp.ndim(kernel) - len(spec)))
 
@@ -424,7 +423,7 @@ def shard_as(x: jax.Array, kernel: jax.Array, split: tuple) -> jax.Array:
         return jax.sharding.reshard(x, spec) if _is_explicit(kernel) else x
     sharding = getattr(kernel, "sharding", None)
     if not isinstance(sharding, jax.sharding.NamedSharding):
-        return x
+        return shard_like(x, kernel)
     return jax.device_put(x, jax.sharding.NamedSharding(sharding.mesh, spec))
 
 

@@ -89,7 +89,7 @@ def map_pairs(
             )
         check_kernel(kernel, path)
         check_feedback(leaf, kernel, path)
-        return fn(path, kernel, leaf if stored else factors.dense(leaf, kernel.dtype))
+        return fn(path, kernel, leaf if stored else factors.as_array(leaf, kernel.dtype))
 
     def is_leaf(leaf):
         return leaf is None or factors.is_factored(leaf)
@@ -229,11 +229,11 @@ def check_feedback(feedback: Any, kernel: jax.Array, path: Path = ()) -> None:
     No forward pass would notice either.
     """
     if factors.is_factored(feedback):
-        feedback = _check_factors(feedback, kernel, path)
-    elif isinstance(feedback, tuple | list) or dtypes.of(feedback) is None:
+        return _check_factors(feedback, kernel, path)
+    if isinstance(feedback, tuple | list) or dtypes.of(feedback) is None:
         raise ValueError(
-            f"feedback{_at(path)} is a {type(feedback).__name__}; expected an array, or factors: a "
-            "soap_jax.factors.Product or LowRank."
+            f"feedback{_at(path)} is a {type(feedback).__name__}; expected an array of numbers, or "
+            "factors: a soap_jax.factors.Product or LowRank."
         )
     if jnp.shape(feedback) != jnp.shape(kernel):
         raise ValueError(
@@ -248,8 +248,8 @@ def check_feedback(feedback: Any, kernel: jax.Array, path: Path = ()) -> None:
         )
 
 
-def _check_factors(feedback, kernel, path) -> jax.ShapeDtypeStruct:
-    """What factors make; ValueError unless they are real, and make what has the kernel's shape."""
+def _check_factors(feedback, kernel, path) -> None:
+    """Raises ValueError unless factors are real, and their product has the kernel's shape."""
     kind = type(feedback).__name__
     named = " and ".join(f"{jnp.result_type(f)}{list(jnp.shape(f))}" for f in feedback)
     if not all(jnp.issubdtype(jnp.result_type(f), jnp.floating) for f in feedback):
@@ -264,7 +264,6 @@ def _check_factors(feedback, kernel, path) -> jax.ShapeDtypeStruct:
             f"feedback{_at(path)} is a {kind} of {named}; expected ({', '.join(map(str, rows))}, "
             f"rank) and (rank, {out}), so that their product has the kernel's shape."
         )
-    return jax.ShapeDtypeStruct(jnp.shape(kernel), jnp.result_type(*feedback))
 
 
 def is_inexact(leaf: Any) -> bool:

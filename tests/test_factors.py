@@ -8,11 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx as flax_nnx
 from flax import serialization
 from jax.sharding import NamedSharding, PartitionSpec
 
 import soap_jax
-from soap_jax import factors, initializers, linen, local, metrics, ops, optimizers, training
+from soap_jax import (
+    factors,
+    initializers,
+    linen,
+    local,
+    metrics,
+    nnx,
+    ops,
+    optimizers,
+    training,
+)
 from soap_jax.factors import LowRank, Product
 
 KINDS = {
@@ -133,7 +144,7 @@ def test_oja_finds_the_main_directions_of_a_gradient():
     feedback = LowRank(draw(2, 40, 2), jnp.linalg.qr(draw(3, 6, 2))[0].T)
 
     def step(feedback, _):
-        (own,) = jax.vjp(factors.dense, feedback)[1](bar)
+        (own,) = jax.vjp(factors.as_array, feedback)[1](bar)
         return feedback._replace(right=feedback.right - 0.2 * own.right), None
 
     feedback, _ = jax.lax.scan(step, feedback, None, 2000)
@@ -145,7 +156,7 @@ def test_oja_finds_the_main_directions_of_a_gradient():
 
 def test_a_gradient_of_zeros_moves_nothing():
     feedback = LowRank(draw(0, 6, 2), draw(1, 2, 4))
-    (own,) = jax.vjp(factors.dense, feedback)[1](jnp.zeros((6, 4)))
+    (own,) = jax.vjp(factors.as_array, feedback)[1](jnp.zeros((6, 4)))
     chex.assert_trees_all_equal(own, jax.tree.map(jnp.zeros_like, own))
 
 
@@ -186,7 +197,7 @@ def test_grouped_convolutions_and_einsums_take_the_product(kind):
     def gradient(feedback):
         return jax.grad(lambda x: jnp.sum(jnp.sin(f(x, kernel, feedback))))(x)
 
-    chex.assert_trees_all_close(gradient(feedback), gradient(factors.dense(feedback)), rtol=1e-5)
+    chex.assert_trees_all_close(gradient(feedback), gradient(factors.as_array(feedback)), rtol=1e-5)
 
 
 @every_kind
@@ -206,6 +217,41 @@ def test_a_layer_of_linen_takes_factors(kind):
 
     got, expected = (jax.grad(g, (0, 1, 2))(x, params, feedback) for g in (f, by_ops))
     chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@every_kind
+def test_a_layer_of_nnx_takes_factors(kind):
+    layer = nnx.FeedbackLinear(12, 5, feedback_bar="kernel", rngs=flax_nnx.Rngs(0))
+    own, x = KINDS[kind](jax.random.key(1), (12, 5)), draw(0, 7, 12)
+    graph, state = flax_nnx.split(layer)
+
+    def f(x, own):
+        layer = flax_nnx.merge(graph, state)
+        layer.feedback = nnx.Feedback(own)
+        return jnp.sum(jnp.sin(layer(x)))
+
+    def by_ops(x, own):
+        y = ops.feedback_dense(x, layer.kernel[...], own, feedback_bar="kernel")
+        return jnp.sum(jnp.sin(y))
+
+    got, expected = (jax.grad(g, (0, 1))(x, own) for g in (f, by_ops))
+    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_factors_lie_where_their_kernel_lies():
+    if len(jax.devices()) < 2:
+        pytest.skip("one device")
+    device = jax.devices()[1]
+    params = jax.device_put({"w": draw(0, 6, 4)}, device)
+    for kind in KINDS.values():
+        if kind is KINDS["LDFA"]:
+            kind = initializers.low_rank(2, as_factors=True)
+        state = soap_jax.init_feedback(jax.random.key(0), params, initializer=kind, where="w")
+        adopted = soap_jax.init_feedback(
+            jax.random.key(0), params, feedback={"w": kind(jax.random.key(1), (6, 4))}
+        )
+        for leaf in jax.tree.leaves((state.feedback, adopted.feedback)):
+            assert leaf.devices() == {device}
 
 
 @every_kind
@@ -231,8 +277,8 @@ def test_a_local_loss_reaches_the_factors_by_the_product():
         f = functools.partial(ops.feedback_dense, feedback_bar=local.SymmetricAlignment())
         return jax.grad(lambda feedback: f(x, kernel, feedback).sum())(feedback)
 
-    whole = bar(factors.dense(own))
-    expected = jax.vjp(factors.dense, own)[1](whole)[0]
+    whole = bar(factors.as_array(own))
+    expected = jax.vjp(factors.as_array, own)[1](whole)[0]
     chex.assert_trees_all_close(bar(own), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -244,7 +290,7 @@ def test_the_draws_are_as_large_as_they_say():
     np.testing.assert_allclose(right.T @ right, np.eye(40), atol=1e-5)
     whole = initializers.low_rank(5, as_factors=True)(jax.random.key(0), (300, 40))
     np.testing.assert_allclose(whole.right @ whole.right.T, np.eye(5), atol=1e-5)
-    np.testing.assert_allclose(jnp.std(factors.dense(whole)), (2 / 340) ** 0.5, rtol=0.05)
+    np.testing.assert_allclose(jnp.std(factors.as_array(whole)), (2 / 340) ** 0.5, rtol=0.05)
 
 
 def test_what_is_fixed_stays_and_keeps_no_moments():
@@ -326,7 +372,7 @@ def test_a_function_gets_the_product_and_what_it_returns_reaches_the_factors(kin
         return jax.grad(lambda b: f(x, PARAMS["w2"], b, feedback_bar=bar).sum())(own)
 
     einsum = functools.partial(ops.feedback_einsum, "bi,io->bo")
-    expected = jax.vjp(factors.dense, own)[1](factors.dense(own) - PARAMS["w2"])[0]
+    expected = jax.vjp(factors.as_array, own)[1](factors.as_array(own) - PARAMS["w2"])[0]
     for f in (ops.feedback_dense, einsum):
         chex.assert_trees_all_close(gradient(f), expected, rtol=1e-5, atol=1e-6)
 
@@ -341,12 +387,12 @@ def test_what_a_function_returns_must_have_the_kernels_shape():
 @pytest.mark.parametrize("scale", [1e-22, 1e-4, 1.0, 3e4, 1e19])
 def test_ojas_rule_holds_at_any_size_of_the_error(scale):
     own, bar = LowRank(draw(0, 6, 2), draw(1, 2, 4)), draw(2, 6, 4)
-    expected = jax.vjp(factors.dense, own)[1](bar)[0].right
-    got = jax.vjp(factors.dense, own)[1](scale * bar)[0]
+    expected = jax.vjp(factors.as_array, own)[1](bar)[0].right
+    got = jax.vjp(factors.as_array, own)[1](scale * bar)[0]
     np.testing.assert_allclose(got.right, expected, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(got.left, scale * bar @ own.right.T, rtol=1e-5)
     half = jax.tree.map(lambda f: f.astype(jnp.float16), own)
-    got = jax.vjp(factors.dense, half)[1]((min(scale, 1e4) * bar).astype(jnp.float16))[0]
+    got = jax.vjp(factors.as_array, half)[1]((min(scale, 1e4) * bar).astype(jnp.float16))[0]
     if scale >= 1e-4:
         np.testing.assert_allclose(got.right, expected, rtol=0.1, atol=5e-3)
 
@@ -433,11 +479,12 @@ def test_what_takes_no_factors_says_so():
         lambda: linen.FeedbackDense(3, feedback_init=KINDS["PFA"]).init(
             jax.random.key(0), jnp.ones((1, 4))
         ),
+        lambda: nnx.FeedbackLinear(4, 3, feedback_init=KINDS["PFA"], rngs=flax_nnx.Rngs(0)),
     ]
     for make in makes:
         with pytest.raises(ValueError, match="returned a Product; expected one that returns an"):
             make()
-    with pytest.raises(ValueError, match="is a tuple; expected an array, or factors"):
+    with pytest.raises(ValueError, match="is a tuple; expected an array of numbers, or factors"):
         ops.feedback_dense(X, PARAMS["w1"], (jnp.ones((8, 2)), jnp.ones((2, 16))))
     restored = {"w2": {"left": jnp.ones((16, 2)), "right": jnp.ones((2, 12))}}
     with pytest.raises(ValueError, match=r"Factors are a soap_jax.factors.Product or LowRank"):

@@ -135,6 +135,24 @@ def test_matched_projections_send_the_error_of_backprop_where_they_can():
     np.testing.assert_allclose(error @ below, by_backprop, rtol=1e-4, atol=1e-4)
 
 
+def test_records_tell_initialisers_apart():
+    named = {
+        initializers.low_rank(3).__qualname__,
+        initializers.low_rank(3, jax.nn.initializers.ones).__qualname__,
+        initializers.sparse(0.5, axis=-1).__qualname__,
+        initializers.sparse(0.5, axis=-2).__qualname__,
+        initializers.scaled(2.0).__qualname__,
+        initializers.scaled(3.0).__qualname__,
+    }
+    assert len(named) == 6
+
+
+@pytest.mark.parametrize("rtol", [1.0, -0.1, "1e-6", None])
+def test_a_tolerance_that_is_no_share_raises(rtol):
+    with pytest.raises(ValueError, match=r"rtol is .*; expected a share"):
+        initializers.match_projections([jnp.ones((3, 2))], rtol=rtol)
+
+
 @pytest.mark.parametrize("shapes", [[], [(3, 4), (5, 2)], [(3, 4, 5)], [(3,)]])
 def test_kernels_that_are_no_chain_raise(shapes):
     with pytest.raises(ValueError, match=r"kernels have the shapes .*; expected matrices"):

@@ -210,13 +210,30 @@ def test_a_conv_net_needs_images_and_has_no_taps(digits):
     assert params["Conv_1"]["kernel"].shape == (3, 3, 3, 4) and jnp.isfinite(
         task.loss(params, batch)
     )
-    with pytest.raises(
-        ValueError, match="methods has dfa, which needs what only model='mlp' offers"
-    ):
+    with pytest.raises(ValueError, match="the method 'dfa' needs what model='conv' does not offer"):
         StudyConfig(methods=("bp", "dfa"), model="conv")
     flat = [split._replace(images=split.images.reshape(-1, 64)) for split in digits[1:3]]
     with pytest.raises(ValueError, match=r"model is 'conv', and examples have the shape \(64,\)"):
         of(digits._replace(train=flat[0], test=flat[1]), "fa", model="conv")
+
+
+def test_rflo_is_for_tasks_of_ones_own():
+    for make in (lambda: StudyConfig(methods=("bp", "rflo")), lambda: TrainConfig(method="rflo")):
+        with pytest.raises(ValueError, match=r"the method 'rflo' needs what model='mlp' does not"):
+            make()
+
+
+def test_feedback_that_learns_by_its_kernels_gradient_decays_by_default():
+    for name in ("kp", "pfa", "ldfa", "dkp"):
+        assert StudyConfig(methods=("bp", name)).weight_decay == 1e-3
+    assert StudyConfig(methods=("bp", "fa", "dfa")).weight_decay == 0
+
+
+def test_methods_are_described_without_the_usual_initialiser(digits):
+    said = {name: of(digits, name)[1].describe() for name in ("bp", "fa", "pfa", "ldfa")}
+    assert said["bp"] == "backprop" and said["fa"] == "Fixed()"
+    assert "initializer=product(10, orthogonal=False)" in said["pfa"]
+    assert "initializer=_low_rank" in said["ldfa"]
 
 
 def test_a_configuration_is_stored_as_json():

@@ -148,10 +148,11 @@ class Method:
             "Fixed(), feedback_bar='kernel'"
         """
         said = [repr(self.rule)] if self.rule is not None else []
-        own = ("feedback_bar", "where", "initializer", "loss", "init_feedback", "gradient")
-        for field in (*own, "estimator", "optimizer"):
+        usual = (None, "matched", feedback.glorot_normal)
+        for field in ("feedback_bar", "where", "initializer", "loss", "init_feedback", "gradient",
+                      "estimator", "optimizer"):  # fmt: skip
             value = getattr(self, field)
-            if value not in (None, "matched"):
+            if not any(value is one or value == one for one in usual):
                 said.append(f"{field}={in_words(value)}")
         said += [f"scale={self.scale!r}"] * bool(self.scale)
         said += ["last_only=True"] * self.last_only

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 DATASETS = {"digits": 64, "mnist": 784, "fashion_mnist": 784, "kmnist": 784, "cifar10": 3072}
 """The data sets, and the values in an example of each."""
 _SIGNS, _SCALED = ("sign", "sign_preserve", "sign_norm"), ("bp_scaled", "bp_scaled_live")
+ERRORS: dict[str, Any] = {"dfa": "exact", "dkp": "exact", "sdfa": "sign", "drtp": "target"}
+"""What methods with direct feedback send."""
+
 DEFAULT_METHODS = ("bp", "fa", *_SIGNS, *_SCALED, "frozen")
 WEIGHT_DECAY = 1e-3
 """That of a study with Kolen-Pollack learning, which is nothing without."""
@@ -121,8 +124,8 @@ class Network:
         optimizer: sgd, momentum (SGD with momentum 0.9) or adam. Claims are about sgd.
         weight_decay: decoupled: each update also subtracts learning_rate * weight_decay * w, for
             every method alike, and from feedback that learns by its kernel's gradient; layers that
-            are not trained do not decay. By default 0.001 with such a method (kp, pfa, ldfa), else
-            0.
+            are not trained do not decay. By default 0.001 with such a method (kp, pfa, ldfa, dkp),
+            else 0.
         init: initial weights: matched draws every method's kernels alike (Glorot normal); soap is
             that of the original package: methods without feedback start as PyTorch does (uniform
             within 1 / √fan_in), which is slower.
@@ -377,12 +380,11 @@ def _method(config: StudyConfig, name: str, model: Any, scale: tasks.Scaling) ->
     changes: dict[str, Any] = {}
     if method.initializer == "matched":
         changes["initializer"] = feedback.glorot_normal
-    errors: dict[str, Any] = {"dfa": "exact", "dkp": "exact", "sdfa": "sign", "drtp": "target"}
-    if config.init == "soap" and method.rule is None and name not in errors:
+    if config.init == "soap" and method.rule is None and name not in ERRORS:
         changes["init"] = init_as_torch
-    if name in errors:
+    if name in ERRORS:
         bar: Any = method.feedback_bar
-        words = {"activation": model.activation, "error": errors[name], "projection_bar": bar}
+        words = {"activation": model.activation, "error": ERRORS[name], "projection_bar": bar}
         direct = models.DirectMLP(model.features, **words)
 
         def loss(params, projections, batch):
@@ -397,7 +399,7 @@ def _method(config: StudyConfig, name: str, model: Any, scale: tasks.Scaling) ->
             return direct.init(keys, scale(batch[0][:1]))["projection"]
 
         learns = f", projection_bar={bar!r}" if bar else ""
-        loss.__qualname__ = f"DirectMLP(error={errors[name]!r}{learns})"
+        loss.__qualname__ = f"DirectMLP(error={ERRORS[name]!r}{learns})"
         changes |= {"loss": loss, "init_feedback": init_feedback}
     if name == "activity_propagation":
 
@@ -418,9 +420,11 @@ def _check_offered(name: str, model: str) -> None:
     from soap_jax.study.methods import METHODS
 
     needs = METHODS[name].needs
-    if needs and (model != "mlp" or name == "rflo"):
-        offered = "no model offers" if name == "rflo" else "only model='mlp' offers"
-        raise ValueError(f"methods has {name}, which needs what {offered} here: {needs}.")
+    offered = model == "mlp" and name in (*ERRORS, "activity_propagation")
+    if needs and not offered:
+        raise ValueError(
+            f"the method {name!r} needs what model={model!r} does not offer here: {needs}."
+        )
 
 
 def init_as_torch(key: chex.PRNGKey, params: chex.ArrayTree) -> chex.ArrayTree:

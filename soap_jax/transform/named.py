@@ -127,7 +127,7 @@ def with_direct_feedback(
         )
     if error not in ("exact", "sign"):
         raise ValueError(f"error is {error!r}; expected 'exact' (DFA) or 'sign' (sDFA).")
-    direct.check_projection_bar(projection_bar)
+    direct.check_projection_bar(projection_bar, target)
     words = dict(stacked) if isinstance(stacked, Mapping) else dict.fromkeys(taps, stacked)
     if set(words) - set(taps) or not all(map(_is_word, words.values())):
         raise ValueError(
