@@ -8,8 +8,8 @@ pixels shifted by 0.1307 and scaled by 0.3081, Glorot's uniform initialiser for 
 and projections, zero biases, cross-entropy, batches of 64, momentum SGD (rate 0.01, momentum 0.9,
 weight decay 1e-4), 40 epochs, the rate halved after 20 and after 30. uSF's signs have Glorot's
 deviation. Feedback that learns (PFA with ten neurons on the way back for each unit of the output,
-or orthogonal, LDFA of rank 10, Kolen-Pollack) decays as its kernels do; as PFA's configuration has
-it, at 0.03 in the first epoch and at 9e-5 after it. Accuracy is that of the last epoch; nothing is
+or orthogonal, LDFA of rank 10) decays as its kernels do; as PFA's configuration has it, at 0.03 in
+the first epoch and at 9e-5 after it. Accuracy is that of the last epoch; nothing is
 chosen on the test set. Seeds are paired: same kernels, same order of examples. Results are written
 as runs finish, and the command goes on where it stopped.
 """
@@ -56,7 +56,6 @@ LEARNED = {
     "pfa": initializers.product(10),
     "pfa orthogonal": initializers.product(orthogonal=True),
     "ldfa": initializers.low_rank(10, glorot_uniform, as_factors=True),
-    "kp": glorot_uniform,
 }
 METHODS = ("bp", "fa", "dfa", "usf", *LEARNED)
 
