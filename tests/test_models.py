@@ -277,3 +277,11 @@ def test_projection_init_sets_every_projection():
 def test_an_unknown_error_raises():
     with pytest.raises(ValueError, match="error is 'signs'; expected 'exact', 'sign' or 'target'"):
         init(direct_mlp(error="signs"))
+
+
+def test_a_projection_of_targets_does_not_learn():
+    model = models.DirectMLP((4, 3), error="target", projection_bar="kernel")
+    with pytest.raises(
+        ValueError, match="projection_bar is 'kernel', with a target; expected None"
+    ):
+        model.init(jax.random.key(0), jnp.ones((1, 5)))
