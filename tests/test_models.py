@@ -281,7 +281,5 @@ def test_an_unknown_error_raises():
 
 def test_a_projection_of_targets_does_not_learn():
     model = models.DirectMLP((4, 3), error="target", projection_bar="kernel")
-    with pytest.raises(
-        ValueError, match="projection_bar is 'kernel', with a target; expected None"
-    ):
+    with pytest.raises(ValueError, match="is 'kernel', with a target; expected None"):
         model.init(jax.random.key(0), jnp.ones((1, 5)))
