@@ -30,6 +30,14 @@ def loss(params, x, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
+def cell(params, h, x):
+    return jnp.tanh(h @ params["recurrent"] + x @ params["in"])
+
+
+def cell_loss(params, h, target):
+    return jnp.sum((h @ params["out"] - target) ** 2)
+
+
 def draw(key, *shape):
     return jax.random.normal(key, shape) / jnp.sqrt(shape[0])
 
@@ -58,6 +66,8 @@ def names():
         "optax": optax,
         "detach": detach,
         "loss": loss,
+        "cell": cell,
+        "cell_loss": cell_loss,
         "tapped_loss": tapped_loss,
         "params": params,
         "weights": {"w1": first, "w2": second, "w3": third},
@@ -82,6 +92,13 @@ def gradient_of(value, known):
         return value.update((grads, None), value.init(learnt), learnt)[0]
     if callable(value) and value.__name__ == "loss":  # through `with_feedback`, by feedback
         return jax.grad(value, argnums=1)(params, feedback, X, LABELS)
+    if callable(value) and value.__module__ == "soap_jax.temporal":
+        keys = jax.random.split(known["key"], 4)
+        shapes = {"recurrent": (5, 5), "in": (32, 5), "out": (5, 2)}
+        small = {name: draw(k, *s) for (name, s), k in zip(shapes.items(), keys, strict=False)}
+        xs, targets = jnp.stack([X, X[::-1], 2 * X]), jnp.ones((3, 8, 2))
+        feedback = {"out": draw(keys[3], 5, 2)}
+        return value(small, feedback, jnp.zeros((8, 5)), xs, targets)[1]
     if callable(value) and value.__module__ == "soap_jax.perturbation":
         return value(params, X, LABELS, key=known["key"])[1]
     if callable(value):
