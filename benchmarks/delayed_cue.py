@@ -17,6 +17,9 @@ what an LSTM forgets at first decides what can be learnt, the forget gates' bias
 as Flax has it, and 1, as is usual. "parity" does not suit one error for all steps: two cues come,
 at steps 0 and 8, and the answer is whether they differ. So the error at one cue should depend on
 the other.
+
+On two cores, with JAX 0.10.2, XLA's runtime sometimes stops for good in one of these programs, with
+all threads waiting. On one core it does not: `taskset -c 0 python -m benchmarks.delayed_cue`.
 """
 
 from __future__ import annotations
