@@ -238,10 +238,8 @@ def test_a_layer_of_nnx_takes_factors(kind):
     chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_factors_lie_where_their_kernel_lies():
-    if len(jax.devices()) < 2:
-        pytest.skip("one device")
-    device = jax.devices()[1]
+def test_factors_lie_where_their_kernel_lies(explicit_mesh):
+    device = explicit_mesh.devices.flat[1]
     params = jax.device_put({"w": draw(0, 6, 4)}, device)
     for kind in KINDS.values():
         if kind is KINDS["LDFA"]:
