@@ -21,7 +21,7 @@ import time
 import traceback
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 try:
@@ -96,11 +96,13 @@ class Study(_Running, preset.StudyConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskStudy(_Running, preset.Protocol):
-    """Compare methods on a task of one's own.
+    """Compare methods on a task of one's own, or on several.
 
     Attributes:
-        task: a file that defines `task`, a soap_jax.study.Task, and, if it likes, `methods`,
-            `claims`, `optimizer` and other defaults of the options below, such as `steps`.
+        task: a file that defines `task`, a soap_jax.study.Task, or `tasks`, several by name; and,
+            if it likes, `methods`, `claims`, `optimizer` and other defaults of the options below,
+            such as `steps`; `smaller` has those of --quick. Each of several tasks has its results
+            in a directory of its name.
         select: the column by which rates are chosen; by default validation_loss, without validation
             data train_loss.
         maximise: whether its largest value is best.
@@ -115,9 +117,8 @@ class TaskStudy(_Running, preset.Protocol):
         """Compares."""
         import optax
 
-        options = self.smaller() if self.quick else self
+        options = self.smaller(getattr(self.module, "smaller", {})) if self.quick else self
         arguments = options.arguments() | {
-            "task": self.module.task,
             "methods": getattr(self.module, "methods", preset.DEFAULT_METHODS),
             "claims": getattr(self.module, "claims", ()),
             "optimizer": getattr(self.module, "optimizer", optax.sgd),
@@ -125,7 +126,9 @@ class TaskStudy(_Running, preset.Protocol):
             "maximise": self.maximise,
         }
         out = self.place(self.task.stem)
-        _compare(arguments, out, {"title": self.task.stem}, dry_run=self.dry_run)
+        for name, task in self.module.tasks.items():
+            title = " ".join(filter(None, (self.task.stem, name)))
+            _compare(arguments | {"task": task}, out / name, {"title": title}, dry_run=self.dry_run)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -344,8 +347,13 @@ def _imported(path: str, args: list[str]) -> TaskStudy:
         where = [f", line {frame.lineno}" for frame in frames if frame.filename == path][-1:]
         said = f"{path}{''.join(where)}: {type(error).__name__}: {_first_line(error)}."
         raise ValueError(said) from error
-    if not isinstance(module.get("task"), Task):
-        raise ValueError(f"{path} defines no `task`; expected task = soap_jax.study.Task(...).")
+    tasks = module.get("tasks", {"": module.get("task")})
+    if not (isinstance(tasks, Mapping) and tasks and all(map(_is_folder, tasks))):
+        raise ValueError(f"{path}: tasks is {tasks!r}; expected soap_jax.study.Tasks by name.")
+    for name, task in tasks.items():
+        if not isinstance(task, Task):
+            said = f"`tasks` has {task!r} at {name!r}" if name else "defines no `task`"
+            raise ValueError(f"{path} {said}; expected task = soap_jax.study.Task(...).")
     given: dict[str, Any] = {}
     hints = typing.get_type_hints(TaskStudy)
     for name in (hints.keys() - {"task", "module"}) & module.keys():
@@ -357,8 +365,15 @@ def _imported(path: str, args: list[str]) -> TaskStudy:
             raise ValueError(said) from error
     if any(arg.partition("=")[0] == "--epochs" for arg in args):
         given.pop("steps", None)
-    known = types.SimpleNamespace(**module)  # tyro would look for options in a dict
+    known = types.SimpleNamespace(
+        **module | {"tasks": tasks}
+    )  # tyro would look for options in a dict
     return TaskStudy(task=pathlib.Path(path), module=known, **given)
+
+
+def _is_folder(name: Any) -> bool:
+    """Whether a task's name, or the "" of the only one, can be a directory's."""
+    return isinstance(name, str) and name.isprintable() and pathlib.Path(name).name == name
 
 
 def _fitted(value: Any, hint: Any) -> Any:

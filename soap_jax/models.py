@@ -1,7 +1,8 @@
 """Reference networks in Linen, for the study, the examples and the benchmarks.
 
 The first layer is Flax's own in each: nobody uses its input's cotangent, so it needs no feedback.
-Layers are named as in the plain Flax model, so that `feedback=False` gives the same kernels.
+Layers are named as in the plain Flax model, so that `feedback=False` gives the same kernels. Hidden
+activations are named "hidden_0" and so on, the output "logits", for `with_direct_feedback`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from soap_jax import direct, linen, ops
 from soap_jax.feedback import glorot_normal
@@ -44,6 +46,11 @@ class MLP(nn.Module):
     feedback: bool = True
     kernel_init: nn.initializers.Initializer = glorot_normal
 
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """The names of the hidden activations."""
+        return tuple(f"hidden_{i}" for i in range(len(self.features) - 1))
+
     @nn.compact
     def __call__(self, x: jax.Array, tap: Tap | None = None) -> jax.Array:
         """Returns the logits; axes of `x` after the first are flattened.
@@ -58,9 +65,9 @@ class MLP(nn.Module):
             layer = linen.FeedbackDense if self.feedback and i > 0 else nn.Dense
             x = layer(width, kernel_init=self.kernel_init, name=f"Dense_{i}")(x)
             if i < len(self.features) - 1:
-                x = self.activation(x)
+                x = checkpoint_name(self.activation(x), f"hidden_{i}")
                 x = x if tap is None else tap(f"hidden_{i}", x)
-        return x
+        return checkpoint_name(x, "logits")
 
 
 class DirectMLP(nn.Module):
@@ -165,6 +172,11 @@ class ConvNet(nn.Module):
     feedback: bool = True
     kernel_init: nn.initializers.Initializer = glorot_normal
 
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """The names of the hidden activations."""
+        return tuple(f"hidden_{i}" for i in range(len(self.channels)))
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns the logits."""
@@ -172,7 +184,8 @@ class ConvNet(nn.Module):
             conv = linen.FeedbackConv if self.feedback and i > 0 else nn.Conv
             name = f"Conv_{i}"
             x = conv(width, (3, 3), strides=2, kernel_init=self.kernel_init, name=name)(x)
-            x = self.activation(x)
+            x = checkpoint_name(self.activation(x), f"hidden_{i}")
         x = x.reshape(x.shape[0], -1)
         dense = linen.FeedbackDense if self.feedback and self.channels else nn.Dense
-        return dense(self.classes, kernel_init=self.kernel_init, name="Dense_0")(x)
+        logits = dense(self.classes, kernel_init=self.kernel_init, name="Dense_0")(x)
+        return checkpoint_name(logits, "logits")

@@ -11,8 +11,9 @@ import numpy as np
 import optax
 import pytest
 
+import soap_jax
 from soap_jax import data
-from soap_jax.study import METHODS, preset
+from soap_jax.study import METHODS, preset, trial
 from soap_jax.study.preset import StudyConfig, TrainConfig
 
 
@@ -159,8 +160,10 @@ def test_inputs_are_scaled_over_what_is_trained_on(inputs, digits):
 @pytest.mark.parametrize("name", ["dfa", "dkp", "sdfa", "drtp"])
 def test_direct_feedback_has_the_network_of_the_others_and_another_gradient(name, digits):
     task, method, params, batch = of(digits, name, hidden=(7, 5))
-    projections = method.init_feedback(jax.random.key(1), params, batch)
-    loss, found = jax.value_and_grad(method.loss)(params, projections, batch)
+    args = None, batch, jax.random.key(0)
+    loss_dfa = trial.directly(task, method)
+    projections = soap_jax.init_projections(jax.random.key(1), loss_dfa, params, *args)
+    (loss, _), found = jax.value_and_grad(loss_dfa, has_aux=True)(params, projections, *args)
     expected, true = jax.value_and_grad(task.loss)(params, batch)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     for layer, same in (("Dense_0", False), ("Dense_1", False), ("Dense_2", True)):
@@ -205,13 +208,16 @@ def test_weights_decay_beside_the_optimisers_update(optimizer):
     np.testing.assert_allclose(update(0.1) - update(0.0), -0.15, rtol=1e-5)
 
 
-def test_a_conv_net_needs_images_and_has_no_taps(digits):
-    task, _, params, batch = of(digits, "fa", model="conv", channels=(3, 4))
+def test_a_conv_net_needs_images_and_names_its_activations(digits):
+    task, _, params, batch = of(digits, "dfa", model="conv", channels=(3, 4))
+    assert task.taps.names == ("hidden_0", "hidden_1")
     assert params["Conv_1"]["kernel"].shape == (3, 3, 3, 4) and jnp.isfinite(
         task.loss(params, batch)
     )
-    with pytest.raises(ValueError, match="the method 'dfa' needs what model='conv' does not offer"):
-        StudyConfig(methods=("bp", "dfa"), model="conv")
+    with pytest.raises(
+        ValueError, match=r"'activity_propagation' needs what model='conv' does not"
+    ):
+        StudyConfig(methods=("bp", "activity_propagation"), model="conv")
     flat = [split._replace(images=split.images.reshape(-1, 64)) for split in digits[1:3]]
     with pytest.raises(ValueError, match=r"model is 'conv', and examples have the shape \(64,\)"):
         of(digits._replace(train=flat[0], test=flat[1]), "fa", model="conv")

@@ -98,8 +98,8 @@ BAD_METHODS = {
     "twice": (["bp", "bp"], "each once"),
     "unknown": (["bp", "sing"], "'sing' is unknown; .* Did you mean 'sign'"),
     "no method": ({"bp": "bp", "mine": FIXED}, "the method 'mine' is Fixed"),
-    "targets": (["bp", "drtp"], "the method 'drtp' needs the targets"),
-    "taps": (["dfa"], "the method 'dfa' needs the activations"),
+    "targets": (["bp", "drtp"], "the method 'drtp' sends .* the task names none; expected Task"),
+    "taps": (["dfa"], "the method 'dfa' sends .* the task names none; expected Task"),
     "learns nothing": ({"m": study.Method(feedback_bar="kernel")}, "a feedback_bar but no rule"),
     "own loss": (
         {"m": study.Method(loss=lambda params, feedback, batch: params["no such"])},

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 import soap_jax
-from soap_jax import data, study, sweeps
+from soap_jax import data, study, sweeps, tasks
 from soap_jax.study import METHODS, loops, methods, preset, store, trial
 
 RNG = np.random.default_rng(0)
@@ -36,13 +37,16 @@ def init(key):
 def loss(params, batch):
     h = batch[0] @ params["a"]
     for name in list(params)[1:]:
-        h = jnp.tanh(h) @ params[name]
-    return jnp.mean((h - batch[1]) ** 2)
+        h = checkpoint_name(jnp.tanh(h), f"into_{name}") @ params[name]
+    return jnp.mean((checkpoint_name(h, "out") - batch[1]) ** 2)
 
 
-TASK = study.Task(init=init, loss=loss, train=(X, Y), validation=(X[:9], Y[:9]), test=(X, Y))
+TAPS = tasks.Taps(("into_b", "into_c"), "out", target=lambda batch: batch[1])
+TASK = study.Task(init, loss, (X, Y), validation=(X[:9], Y[:9]), test=(X, Y), taps=TAPS)
 SHALLOW = dataclasses.replace(
-    TASK, init=lambda key: {"a": init(key)["a"], "b": init(key)["b"][:, :2]}
+    TASK,
+    init=lambda key: {"a": init(key)["a"], "b": init(key)["b"][:, :2]},
+    taps=TAPS._replace(names=("into_b",)),
 )
 
 

@@ -1,11 +1,15 @@
 """Data of one's own, and what is wrong with them."""
 
 import gzip
+import lzma
 
+import jax
 import numpy as np
 import pytest
 
+import soap_jax
 from soap_jax import _archives, data, models, tasks
+from soap_jax.tasks import sequences
 
 rng = np.random.default_rng(0)
 ARRAYS = {
@@ -113,3 +117,92 @@ def test_the_split_is_always_the_same():
     np.testing.assert_array_equal(train.labels, rest.labels)
     np.testing.assert_array_equal(validation.images, held_out.images)
     assert test is digits.test
+
+
+def test_binary_batches_of_cifar10_are_read_and_a_fifth_held_out(tmp_path):
+    records = rng.integers(0, 256, (30, 3073), dtype=np.uint8)
+    records[:, 0] = np.arange(30) % 10
+    (tmp_path / "data_batch_1.bin.xz").write_bytes(lzma.compress(records[:20].tobytes()))
+    (tmp_path / "data_batch_2.bin").write_bytes(records[20:].tobytes())
+    part = tasks.read(tmp_path)
+    assert part.train.images.shape == (24, 32, 32, 3) and len(part.test.labels) == 6
+    np.testing.assert_array_equal(part.train.labels, records[:24, 0])
+    assert (
+        part.train.images[3, 5, 7].tolist() == records[3, 1:].reshape(3, 32, 32)[:, 5, 7].tolist()
+    )
+    (tmp_path / "test_batch.bin").write_bytes(records[:10].tobytes())
+    whole = tasks.read(tmp_path)
+    assert len(whole.train.labels) == 30 and len(whole.test.labels) == 10
+    (tmp_path / "data_batch_2.bin").write_bytes(b"123")
+    with pytest.raises(ValueError, match=r"data_batch_2.bin is no binary batch of CIFAR-10"):
+        tasks.read(tmp_path)
+
+
+def test_a_teachers_classes_are_all_there_and_the_student_is_another():
+    task = tasks.teacher(10)
+    share = np.bincount(task.test[1], minlength=10) / 2048
+    assert share.min() > 0.03
+    params = task.init(jax.random.key(0))
+    assert params["Dense_3"]["kernel"].shape == (64, 10)
+    assert abs(float(task.metrics["accuracy"](params, task.test)) - 0.1) < 0.1
+    x, labels = task.train(jax.random.key(1))
+    assert x.shape == (64, 32) and labels.shape == (64,)
+    with pytest.raises(ValueError, match="classes is 1; expected at least 2"):
+        tasks.teacher(1)
+
+
+def test_what_the_delayed_cue_asks_is_in_the_sequence():
+    for cues in ((0,), (0, 3)):
+        task = tasks.delayed_cue(6, cues=cues, noise=0.0)
+        xs, answers = task.train(jax.random.key(0))
+        assert xs.shape == (32, 7, 2)
+        np.testing.assert_array_equal((xs[:, list(cues), 0] > 0).sum(1) % 2, answers)
+        assert (xs[:, -1, 1] == 1).all() and not xs[:, :-1, 1].any()
+    with pytest.raises(ValueError, match=r"cues is \(6,\); expected steps from 0 to 5"):
+        tasks.delayed_cue(6, cues=(6,))
+
+
+def test_the_loss_of_the_sines_is_the_sum_of_its_steps():
+    task = tasks.sines()
+    params, (h, targets) = task.init(jax.random.key(0)), task.train
+    total = 0.0
+    for target in targets.swapaxes(0, 1):
+        h = sequences.sine_cell(params, h, None)
+        total += sequences.sine_loss(params, h, target)
+    np.testing.assert_allclose(task.loss(params, task.train), total, rtol=1e-5)
+
+
+def test_text_is_read_from_a_file_and_held_out(tmp_path):
+    path = tmp_path / "text"
+    path.write_text("".join(chr(32 + i % 90) for i in range(2000)) + "ü" * 20)
+    model = tasks.Transformer(1, 8, 2, 16)
+    task = tasks.char_lm(path, model=model, batch_size=4)
+    batch = task.train(jax.random.key(0))
+    assert batch.shape == (4, 17) and ((np.diff(batch.astype(int)) - 1) % 90 == 0).all()
+    assert (task.validation[-1] == ord("?")).sum() == 17  # no ASCII character
+    params = task.init(jax.random.key(0))
+    assert 4 < float(task.loss(params, batch)) < 7
+    loss_dfa = soap_jax.with_direct_feedback(task.loss, model.layers, "logits")
+    assert set(soap_jax.init_projections(jax.random.key(0), loss_dfa, params, batch)) == set(
+        model.layers
+    )
+    path.write_text("short")
+    with pytest.raises(ValueError, match="the text has 5 characters; expected at least 170"):
+        tasks.char_lm(path, model=model)
+
+
+def test_networks_of_images_are_the_ones_they_are_said_to_be():
+    params = tasks.mlp(3, 8).init(jax.random.key(0))
+    assert [leaf["kernel"].shape for leaf in params.values()] == [(64, 8), (8, 8), (8, 8), (8, 10)]
+    images = rng.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    part = data.Split(images, (np.arange(40) % 10).astype(np.int32))
+    cifar = data.Dataset("cifar", part, part, 10, 255, "made up")
+    params = tasks.moskovitz_conv(cifar).init(jax.random.key(0))
+    assert params["Conv_1"]["kernel"].shape == (5, 5, 64, 64)
+    assert params["Dense_0"]["kernel"].shape == (576, 384)
+    halved = tasks.small_conv(cifar).train.images
+    assert halved.shape[1:] == (16, 16, 3)
+    with pytest.raises(
+        ValueError, match=r"images have the shape \(8, 8, 1\); expected at least 24"
+    ):
+        tasks.moskovitz_conv(data.load("digits"))

@@ -29,6 +29,7 @@ from soap_jax import (
     rules,
     trees,
 )
+from soap_jax.tasks import Taps, Task
 
 FEEDBACK_RATE = 0.01
 """At which feedback descends the losses of `soap_jax.local`, by plain SGD, whatever rate is swept.
@@ -56,8 +57,12 @@ class Method:
         where: the kernels with feedback, as in `soap_jax.init_feedback`; by default all that
             `soap_jax.explain` finds it can serve.
         initializer: of feedback, as in `soap_jax.init_feedback`.
-        loss: `(params, feedback, batch) -> scalar`, for methods such as direct feedback; with a
-            state `(params, feedback, state, batch, key) -> (scalar, state)`.
+        direct: what is sent straight to the values that the task names (`soap_jax.tasks.Taps`):
+            the output's "exact" error (DFA), its "sign" (sDFA) or the "target" (DRTP). The
+            projections take feedback's place; `feedback_bar` is their own gradient.
+        taps: the values that get direct feedback, in place of the task's.
+        loss: `(params, feedback, batch) -> scalar`, for what is no feedback on the task's loss;
+            with a state `(params, feedback, state, batch, key) -> (scalar, state)`.
         init_feedback: `(key, params, batch) -> feedback`, any tree.
         gradient: `(params, feedback, batch, key, step, learning_rate) -> (loss, gradient)`, for
             what is no gradient of a loss.
@@ -84,6 +89,8 @@ class Method:
     feedback_bar: ops.FeedbackBar = None
     where: trees.Where = None
     initializer: feedback.Initializer = "matched"
+    direct: Literal["exact", "sign", "target"] | None = None
+    taps: Taps | None = None
     loss: Callable[..., chex.ArrayTree] | None = None
     init_feedback: Callable[..., chex.ArrayTree] | None = None
     gradient: Callable[..., tuple] | None = None
@@ -105,11 +112,13 @@ class Method:
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name not in ("label", "color")):
                 raise ValueError(f"{name} is {value!r}; expected a string.")
+        if self.direct is not None:
+            grids.check_known("direct", self.direct, ("exact", "sign", "target"))
 
     @property
     def own(self) -> bool:
-        """Whether it has a loss or a gradient of its own."""
-        return any(x is not None for x in (self.loss, self.gradient, self.estimator))
+        """Whether it is direct feedback, or has a loss or a gradient of its own."""
+        return any(x is not None for x in (self.direct, self.loss, self.gradient, self.estimator))
 
     @property
     def exact(self) -> bool:
@@ -149,8 +158,8 @@ class Method:
         """
         said = [repr(self.rule)] if self.rule is not None else []
         usual = (None, "matched", feedback.glorot_normal)
-        for field in ("feedback_bar", "where", "initializer", "loss", "init_feedback", "gradient",
-                      "estimator", "optimizer"):  # fmt: skip
+        for field in ("direct", "taps", "feedback_bar", "where", "initializer", "loss",
+                      "init_feedback", "gradient", "estimator", "optimizer"):  # fmt: skip
             value = getattr(self, field)
             if not any(value is one or value == one for one in usual):
                 said.append(f"{field}={in_words(value)}")
@@ -376,29 +385,29 @@ METHODS: dict[str, Method] = {
         paper=_KUNIN,
     ),
     "dfa": Method(
-        needs="the activations to which the output's error goes",
+        direct="exact",
         label="DFA, direct feedback",
         color="#FF0033",
         isolates="the output's error straight to every layer",
         paper="Nøkland 2016",
     ),
     "dkp": Method(
+        direct="exact",
         feedback_bar="kernel",
-        needs="the activations to which the output's error goes, and projection_bar='kernel'",
         label="direct Kolen-Pollack",
         color="#CC3300",
         isolates="DFA whose projections learn as Kolen-Pollack feedback does",
         paper="Webster et al. 2021",
     ),
     "sdfa": Method(
-        needs="the activations to which the error's signs go",
+        direct="sign",
         label="sDFA, signs of errors",
         color="#FF0099",
         isolates="the same with the error's signs alone",
         paper="Frenkel et al. 2021",
     ),
     "drtp": Method(
-        needs="the targets, and the activations to which they go",
+        direct="target",
         label="DRTP, targets",
         color="#995511",
         isolates="the target in place of any error",
@@ -434,6 +443,24 @@ METHODS: dict[str, Method] = {
     ),
 }
 """The library's own methods, by name."""
+
+
+def check_fits(task: Task, name: str, method: Method) -> None:
+    """Raises ValueError if a method with direct feedback lacks the values to which it goes."""
+    if method.direct is None:
+        return
+    taps = method.taps or task.taps
+    if taps is None:
+        raise ValueError(
+            f"the method {name!r} sends the output's error straight to activations, and the task "
+            "names none; expected Task(..., taps=Taps(('h1', 'h2'), output='logits')) and a loss "
+            "that names these values by jax.ad_checkpoint.checkpoint_name."
+        )
+    if method.direct == "target" and taps.target is None:
+        raise ValueError(
+            f"the method {name!r} sends the target, which the taps do not tell; expected "
+            "Taps(..., target=batch -> targets)."
+        )
 
 
 def resolve(methods: Mapping[str, str | Method] | Sequence[str]) -> dict[str, Method]:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 DATASETS = {"digits": 64, "mnist": 784, "fashion_mnist": 784, "kmnist": 784, "cifar10": 3072}
 """The data sets, and the values in an example of each."""
 _SIGNS, _SCALED = ("sign", "sign_preserve", "sign_norm"), ("bp_scaled", "bp_scaled_live")
-ERRORS: dict[str, Any] = {"dfa": "exact", "dkp": "exact", "sdfa": "sign", "drtp": "target"}
-"""What methods with direct feedback send."""
-
 DEFAULT_METHODS = ("bp", "fa", *_SIGNS, *_SCALED, "frozen")
 WEIGHT_DECAY = 1e-3
 """That of a study with Kolen-Pollack learning, which is nothing without."""
@@ -71,6 +68,8 @@ class Protocol:
         target_loss: the training loss that steps are counted to; by default the smallest that every
             run of the reference reaches within an eighth of the steps.
         evaluations: how often a run is evaluated, in equal distances.
+        measures: what else is measured: effective_rank, of each kernel's errors. It is costly: take
+            few evaluations.
         chunk_size: at most so many runs per device at once; bounds memory on accelerators. By
             default 4 on CPU, else 256.
         memory_limit: at most so many GiB per device for the program (a process takes about 0.7
@@ -85,19 +84,24 @@ class Protocol:
     periods: Annotated[tuple[int, ...], tyro.conf.arg(name="period")] = ()
     target_loss: float | None = None
     evaluations: int = 20
+    measures: tuple[str, ...] = ()
     chunk_size: int | None = None
     memory_limit: float | None = None
 
-    def smaller(self):
-        """The same at a size that takes about a minute: three seeds, three rates, 300 steps."""
-        return dataclasses.replace(
-            self,
-            learning_rates=self.learning_rates[:: math.ceil(len(self.learning_rates) / 3)],
-            seeds=min(self.seeds, 3),
-            steps=min(self.steps or 300, 300),
-            periods=self.periods[:1],
-            evaluations=min(self.evaluations, 10),
-        )
+    def smaller(self, changes: Mapping[str, Any] | None = None):
+        """The same at a size that takes about a minute: three seeds, three rates, 300 steps.
+
+        Args:
+            changes: other values of fields.
+        """
+        usual = {
+            "learning_rates": self.learning_rates[:: math.ceil(len(self.learning_rates) / 3)],
+            "seeds": min(self.seeds, 3),
+            "steps": min(self.steps or 300, 300),
+            "periods": self.periods[:1],
+            "evaluations": min(self.evaluations, 10),
+        }
+        return dataclasses.replace(self, **{**usual, **(changes or {})})
 
     def arguments(self) -> dict[str, Any]:
         """These fields as `soap_jax.study.compare` takes them."""
@@ -152,8 +156,8 @@ class StudyConfig(Protocol, Network):
     Attributes:
         methods: names of the methods to compare, of bp, fa, sign, sign_preserve, sign_norm,
             bp_scaled, bp_scaled_live, frozen, sign_glorot, sign_redraw, transport, weight_mirror,
-            kp, pfa, ldfa, information_alignment, symmetric_alignment, activation_alignment,
-            forward_gradient, weight_perturbation and, with mlp, dfa, dkp, sdfa, drtp,
+            kp, pfa, ldfa, information_alignment, symmetric_alignment, activation_alignment, dfa,
+            dkp, sdfa, drtp, forward_gradient, weight_perturbation and, with mlp,
             activity_propagation. (rflo is for recurrent nets of your own.)
 
     Raises:
@@ -304,7 +308,7 @@ def comparison_arguments(
     model = network(config, dataset)
     scale = scale or tasks.scaling(dataset, config.inputs)
     return config.arguments() | {
-        "task": tasks.classification(model, dataset, scale=scale),
+        "task": tasks.classification(model, dataset, scale=scale, taps=model.hidden),
         "methods": {name: _method(config, name, model, scale) for name in config.methods},
         "optimizer": optimizer(config),
         "select": "validation_accuracy",
@@ -370,37 +374,15 @@ def optimizer(config: StudyConfig) -> Callable[[Any], optax.GradientTransformati
 
 def _method(config: StudyConfig, name: str, model: Any, scale: tasks.Scaling) -> methods.Method:
     """A method of the registry, with what the network must bring and the study's starts."""
-    import jax
-    import jax.numpy as jnp
-
-    from soap_jax import activity, feedback, models, training
+    from soap_jax import activity, feedback, training
     from soap_jax.study.methods import METHODS
 
     method = METHODS[name]
     changes: dict[str, Any] = {}
     if method.initializer == "matched":
         changes["initializer"] = feedback.glorot_normal
-    if config.init == "soap" and method.rule is None and name not in ERRORS:
+    if config.init == "soap" and method.rule is None and method.direct is None:
         changes["init"] = init_as_torch
-    if name in ERRORS:
-        bar: Any = method.feedback_bar
-        words = {"activation": model.activation, "error": ERRORS[name], "projection_bar": bar}
-        direct = models.DirectMLP(model.features, **words)
-
-        def loss(params, projections, batch):
-            x, labels = batch
-            variables = {"params": params, "projection": projections}
-            target = jax.nn.one_hot(labels, model.features[-1], dtype=jnp.float32)
-            logits: Any = direct.apply(variables, scale(x), target)
-            return training.cross_entropy(logits, labels)
-
-        def init_feedback(key, params, batch):
-            keys = {"params": key, "feedback": key}
-            return direct.init(keys, scale(batch[0][:1]))["projection"]
-
-        learns = f", projection_bar={bar!r}" if bar else ""
-        loss.__qualname__ = f"DirectMLP(error={ERRORS[name]!r}{learns})"
-        changes |= {"loss": loss, "init_feedback": init_feedback}
     if name == "activity_propagation":
 
         def tapped(tap, params, batch):
@@ -420,7 +402,7 @@ def _check_offered(name: str, model: str) -> None:
     from soap_jax.study.methods import METHODS
 
     needs = METHODS[name].needs
-    offered = model == "mlp" and name in (*ERRORS, "activity_propagation")
+    offered = model == "mlp" and name == "activity_propagation"
     if needs and not offered:
         raise ValueError(
             f"the method {name!r} needs what model={model!r} does not offer here: {needs}."

@@ -45,6 +45,7 @@ def compare(
     periods: Sequence[int] | None = None,
     evaluations: int = 20,
     eval_batch_size: int | None = None,
+    measures: Sequence[str] = (),
     target_loss: float | None = None,
     select: str | None = None,
     maximise: bool | None = None,
@@ -82,6 +83,8 @@ def compare(
         evaluations: how often a run is measured, at equal distances, besides the start.
         eval_batch_size: at most so many examples at a time in an evaluation, weighted by size; by
             default all, as metrics that are no means need it.
+        measures: what else to measure: "effective_rank", that of each kernel's errors, as
+            `soap_jax.metrics.effective_rank` has it; costly, so take few evaluations.
         target_loss: the training loss to which steps are counted. By default the smallest smoothed
             loss that every run of the reference reaches within an eighth of the steps, at its best
             rate; none if that is above 0.9 of the loss at the start.
@@ -128,6 +131,8 @@ def compare(
     if not isinstance(task, Task):
         raise ValueError(f"task is a {type(task).__name__}; expected a soap_jax.study.Task.")
     chosen = registry.resolve(methods)
+    for name, method in chosen.items():
+        registry.check_fits(task, name, method)
     if not callable(optimizer):
         raise ValueError(
             f"optimizer is {optimizer!r}; expected a function of the learning rate, such as "
@@ -149,6 +154,8 @@ def compare(
     ):
         if count is not None:
             grids.check_count(name, count)
+    for name in measures:
+        grids.check_known("measures", name, trial.MEASURES)
     evaluations = min(evaluations, steps)
     steps -= steps % evaluations
     select = select or ("validation_loss" if task.validation is not None else "train_loss")
@@ -174,6 +181,7 @@ def compare(
         "steps": steps,
         "evaluations": evaluations,
         "eval_batch_size": eval_batch_size,
+        "measures": list(measures),
     }
     programs = _programs(task, chosen, layers, settings, keep_params)
     facts = {

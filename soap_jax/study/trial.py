@@ -7,17 +7,18 @@ syncs feedback. Backprop is among them: its feedback is W.
     gradient_angle/PATH             of a kernel's pseudo-gradient to its true one
     error_angle/PATH                of the errors of its output, example by example
     effective_learning_rate/PATH    rate × <pseudo, true> / <true, true> of its gradients
+    effective_rank/PATH             of these errors, if asked for
     weight_angle/PATH               of feedback to its kernel
     norm_ratio/PATH                 of feedback to its kernel
 
-The first three are of every kernel but the last, whose gradient is exact. Errors are not measured
+The first four are of every kernel but the last, whose gradient is exact. Errors are not measured
 of a kernel that the transform does not follow there, or under a gradient that is of no loss.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -31,10 +32,18 @@ from soap_jax import grids, metrics, rules, training, trees
 from soap_jax.study import methods
 from soap_jax.study.methods import Method
 from soap_jax.tasks import Task
-from soap_jax.transform import explain, gradient_and_errors, with_feedback
+from soap_jax.transform import (
+    explain,
+    gradient_and_errors,
+    init_projections,
+    with_direct_feedback,
+    with_feedback,
+)
 
 PROBE_SIZE = 256
 """Examples on which gradients are compared."""
+MEASURES = ("effective_rank",)
+"""What is measured only if asked for."""
 LOSS_STREAM, STATE_STREAM, EVALUATION_KEY, BATCH_STREAM = range(2**30, 2**30 + 4)
 """Folded into a seed's key, beside its streams for params, feedback and order."""
 DIRECTION_STREAM = 2**30 + 4
@@ -118,6 +127,26 @@ def loss_of(task: Task) -> Callable[..., tuple[jax.Array, chex.ArrayTree]]:
     return lambda params, state, batch, key: (task.loss(params, batch), state)
 
 
+def directly(task: Task, method: Method) -> Callable[..., Any]:
+    """The task's loss with direct feedback: `(params, projections, state, batch, key) -> ...`."""
+    taps: Any = method.taps or task.taps
+    bar: Any = method.feedback_bar
+
+    def target(params, state, batch, key):
+        return taps.target(batch)
+
+    return with_direct_feedback(
+        loss_of(task),
+        taps.names,
+        None if method.direct == "target" else taps.output,
+        target=target if method.direct == "target" else None,
+        error="sign" if method.direct == "sign" else "exact",
+        stacked=taps.stacked,
+        initializer=fb.glorot_normal,
+        projection_bar=bar,
+    )
+
+
 def steps_of(task: Task, steps: int | None, epochs: int | None, batch_size: int) -> int:
     """The steps of a run; raises ValueError for numbers that do not fit the task."""
     if (steps is None) == (epochs is None):
@@ -180,6 +209,7 @@ def make(
     steps: int,
     evaluations: int,
     eval_batch_size: int | None = None,
+    measures: Sequence[str] = (),
     keep_params: bool = False,
 ) -> Trial:
     """Makes the functions of a training by one of the methods `members`, of which an index tells.
@@ -196,12 +226,15 @@ def make(
         steps: updates in all.
         evaluations: how often a run is measured; divides `steps`.
         eval_batch_size: at most so many examples at a time; by default all.
+        measures: of `MEASURES`, what else to measure.
         keep_params: as in `Trial`.
     """
     method = members[0]
     learns = method.feedback_bar is not None
     plain = loss_of(task)
-    through = with_feedback(plain, feedback_bar=method.feedback_bar)
+    through: Any = with_feedback(plain, feedback_bar=method.feedback_bar)
+    if method.direct is not None:
+        through = directly(task, method)
 
     def of_method(params, weights, state, batch, key):
         if method.loss is None:
@@ -256,6 +289,9 @@ def make(
         made = method.init_feedback and method.init_feedback(key, params, batch)
         if made is not None and method.rule is None:
             return made
+        if method.direct is not None:
+            model = task.init_state and jax.eval_shape(task.init_state, key)
+            return init_projections(key, through, params, model, batch, key)
         if method.own and method.rule is None:
             return None
         rule = method.sync
@@ -320,7 +356,7 @@ def make(
         if of_no_loss:
             pseudo = value_and_grad(params, weights, *args, train.step, learning_rate)[1]
             errors: dict[str, jax.Array] = {}
-        elif method.loss is not None:
+        elif method.loss is not None or method.direct is not None:
             of_params = gradient_and_errors(
                 lambda params, *args: of_method(params, weights, *args), has_aux=True
             )
@@ -338,6 +374,9 @@ def make(
             if name in errors and name in true_errors:
                 angles = metrics.angles_by_example(errors[name], true_errors[name], num)
                 row[f"error_angle/{name}"] = jnp.nanmean(angles)  # NaN of those without an error
+            if name in errors and "effective_rank" in measures:
+                rank = metrics.effective_rank(errors[name], batch_size=num)
+                row[f"effective_rank/{name}"] = rank
         if not method.own:
             for metric in (metrics.weight_angle, metrics.norm_ratio):
                 found = trees.named(metric(params, weights))

@@ -1,0 +1,156 @@
+"""What is learnt: a model's start, its loss, its data and its metrics, but no learning method."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Data: TypeAlias = chex.ArrayTree
+"""A tree of arrays with one leading axis, that of the examples."""
+
+
+class Taps(NamedTuple):
+    """The values to which direct feedback goes, as the loss names them, and what is sent.
+
+    A value is named by `jax.ad_checkpoint.checkpoint_name(h, "h")`; see
+    `soap_jax.with_direct_feedback`.
+
+    Attributes:
+        names: of the values.
+        output: the name of the value whose error is sent, such as the logits.
+        target: `batch -> targets`, which DRTP sends, such as one-hot labels; None without any.
+        stacked: of values inside a scan, as in `with_direct_feedback`.
+    """
+
+    names: tuple[str, ...]
+    output: str
+    target: Callable[[Any], jax.Array] | None = None
+    stacked: Any = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """Everything of a training but the learning method: what `soap_jax.study.compare` compares on.
+
+    With `init_state` the model has a state, such as the statistics of batch normalisation, and its
+    loss draws, as dropout does; the functions then take more:
+
+        loss      (params, state, batch, key) -> (scalar, state)
+        metrics   (params, state, batch) -> scalar
+
+    Functions must be pure. What a loss closes over is constant to it: the batch is an argument.
+
+    Attributes:
+        init: `key -> params`, any pytree of any library.
+        loss: `(params, batch) -> scalar`, the mean over the batch.
+        train: the training examples; or a function `key -> batch` that makes them on the device.
+        validation: held-out examples, by which learning rates are chosen; None without any.
+        test: examples that are looked at once, at the end of a run; None without any.
+        metrics: by name, `(params, batch) -> scalar`, the mean over the batch. One named "loss"
+            takes the place of the loss in evaluations. Otherwise the loss of a model with a state
+            is evaluated with a fixed key, and the state that it returns is dropped.
+        init_state: `key -> state`; None for a model without one.
+        taps: the values that the loss names for direct feedback (DFA and its kin); None without.
+
+    Raises:
+        ValueError: if a function is none, a metric's name is no name of a column, or the arrays of
+            a part differ in length or are empty.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> x = jnp.linspace(-1.0, 1.0, 8)[:, None]
+        >>> task = Task(
+        ...     init=lambda key: {"kernel": jax.random.normal(key, (1, 1))},
+        ...     loss=lambda params, batch: jnp.mean((batch[0] @ params["kernel"] - batch[1]) ** 2),
+        ...     train=(x, 2 * x),
+        ... )
+        >>> task.examples
+        {'train': 8}
+    """
+
+    init: Callable[[chex.PRNGKey], chex.ArrayTree]
+    loss: Callable[..., jax.Array]
+    train: Data | Callable[[chex.PRNGKey], chex.ArrayTree]
+    validation: Data | None = None
+    test: Data | None = None
+    metrics: Mapping[str, Callable[..., jax.Array]] = dataclasses.field(default_factory=dict)
+    init_state: Callable[[chex.PRNGKey], chex.ArrayTree] | None = None
+    taps: Taps | None = None
+
+    def __post_init__(self):
+        for name in ("init", "loss", "init_state"):
+            value = getattr(self, name)
+            if not callable(value) and (value is not None or name != "init_state"):
+                raise ValueError(f"{name} is {value!r}; expected a function.")
+        metrics = self.metrics
+        if not (isinstance(metrics, Mapping) and all(map(callable, metrics.values()))):
+            raise ValueError(
+                f"metrics is {metrics!r}; expected functions by name, such as "
+                "{'accuracy': accuracy}."
+            )
+        for name in metrics:
+            if not (isinstance(name, str) and name and "/" not in name):
+                raise ValueError(f"a metric is named {name!r}; expected a word without '/'.")
+        for name in ("train", "validation", "test"):
+            part = getattr(self, name)
+            if not callable(part) if name == "train" else part is not None:
+                object.__setattr__(self, name, jax.tree.map(_as_array, part))
+                _check_data(name, getattr(self, name))
+
+    @property
+    def generated(self) -> bool:
+        """Whether the training examples are made by a function."""
+        return callable(self.train)
+
+    @property
+    def examples(self) -> dict[str, int]:
+        """The number of examples of each part that is made of arrays."""
+        parts = {name: getattr(self, name) for name in ("train", "validation", "test")}
+        return {
+            name: jax.tree.leaves(part)[0].shape[0]
+            for name, part in parts.items()
+            if part is not None and not callable(part)
+        }
+
+
+def _as_array(leaf):
+    """What is made of arrays as one, such as pandas' tables, in the machine's order of bytes."""
+    if isinstance(leaf, jax.Array) or not getattr(leaf, "shape", ()):
+        return leaf
+    array = np.asanyarray(leaf)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _check_data(name, part):
+    leaves = {
+        jax.tree_util.keystr(keys) or "the array": leaf
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(part)
+    }
+    lengths = {}
+    for keys, leaf in leaves.items():
+        if not getattr(leaf, "shape", ()):
+            raise ValueError(
+                f"{name} holds {leaf!r} at {keys}; expected arrays whose first axis is that of the "
+                "examples."
+            )
+        kinds = (np.number, np.bool_, jax.dtypes.prng_key)
+        if isinstance(leaf, np.ma.MaskedArray) or not any(
+            jnp.issubdtype(leaf.dtype, kind) for kind in kinds
+        ):
+            raise ValueError(
+                f"{name} holds {type(leaf).__name__} of {leaf.dtype} at {keys}; expected numbers."
+            )
+        held: Any = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
+        whole = held != leaf.dtype and np.issubdtype(held, np.integer)
+        if whole and np.any(leaf != np.asarray(leaf).astype(held)):
+            raise ValueError(f"{name} holds integers beyond {held} at {keys}, JAX's widest now.")
+        lengths[keys] = leaf.shape[0]
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        said = ", ".join(f"{length} at {keys}" for keys, length in lengths.items()) or "none"
+        raise ValueError(f"{name} has examples: {said}; expected the same number, at least 1.")

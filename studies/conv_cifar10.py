@@ -1,0 +1,32 @@
+"""Moskovitz et al.: FA fails on convolutional networks, sign rules do not.
+
+    SOAP_JAX_DATA_DIR=DIR soap-jax study studies/conv_cifar10.py
+
+Their architecture 1, Adam, batches of 128, on what there is of CIFAR-10 in DIR/cifar10. A step
+takes 0.15 s on two cores, so this is short: compare its gaps, not its accuracies, with the paper's.
+"""
+
+import math
+import os
+import pathlib
+
+import optax
+
+from soap_jax import study
+from soap_jax.tasks import moskovitz_conv, read
+
+task = moskovitz_conv(read(pathlib.Path(os.environ.get("SOAP_JAX_DATA_DIR", "data")) / "cifar10"))
+methods = ["bp", "fa", "sign_norm", "sign_glorot", "frozen"]
+optimizer = optax.adam
+learning_rates, seeds, steps, batch_size = (0.0005, 0.001), 3, 300, 128
+evaluations, eval_batch_size, chunk_size = 3, 500, 3
+select, maximise = "validation_accuracy", True
+smaller = {"learning_rates": (0.001,), "seeds": 1, "steps": 2, "evaluations": 1}
+
+AT = {"metric": "test_accuracy", "at": 0.001}
+claims = [
+    study.Difference("sign_norm", "bp", within=(-0.02, 0.02), **AT),
+    study.Difference("sign_glorot", "bp", within=(-0.02, 0.02), **AT),
+    study.Difference("fa", "bp", within=(-math.inf, -0.02), **AT),
+    study.Difference("fa", "frozen", within=(0.0, math.inf), **AT),
+]
