@@ -321,11 +321,11 @@ def _equation(eqn: core.JaxprEqn, known: dict[int, Any]) -> core.JaxprEqn:
 def _call(eqn: core.JaxprEqn) -> core.JaxprEqn:
     """A convolution's equation as a call of a function that knows for what it is compiled."""
     as_it_is = functools.partial(_bind, eqn.primitive, eqn.params)
-    operands: list[Any] = [v.aval for v in eqn.invars]
-    types = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in operands]
+    types: list[Any] = [v.aval for v in eqn.invars]
+    if any(map(any, (aval.sharding.spec for aval in types))):  # an explicit mesh shards it
+        return eqn
     if not all(jnp.issubdtype(t.dtype, jnp.inexact) and math.prod(t.shape) for t in types):
         return eqn
-
     by_product = functools.partial(convolution, **eqn.params)
 
     def either(lhs, rhs):
@@ -337,7 +337,7 @@ def _call(eqn: core.JaxprEqn) -> core.JaxprEqn:
     except NotImplementedError:
         return eqn
     theirs, ours = ([_type(v.aval) for v in (*e.invars, *e.outvars)] for e in (eqn, call))
-    if theirs != ours:  # it is sharded otherwise
+    if theirs != ours:  # it is sharded, or varies over a mesh, otherwise
         return eqn
     return eqn.replace(primitive=call.primitive, params=call.params, effects=call.effects)
 

@@ -247,3 +247,11 @@ def test_a_sweep_gives_a_run_the_same_bits_in_any_chunks_and_after_an_interrupti
     for i in (1, 5):
         alone = train(points[i].seed, points[i].learning_rate, 1, (X, LABELS))
         np.testing.assert_allclose(whole[i], alone, rtol=1e-4)  # the order of sums
+
+
+def test_a_sweep_has_no_convolution_on_cpu():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("runs",))
+    num = len(jax.devices())
+    scalars = jnp.zeros(2 * num, jnp.int32), jnp.zeros(2 * num), jnp.ones(num, jnp.int32)
+    args = train, mesh, True, *scalars, jnp.int32(1), (X, LABELS)
+    assert "stablehlo.convolution" not in sweeps._program.lower(*args).as_text()
