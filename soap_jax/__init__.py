@@ -2,8 +2,8 @@
 
 The public names below, and the modules `ops`, `direct`, `activity`, `rules`, `factors`, `local`,
 `optimizers`, `initializers`, `perturbation`, `trees`, `linen`, `nnx`, `metrics`, `recording`,
-`models`, `data`, `training`, `transform`, `sweeps`, `tasks`, `temporal` and `study`. Everything
-loads on first use, so that `import soap_jax` and `soap-jax --help` are quick.
+`models`, `data`, `training`, `convolutions`, `transform`, `sweeps`, `tasks`, `temporal` and
+`study`. Everything loads on first use, so that `import soap_jax` and `soap-jax --help` are quick.
 """
 
 import importlib
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from soap_jax import (
         activity,
+        convolutions,
         data,
         direct,
         factors,
@@ -78,6 +79,7 @@ __all__ = [
     "Transport",
     "WeightMirror",
     "activity",
+    "convolutions",
     "data",
     "direct",
     "direct_feedback",

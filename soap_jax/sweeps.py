@@ -4,8 +4,9 @@ A run is any pure function `(seed, learning_rate, period, *args) -> results`. `s
 once and spreads the runs over all devices. On accelerators a device does a chunk of runs at once
 (`vmap`); on CPU it does them one after the other, which is faster there and gives each run the same
 bits whatever runs beside it, in chunks of whatever size, on however many devices from two on. (XLA
-compiles for one device in another way, which may round otherwise.) Give JAX one CPU device per core
-before its first use:
+compiles for one device in another way, which may round otherwise.) Convolutions are matrix products
+on CPU, which are fast in a loop (`soap_jax.convolutions`): they may round otherwise than where
+`run` is called by itself. Give JAX one CPU device per core before its first use:
 
     jax.config.update("jax_num_cpu_devices", os.cpu_count())
 
@@ -29,7 +30,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from soap_jax import grids
+from soap_jax import convolutions, grids
 
 Run = Callable[..., chex.ArrayTree]
 """`(seed, learning_rate, period, *args) -> results`: int32, float32, int32 scalars and what
@@ -298,7 +299,7 @@ def _program(run, mesh, one_by_one, seeds, rates, counts, period, *args):
             return jax.vmap(lambda seed, rate: run(seed, rate, period, *args))(seeds, rates)
 
         # XLA does not know the length of the loop: so its body, and its rounding, are always alike.
-        alone = jax.jit(run)  # traced once for both uses
+        alone = jax.jit(convolutions.as_products(run))  # traced once for both uses
         like = jax.eval_shape(alone, seeds[0], rates[0], period, *args)
         empty = jax.tree.map(lambda leaf: jnp.zeros((len(seeds), *leaf.shape), leaf.dtype), like)
 

@@ -29,7 +29,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from soap_jax import rules
+from soap_jax import convolutions, rules
 from soap_jax.activity import ValueAndGrad as ValueAndGrad
 from soap_jax.feedback import FeedbackState, sync_feedback, sync_feedback_unless
 from soap_jax.sweeps import sweep as sweep
@@ -289,8 +289,8 @@ def train_epoch(
     Data stay on the device as they are stored, a copy on each (on an explicit mesh, replicated); a
     last, incomplete batch is left out.
 
-    On CPU XLA runs a convolution's gradient in a loop ten times slower than outside
-    (https://github.com/jax-ml/jax/issues/12868): call the jitted, donated step from Python there.
+    On CPU convolutions are computed as matrix products, which are fast in a loop; see
+    `soap_jax.convolutions`.
 
     Args:
         step: from `make_train_step`.
@@ -342,6 +342,8 @@ def scan_batches(
 ) -> tuple[TrainState, jax.Array]:
     """Scans `step` over the batches that `order` `(steps, batch_size)` picks from `data`.
 
+    On CPU convolutions are computed as matrix products, as in `train_epoch`.
+
     Example:
         >>> import jax.numpy as jnp
         >>> first = lambda state, batch: (state, batch[0][0])
@@ -349,6 +351,7 @@ def scan_batches(
         Array([5, 7], dtype=int32)
     """
     data = jax.tree.map(jnp.asarray, data)
+    step = convolutions.as_products(step)
 
     def body(state, indices):
         return step(state, jax.tree.map(lambda leaf: leaf[indices], data))

@@ -294,7 +294,7 @@ def test_own_data_and_a_conv_net_at_a_quick_size(tmp_path):
     facts = json.loads((tmp_path / "results" / "mine-quick" / "study.json").read_text())
     assert facts["kernels"] == ["Conv_0/kernel", "Conv_1/kernel", "Dense_0/kernel"]
     assert facts["data_source"].startswith("mine.npz sha256:") and facts["seeds"] == [0, 1, 2]
-    assert facts["loops"] == {"bp": "python", "fa": "python"}
+    assert facts["loops"] == {"bp": "products", "fa": "products"}
 
 
 def test_a_task_of_ones_own_is_studied_as_its_file_says_and_options_go_before(tmp_path):

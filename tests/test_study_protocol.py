@@ -234,31 +234,6 @@ def test_results_do_not_depend_on_who_else_takes_part():
     np.testing.assert_array_equal(mine, theirs)
 
 
-def test_step_by_step_gives_the_same_numbers(monkeypatch):
-    from soap_jax.study import loops
-
-    scanned = compare(methods=["fa", "sign"], periods=(1, 3))
-    monkeypatch.setattr(loops, "convolves", lambda jaxpr: True)
-    stepped = compare(methods=["fa", "sign"], periods=(1, 3), chunk_size=3)
-    assert set(scanned.record["loops"].values()) == {"scan"}
-    assert set(stepped.record["loops"].values()) == {"python"}
-    for table in ("runs", "evaluations"):
-        a, b = (getattr(r, table).select_dtypes(float).fillna(-1) for r in (scanned, stepped))
-        np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5)  # angles near 0 are rounding
-
-
-def test_convolutions_go_step_by_step_on_cpu():
-    from soap_jax.study import loops
-
-    def conv(x, w):
-        return jax.lax.conv(x, w, (1, 1), "SAME")
-
-    inside = jax.make_jaxpr(lambda x, w: jax.lax.scan(lambda x, _: (conv(x, w), 0), x, length=2))
-    x, w = jnp.ones((1, 2, 4, 4)), jnp.ones((2, 2, 3, 3))
-    assert loops.convolves(inside(x, w).jaxpr)
-    assert not loops.convolves(jax.make_jaxpr(jnp.dot)(x[0, 0], x[0, 0]).jaxpr)
-
-
 def test_diverged_runs_end_as_nan():
     result = compare(methods=["bp"], learning_rates=(0.1, 1e20), steps=8)
     wild = result.rows("runs", "bp", 1e20)

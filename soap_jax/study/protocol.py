@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from soap_jax import grids, sweeps
+from soap_jax import convolutions, grids, sweeps
 from soap_jax.study import checks, circumstances, comparison, files, loops, statistics, store, trial
 from soap_jax.study import methods as registry
 from soap_jax.study.claims import Claim, Test, as_claims
@@ -62,9 +62,9 @@ def compare(
 
     A seed gives every method the same initial params, the same initial feedback and the same order
     of examples, so that methods are compared seed by seed. On CPU one run comes after the other on
-    each device, on accelerators many are one batch (see `soap_jax.sweeps`). On CPU a model with
-    convolutions goes step by step from Python, since XLA runs their gradients ten times slower
-    inside a loop. Give JAX a CPU device per core before its first use.
+    each device, on accelerators many are one batch (see `soap_jax.sweeps`). On CPU convolutions are
+    computed as matrix products (see `soap_jax.convolutions`), and the record says so. Give JAX a
+    CPU device per core before its first use.
 
     Args:
         task: what is learnt.
@@ -208,7 +208,7 @@ def compare(
         "examples": task.examples,
         "window": statistics.WINDOW,
         "claims": [claim.to_dict() for claim in as_claims(claims)],
-        "loops": {name: "python" if p.stepwise else "scan" for name, (p, _) in programs.items()},
+        "loops": {name: "products" if p.products else "scan" for name, (p, _) in programs.items()},
         **circumstances.provenance(),
     }
     _check_alike(facts)
@@ -272,15 +272,13 @@ class Program:
     """A training that one or several methods share.
 
     Attributes:
-        trial: its functions; of many runs at once, if it goes step by step.
         run: the whole of it as one function.
-        stepwise: whether it goes step by step from Python.
+        products: whether its convolutions are computed as matrix products.
         digest: of all that it does.
     """
 
-    trial: trial.Trial
     run: Callable[..., Any]
-    stepwise: bool
+    products: bool
     digest: str
 
 
@@ -323,9 +321,9 @@ def _program(task, name, members, layers, settings, keep_params) -> Program:
         raise ValueError(
             f"the method {name!r} does not fit the task: {type(error).__name__}: {error}"
         ) from error
-    stepwise = jax.devices()[0].platform == "cpu" and loops.convolves(jaxpr)
+    products = jax.devices()[0].platform == "cpu" and convolutions.convolves(jaxpr)
     digest = hashlib.sha256(checks.text(jaxpr).encode()).hexdigest()[:16]
-    return Program(loops.batched(of_method) if stepwise else of_method, run, stepwise, digest)
+    return Program(run, products, digest)
 
 
 def _train(task, programs, points, chunk_size, memory_limit, on_progress, into):
@@ -354,10 +352,7 @@ def _train(task, programs, points, chunk_size, memory_limit, on_progress, into):
             "chunk_size": chunk_size,
             "on_progress": progress,
         }
-        if program.stepwise:
-            parts = loops.stepwise(program.trial, mine, **keywords)
-        else:
-            parts = sweeps.iterate(program.run, mine, memory_limit=memory_limit, **keywords)
+        parts = sweeps.iterate(program.run, mine, memory_limit=memory_limit, **keywords)
         for part in parts:
             if into:
                 into.add([_run(name, mine[i]) for i in part.indices], part.results)

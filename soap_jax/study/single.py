@@ -30,7 +30,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pandas as pd
 
-from soap_jax import data, tasks, training
+from soap_jax import convolutions, data, tasks, training
 from soap_jax.study import charts, circumstances, figures, files, loops, preset, store, trial
 from soap_jax.study.methods import METHODS
 from soap_jax.study.preset import TrainConfig
@@ -91,11 +91,8 @@ def train(
     _, rate, _, index = start
     state, plan = jax.jit(of_method.init)(*start, arrays)
     measure = jax.jit(of_method.measure)
-    if config.model == "conv" and jax.default_backend() == "cpu":
-        step = jax.jit(of_method.step, donate_argnums=0)
-        train_epoch = loops.stepwise_segment(of_method._replace(step=step))
-    else:
-        train_epoch = jax.jit(loops.segment(of_method), donate_argnums=0)
+    segment = convolutions.as_products(loops.segment(of_method))
+    train_epoch = jax.jit(segment, donate_argnums=0)
 
     def row_of(epoch, train_loss):
         found = measure(state, plan, rate, index, arrays)
