@@ -17,7 +17,7 @@ from soap_jax.tasks import read, small_conv
 task = small_conv(read(pathlib.Path(os.environ.get("SOAP_JAX_DATA_DIR", "data")) / "mnist"))
 methods = ["bp", "fa", "dfa", "sign_norm", "sign_glorot", "frozen"]
 optimizer = optax.adam
-learning_rates, seeds, epochs, evaluations = (0.001, 0.003, 0.01, 0.03), 5, 1, 10
+learning_rates, seeds, epochs, evaluations = (0.001, 0.003, 0.01, 0.03), 5, 1, 5
 select, maximise = "validation_accuracy", True
 smaller = {"seeds": 2, "steps": 20}
 

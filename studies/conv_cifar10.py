@@ -18,8 +18,8 @@ from soap_jax.tasks import moskovitz_conv, read
 task = moskovitz_conv(read(pathlib.Path(os.environ.get("SOAP_JAX_DATA_DIR", "data")) / "cifar10"))
 methods = ["bp", "fa", "sign_norm", "sign_glorot", "frozen"]
 optimizer = optax.adam
-learning_rates, seeds, steps, batch_size = (0.0005, 0.001), 3, 300, 128
-evaluations, eval_batch_size, chunk_size = 3, 500, 3
+learning_rates, seeds, steps, batch_size = (0.0005, 0.001), 3, 200, 128
+evaluations, eval_batch_size = 2, 500
 select, maximise = "validation_accuracy", True
 smaller = {"learning_rates": (0.001,), "seeds": 1, "steps": 2, "evaluations": 1}
 

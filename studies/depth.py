@@ -15,7 +15,7 @@ from soap_jax.tasks import mlp, read
 mnist = read(pathlib.Path(os.environ.get("SOAP_JAX_DATA_DIR", "data")) / "mnist")
 tasks = {str(depth): mlp(depth, 128, dataset=mnist) for depth in (1, 2, 4, 8)}
 methods = ["bp", "fa", "dfa", "sign_norm", "frozen"]
-learning_rates, seeds, epochs, evaluations = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5), 5, 1, 10
+learning_rates, seeds, epochs, evaluations = (0.02, 0.05, 0.1, 0.2, 0.4), 4, 1, 5
 select, maximise = "validation_accuracy", True
 smaller = {"seeds": 2, "steps": 40}
 

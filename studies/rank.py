@@ -38,7 +38,7 @@ methods = {
     "frozen": "frozen",
 }
 optimizer = optax.adam
-learning_rates, seeds, epochs = (0.0003, 0.001, 0.003, 0.01, 0.03), 5, 1
+learning_rates, seeds, epochs = (0.0003, 0.001, 0.003, 0.01, 0.03), 4, 1
 measures, evaluations = ("effective_rank",), 2
 select, maximise = "validation_accuracy", True
 smaller = {"seeds": 2, "steps": 40}

@@ -21,7 +21,7 @@ methods = {name: name for name in ("bp", "fa", "sign_norm", "dfa", "frozen")} | 
     "bp_clipped": study.Method(optimizer=clipped, label="backprop, clipped", color="#444444")
 }
 optimizer = optax.adam
-learning_rates, seeds, steps, evaluations = (0.001, 0.003, 0.01, 0.03), 5, 600, 10
+learning_rates, seeds, steps, evaluations = (0.001, 0.003, 0.01, 0.03), 4, 600, 5
 select, maximise, batch_size = "validation_accuracy", True, 32
 smaller = {"learning_rates": (0.01,), "seeds": 2, "steps": 20}
 

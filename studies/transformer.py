@@ -23,7 +23,7 @@ methods = {name: name for name in ("bp", "fa", "sign_norm", "dfa", "frozen")} | 
     "dfa_layers": layers
 }
 optimizer = optax.adam
-learning_rates, seeds, steps, evaluations = (0.001, 0.003, 0.01, 0.03), 4, 1000, 10
+learning_rates, seeds, steps, evaluations = (0.001, 0.003, 0.01, 0.03), 4, 800, 4
 smaller = {"learning_rates": (0.01,), "seeds": 1, "steps": 10, "evaluations": 1}
 
 GAIN = {"over": "frozen", "metric": "test_loss"}

@@ -1,0 +1,172 @@
+"""What works where: every method on every task, as a table and a figure.
+
+    python -m benchmarks.what_works_where results/depth/1 results/depth/8 ... [--out DIR]
+
+Reads finished studies, one a directory, and trains nothing. Of each method but the reference:
+
+    gap      its test metric minus backprop's, each at its own best rate, with a 95 % interval by
+             the paired t over seeds (given these rates; the studies' claims choose them anew in
+             every resample, which is more careful and takes ten seeds)
+    share    how much of backprop's gain over frozen hidden layers it has; not testable where
+             backprop may gain nothing, or a best rate lies at the edge of the grid
+    angle    of the final error to the true one, at the first and the last hidden kernel, at the
+             method's best rate, a mean over seeds
+    rate     the effective learning rate at the first kernel over the rate, in the same runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from benchmarks import common
+from soap_jax import study
+from soap_jax.study import statistics
+from soap_jax.study.statistics import Estimate
+
+
+def rows_of(path: pathlib.Path) -> list[dict[str, Any]]:
+    """A row for each method of a study."""
+    found = study.load(path)
+    metric = found.metrics[0]
+    reference = found.reference or "bp"
+    rows = []
+    for method in found.methods:
+        best = found.best_rate(method)
+        row: dict[str, Any] = {
+            "task": found.record["title"],
+            "method": method,
+            "label": found.label(method),
+            "color": found.methods[method]["color"],
+            "metric": metric,
+            "best_rate": best,
+            "at_edge": found.at_edge(best),
+            "runs": int(found.grid(method).values.size),
+            "diverged": int(found.rows("runs", method)["diverged"].sum()),
+        }
+        values = found.rows("runs", method, best)[metric].to_numpy(float)
+        row["value"] = float(values.mean()) if len(values) else math.nan
+        row |= final(found, method, best)
+        if method != reference:
+            row["gap"] = list(gap(found, method, reference, metric))
+            row["share"], row["why"] = share(found, method, reference, metric)
+        rows.append(row)
+    return rows
+
+
+def gap(found, method, reference, metric) -> tuple[float, float, float]:
+    """The difference in the metric at best rates, with its interval."""
+    values = []
+    for name in (method, reference):
+        rate = found.best_rate(name)
+        if math.isnan(rate):
+            return (math.nan,) * 3
+        values.append(found.grid(name, metric=metric).values[found.rates.index(rate)])
+    mean = statistics.student(values[0] - values[1])
+    return mean.estimate, *mean.interval
+
+
+def share(found, method, reference, metric) -> tuple[list[float], str]:
+    """The share of the gain with its interval, or why there is none."""
+    none = [math.nan] * 3
+    if "frozen" not in found.methods or method == "frozen":
+        return none, "no control" if method != "frozen" else "the control"
+    test = study.Share(method, reference, over="frozen", metric=metric, within=(0.0, math.inf))
+    part = test.part(found)
+    return [part.estimate, part.low, part.high], part.note
+
+
+def final(found, method, rate) -> dict[str, float]:
+    """Angles of errors and the effective rate at the end of runs."""
+
+    def mean(name, kernel):
+        column = f"{name}/{kernel}"
+        if column not in found.evaluations or math.isnan(rate):
+            return math.nan
+        values = found.measured(column, method, rate, end=True)
+        return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
+
+    first, last = found.hidden[0], found.hidden[-1]
+    return {
+        "angle_first": mean("error_angle", first),
+        "angle_last": mean("error_angle", last),
+        "effective_rate": mean("effective_learning_rate", first) / rate,
+        "rank_first": mean("effective_rank", first),
+        "rank_last": mean("effective_rank", last),
+    }
+
+
+def figure(rows):
+    """The share of backprop's gain: a line for each task, a dot for each method."""
+    from matplotlib import pyplot as plt
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    shown = [row for row in rows if row["method"] not in ("bp", "frozen")]
+    methods = {row["label"]: row["color"] for row in shown}
+    spread = {label: i / max(1, len(methods) - 1) - 0.5 for i, label in enumerate(methods)}
+    fig, ax = plt.subplots(figsize=(8.5, 0.8 + 0.55 * len(tasks)), layout="constrained")
+    for label, color in methods.items():
+        mine = [r for r in shown if r["label"] == label and np.isfinite(r["share"][0])]
+        y = [tasks.index(r["task"]) + 0.6 * spread[label] for r in mine]
+        x, low, high = (np.array([r["share"][k] for r in mine], float) for k in range(3))
+        low, high = np.maximum(low, -1), np.minimum(high, 2)
+        ax.errorbar(
+            x, y, xerr=[np.maximum(x - low, 0), np.maximum(high - x, 0)], fmt="o", ms=4, lw=1,
+            color=color, label=label,
+        )  # fmt: skip
+    for edge in (0, 1):
+        ax.axvline(edge, color="0.6", lw=1, zorder=0)
+    ax.set(
+        yticks=range(len(tasks)), yticklabels=tasks, xlim=(-0.3, 1.3), ylim=(len(tasks) - 0.4, -0.6)
+    )
+    ax.set_xlabel("share of backprop's gain over frozen hidden layers (95 % interval)")
+    ax.grid(axis="y", alpha=0.3)
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return fig
+
+
+def in_words(name: str, scale: float, row: Mapping) -> str:
+    """A number with its interval."""
+    if name not in row or not math.isfinite(row[name][0]):
+        return "–"
+    return str(Estimate(*(scale * number for number in row[name])))
+
+
+def main():
+    """Reads, prints the table, writes JSON, table and figure."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("studies", nargs="+", type=pathlib.Path)
+    parser.add_argument("--out", type=pathlib.Path, default=common.OUT)
+    args = parser.parse_args()
+    rows = [row for path in args.studies for row in rows_of(path)]
+
+    def percent(row):
+        return 100.0 if row["metric"].endswith("accuracy") else 1.0
+
+    def number(name, row):
+        return f"{row[name]:.3g}" if math.isfinite(row[name]) else "–"
+
+    columns = {
+        "task": "task",
+        "method": "label",
+        "best rate": lambda r: f"{r['best_rate']:g}" + " (edge)" * r["at_edge"],
+        "test": lambda r: f"{percent(r) * r['value']:.4g}" + " %" * (percent(r) == 100),
+        "gap to backprop": lambda r: in_words("gap", percent(r), r),
+        "share of the gain": functools.partial(in_words, "share", 1.0),
+        "error angle, first": functools.partial(number, "angle_first"),
+        "last": functools.partial(number, "angle_last"),
+        "effective rate": functools.partial(number, "effective_rate"),
+    }
+    if any(math.isfinite(row["rank_first"]) for row in rows):
+        columns |= {"effective rank": functools.partial(number, "rank_first")}
+    common.publish("what_works_where", args.out, rows, columns, figure=figure(rows))
+
+
+if __name__ == "__main__":
+    main()
