@@ -21,42 +21,20 @@ import optax
 from jax import lax
 
 from benchmarks import common
-from soap_jax import training
+from soap_jax import models, tasks, training
 
 IMAGES = {"small": (14, 14, 1), "large": (24, 24, 3)}
+NETWORKS = {
+    "small": models.ConvNet((16, 32), activation=nn.relu, feedback=False),
+    "large": tasks.MoskovitzNet(),
+}
 STEPS = {"small": 20, "large": 2}
 BATCHES = (64, 128)
 
 
-class Small(nn.Module):
-    """Two strided convolutions."""
-
-    @nn.compact
-    def __call__(self, x):
-        """Images `(batch, height, width, channels)` to outputs `(batch, 10)`."""
-        for channels in (16, 32):
-            x = nn.relu(nn.Conv(channels, (3, 3), strides=2, padding=1)(x))
-        return nn.Dense(10)(x.reshape(len(x), -1))
-
-
-class Large(nn.Module):
-    """Two unpadded convolutions and three dense layers."""
-
-    @nn.compact
-    def __call__(self, x):
-        """Images `(batch, height, width, channels)` to outputs `(batch, 10)`."""
-        for _ in range(2):
-            x = nn.relu(nn.Conv(64, (5, 5), padding="VALID")(x))
-            x = nn.max_pool(x, (2, 2), (2, 2))
-        x = x.reshape(len(x), -1)
-        for features in (384, 192):
-            x = nn.relu(nn.Dense(features)(x))
-        return nn.Dense(10)(x)
-
-
 def jax_runners(network, data, batch_size):
     """An epoch in three ways, each a function that waits for it."""
-    model = {"small": Small, "large": Large}[network]()
+    model = NETWORKS[network]
     params = model.init(jax.random.key(0), data[0][:1])["params"]
     optimizer = optax.adam(1e-3)
     step = training.make_train_step(

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from jax import lax
 
 import soap_jax
-from soap_jax import convolutions, linen, ops, sweeps, training
+from soap_jax import convolutions, linen, ops, sweeps, tasks, training
+from soap_jax.study import METHODS, loops, trial
 
 
 def close(a, b):
@@ -255,3 +256,18 @@ def test_a_sweep_has_no_convolution_on_cpu():
     scalars = jnp.zeros(2 * num, jnp.int32), jnp.zeros(2 * num), jnp.ones(num, jnp.int32)
     args = train, mesh, True, *scalars, jnp.int32(1), (X, LABELS)
     assert "stablehlo.convolution" not in sweeps._program.lower(*args).as_text()
+
+
+def test_a_study_of_a_convolutional_network_is_the_plain_scan_to_rounding():
+    task = tasks.small_conv(channels=(2, 3))
+    batch = jax.tree.map(lambda leaf: leaf[:8], task.train)
+    layers = trial.layers_of(task, task.init(jax.random.key(0)), None, batch)
+    sizes = {"batch_size": 8, "steps": 6, "evaluations": 2}
+    of_method = trial.make(task, (METHODS["fa"],), layers, optimizer=optax.adam, **sizes)
+    run, data = loops.scanned(of_method), trial.data_of(task)
+    args = jnp.int32(0), data
+    plain = jax.jit(run)(jnp.int32(3), jnp.float32(0.01), jnp.int32(1), *args)
+    swept = sweeps.sweep(run, seeds=[3], learning_rates=[0.01], args=args)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b[0, 0, 0], rtol=1e-3, atol=1e-3), plain, swept
+    )
