@@ -117,7 +117,7 @@ class TaskStudy(_Running, preset.Protocol):
         """Compares."""
         import optax
 
-        options = self.smaller(getattr(self.module, "smaller", {})) if self.quick else self
+        options = self.smaller(self.module.smaller) if self.quick else self
         arguments = options.arguments() | {
             "methods": getattr(self.module, "methods", preset.DEFAULT_METHODS),
             "claims": getattr(self.module, "claims", ()),
@@ -349,31 +349,44 @@ def _imported(path: str, args: list[str]) -> TaskStudy:
         raise ValueError(said) from error
     tasks = module.get("tasks", {"": module.get("task")})
     if not (isinstance(tasks, Mapping) and tasks and all(map(_is_folder, tasks))):
-        raise ValueError(f"{path}: tasks is {tasks!r}; expected soap_jax.study.Tasks by name.")
+        named = list(tasks) if isinstance(tasks, Mapping) else type(tasks).__name__
+        raise ValueError(
+            f"{path}: tasks is {named}; expected a dict from names to soap_jax.study.Tasks, names "
+            "that can be directories'."
+        )
     for name, task in tasks.items():
         if not isinstance(task, Task):
             said = f"`tasks` has {task!r} at {name!r}" if name else "defines no `task`"
             raise ValueError(f"{path} {said}; expected task = soap_jax.study.Task(...).")
-    given: dict[str, Any] = {}
     hints = typing.get_type_hints(TaskStudy)
-    for name in (hints.keys() - {"task", "module"}) & module.keys():
-        try:
-            given[name] = _fitted(module[name], hints[name])
-        except (TypeError, ValueError) as error:
-            kind = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
-            said = f"{path}: {name} is {module[name]!r}; expected {kind}."
-            raise ValueError(said) from error
+    options = hints.keys() - {"task", "module"}
+    given = {name: _option(path, name, module[name], hints) for name in options & module.keys()}
+    smaller = module.get("smaller", {})
+    if not isinstance(smaller, Mapping) or smaller.keys() - options:
+        raise ValueError(
+            f"{path}: smaller is {smaller!r}; expected options of --quick, such as "
+            "{'seeds': 2, 'steps': 40}."
+        )
+    smaller = {name: _option(path, name, value, hints) for name, value in smaller.items()}
     if any(arg.partition("=")[0] == "--epochs" for arg in args):
         given.pop("steps", None)
-    known = types.SimpleNamespace(
-        **module | {"tasks": tasks}
-    )  # tyro would look for options in a dict
+    module |= {"tasks": tasks, "smaller": smaller}
+    known = types.SimpleNamespace(**module)  # tyro would look for options in a dict
     return TaskStudy(task=pathlib.Path(path), module=known, **given)
 
 
 def _is_folder(name: Any) -> bool:
     """Whether a task's name, or the "" of the only one, can be a directory's."""
     return isinstance(name, str) and name.isprintable() and pathlib.Path(name).name == name
+
+
+def _option(path: str, name: str, value: Any, hints: Mapping[str, Any]) -> Any:
+    """An option's value as a task file gives it."""
+    try:
+        return _fitted(value, hints[name])
+    except (TypeError, ValueError) as error:
+        kind = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
+        raise ValueError(f"{path}: {name} is {value!r}; expected {kind}.") from error
 
 
 def _fitted(value: Any, hint: Any) -> Any:

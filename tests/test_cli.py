@@ -318,6 +318,18 @@ def test_a_task_of_ones_own_is_studied_as_its_file_says_and_options_go_before(tm
     assert "(default: 0.1,0.2)" in help.stdout and "--hidden" not in help.stdout
 
 
+def test_several_tasks_have_a_directory_each_and_say_what_is_quick(tmp_path):
+    content = f"{TASK}tasks = dict(one=task, two=task)\nsmaller = dict(seeds=2, steps=4)"
+    (tmp_path / "my_task.py").write_text(content)
+    done = soap_jax("study", "my_task.py", "--quick", "--seeds=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("one", "two"):
+        path = tmp_path / "results" / "my_task-quick" / name / "study.json"
+        facts = json.loads(path.read_text())
+        assert facts["title"] == f"my_task {name}" and facts["seeds"] == [0]
+        assert facts["protocol"]["steps"] == 4
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -332,6 +344,10 @@ def test_a_task_of_ones_own_is_studied_as_its_file_says_and_options_go_before(tm
         (f"{TASK}steps = 20.5", "steps is 20.5; expected int | None."),
         (f"{TASK}claims = 'fa'", "claims is 'fa'; expected a list of Claims or tests"),
         (f"{TASK}evaluations = 0", "evaluations is 0; expected at least 1"),
+        (f"{TASK}smaller = 3", "my_task.py: smaller is 3; expected options of --quick"),
+        (f"{TASK}smaller = dict(steps=2.5)", "my_task.py: steps is 2.5; expected int | None."),
+        (f"{TASK}tasks = dict(a=3)", "my_task.py `tasks` has 3 at 'a'; expected task = soap_jax"),
+        (f"{TASK}tasks = {{'a/b': task}}", "my_task.py: tasks is ['a/b']; expected a dict"),
     ],
 )
 def test_a_task_file_that_does_not_work_is_one_line(content, message, tmp_path):

@@ -92,16 +92,16 @@ class Protocol:
         """The same at a size that takes about a minute: three seeds, three rates, 300 steps.
 
         Args:
-            changes: other values of fields.
+            changes: other values of fields; numbers are the most.
         """
-        usual = {
-            "learning_rates": self.learning_rates[:: math.ceil(len(self.learning_rates) / 3)],
-            "seeds": min(self.seeds, 3),
-            "steps": min(self.steps or 300, 300),
-            "periods": self.periods[:1],
-            "evaluations": min(self.evaluations, 10),
-        }
-        return dataclasses.replace(self, **{**usual, **(changes or {})})
+        rates = self.learning_rates[:: math.ceil(len(self.learning_rates) / 3)]
+        most: dict[str, Any] = {"seeds": 3, "steps": 300, "evaluations": 10}
+        most |= {"learning_rates": rates, "periods": self.periods[:1], **(changes or {})}
+        for name, value in most.items():
+            own = getattr(self, name)
+            if isinstance(value, int) and own is not None:
+                most[name] = min(own, value)
+        return dataclasses.replace(self, **most)
 
     def arguments(self) -> dict[str, Any]:
         """These fields as `soap_jax.study.compare` takes them."""
