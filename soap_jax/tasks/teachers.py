@@ -11,6 +11,8 @@ from soap_jax.tasks.task import Taps, Task
 
 HELD_OUT = 2048
 """Examples for validation, and as many for testing."""
+STREAM = 2**30 - 1
+"""Folded into the teacher's key: else a student of the same seed would start as the teacher."""
 
 
 def teacher(
@@ -50,7 +52,7 @@ def teacher(
     if classes < 2:
         raise ValueError(f"classes is {classes}; expected at least 2.")
     model = models.MLP((width,) * depth + (classes,), activation=nn.relu, feedback=False)
-    keys = jax.random.split(jax.random.key(seed), 4)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), STREAM), 4)
     params = model.init(keys[0], jnp.ones((1, features)))["params"]
     outputs = jax.jit(lambda x: model.apply({"params": params}, x))
     seen = outputs(jax.random.normal(keys[1], (HELD_OUT, features)))
