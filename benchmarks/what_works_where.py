@@ -1,14 +1,16 @@
 """What works where: every method on every task, as a table and a figure.
 
     python -m benchmarks.what_works_where results/depth/1 results/depth/8 ... [--out DIR]
+        [--page studies/README.md]
 
 Reads finished studies, one a directory, and trains nothing. Of each method but the reference:
 
     gap      its test metric minus backprop's, each at its own best rate, with a 95 % interval by
              the paired t over seeds (given these rates; the studies' claims choose them anew in
              every resample, which is more careful and takes ten seeds)
-    share    how much of backprop's gain over frozen hidden layers it has; not testable where
-             backprop may gain nothing, or a best rate lies at the edge of the grid
+    share    how much of backprop's gain over frozen hidden layers it has, by Fieller's method; none
+             where backprop may gain nothing. * where one of the three best rates lies at the edge
+             of the grid, so that a better one may lie beyond (the claims refuse such a share)
     angle    of the final error to the true one, at the first and the last hidden kernel, at the
              method's best rate, a mean over seeds
     rate     the effective learning rate at the first kernel over the rate, in the same runs
@@ -55,7 +57,7 @@ def rows_of(path: pathlib.Path) -> list[dict[str, Any]]:
         row |= final(found, method, best)
         if method != reference:
             row["gap"] = list(gap(found, method, reference, metric))
-            row["share"], row["why"] = share(found, method, reference, metric)
+            row["share"], row["share_at_edge"] = share(found, method, reference, metric)
         rows.append(row)
     return rows
 
@@ -72,14 +74,24 @@ def gap(found, method, reference, metric) -> tuple[float, float, float]:
     return mean.estimate, *mean.interval
 
 
-def share(found, method, reference, metric) -> tuple[list[float], str]:
-    """The share of the gain with its interval, or why there is none."""
-    none = [math.nan] * 3
-    if "frozen" not in found.methods or method == "frozen":
-        return none, "no control" if method != "frozen" else "the control"
-    test = study.Share(method, reference, over="frozen", metric=metric, within=(0.0, math.inf))
-    part = test.part(found)
-    return [part.estimate, part.low, part.high], part.note
+def share(found, method, reference, metric) -> tuple[list[float], bool]:
+    """The share of the gain with its interval, NaN without, and whether an edge is in it."""
+    names = (method, reference, "frozen")
+    if method == "frozen" or "frozen" not in found.methods:
+        return [math.nan] * 3, False
+    rates = [found.best_rate(name) for name in names]
+    edge = any(map(found.at_edge, rates))
+    if any(map(math.isnan, rates)):
+        return [math.nan] * 3, edge
+    mine, theirs, control = (
+        found.grid(name, metric=metric).values[found.rates.index(rate)]
+        for name, rate in zip(names, rates, strict=True)
+    )
+    low, high = statistics.student(theirs - control).interval
+    if not low * high > 0:
+        return [math.nan] * 3, edge
+    result = statistics.fieller(mine - control, theirs - control)
+    return [result.estimate, *result.interval], edge
 
 
 def final(found, method, rate) -> dict[str, float]:
@@ -100,6 +112,38 @@ def final(found, method, rate) -> dict[str, float]:
         "rank_first": mean("effective_rank", first),
         "rank_last": mean("effective_rank", last),
     }
+
+
+COLUMNS = {"fa": "FA", "dfa": "DFA", "sign_norm": "signs, norm kept", "frozen": "frozen"}
+"""The methods of the page's table; the rest is in the long one."""
+
+
+def matrix(rows) -> str:
+    """A line for each task: gap to backprop with its interval, then the share of the gain."""
+    lines = [["task", "backprop", *COLUMNS.values()], ["---"] * (2 + len(COLUMNS))]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        mine = {row["method"]: row for row in rows if row["task"] == task}
+        scale, unit = (100.0, " %") if mine["bp"]["metric"].endswith("accuracy") else (1.0, "")
+        cells = [task, f"{scale * mine['bp']['value']:.3g}{unit}"]
+        for name in COLUMNS:
+            if name not in mine:
+                cells.append("")
+                continue
+            share = mine[name].get("share", [math.nan])[0]
+            star = "*" * mine[name].get("share_at_edge", False)
+            more = f"; {100 * share:.0f} %{star}" if math.isfinite(share) else ""
+            cells.append(in_words("gap", scale, mine[name]) + more)
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+BEGIN, END = "<!-- table -->\n", "<!-- end of table -->"
+
+
+def into_page(page: pathlib.Path, table: str) -> None:
+    """Writes the table into a page, between its marks."""
+    before, rest = page.read_text().split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
 
 
 def figure(rows):
@@ -143,6 +187,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("studies", nargs="+", type=pathlib.Path)
     parser.add_argument("--out", type=pathlib.Path, default=common.OUT)
+    parser.add_argument("--page", type=pathlib.Path, help="a page to write the short table into")
     args = parser.parse_args()
     rows = [row for path in args.studies for row in rows_of(path)]
 
@@ -158,7 +203,7 @@ def main():
         "best rate": lambda r: f"{r['best_rate']:g}" + " (edge)" * r["at_edge"],
         "test": lambda r: f"{percent(r) * r['value']:.4g}" + " %" * (percent(r) == 100),
         "gap to backprop": lambda r: in_words("gap", percent(r), r),
-        "share of the gain": functools.partial(in_words, "share", 1.0),
+        "share of the gain": lambda r: in_words("share", 1.0, r) + "*" * r.get("share_at_edge", 0),
         "error angle, first": functools.partial(number, "angle_first"),
         "last": functools.partial(number, "angle_last"),
         "effective rate": functools.partial(number, "effective_rate"),
@@ -166,6 +211,8 @@ def main():
     if any(math.isfinite(row["rank_first"]) for row in rows):
         columns |= {"effective rank": functools.partial(number, "rank_first")}
     common.publish("what_works_where", args.out, rows, columns, figure=figure(rows))
+    if args.page is not None:
+        into_page(args.page, matrix(rows))
 
 
 if __name__ == "__main__":
