@@ -1,6 +1,6 @@
 """Keeps of a finished study what is small: its conclusions, its figures, its report's words.
 
-    python -m benchmarks.keep_study results/mnist benchmarks/results/mnist
+    python -m benchmarks.keep_study results/mnist benchmarks/results/mnist [--figures overview]
 
 Writes `summary.json` (provenance, the table of methods, claims, mediation, and what was measured at
 the end of runs, as means over seeds), `report.txt` and the PNG figures.
@@ -66,6 +66,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("study", type=pathlib.Path)
     parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--figures", nargs="+", help="which; by default all")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     facts = json.loads((args.study / "study.json").read_text())
@@ -78,7 +79,8 @@ def main():
     words.feed((args.study / "report.html").read_text())
     (args.out / "report.txt").write_text(words.result())
     for figure in sorted((args.study / "figures").glob("*.png")):
-        shutil.copy(figure, args.out)
+        if args.figures is None or figure.stem in args.figures:
+            shutil.copy(figure, args.out)
     print(f"Written to {args.out}.")
 
 

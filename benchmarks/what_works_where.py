@@ -3,7 +3,8 @@
     python -m benchmarks.what_works_where results/depth/1 results/depth/8 ... [--out DIR]
         [--page studies/README.md]
 
-Reads finished studies, one a directory, and trains nothing. Of each method but the reference:
+Reads finished studies, one a directory, and of the seven claims what `keep_study` kept; trains
+nothing. Of each method but the reference:
 
     gap      its test metric minus backprop's, each at its own best rate, with a 95 % interval by
              the paired t over seeds (given these rates; the studies' claims choose them anew in
@@ -20,9 +21,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -114,6 +116,8 @@ def final(found, method, rate) -> dict[str, float]:
     }
 
 
+CLAIMS = [common.OUT / name for name in ("mnist", "fashion_mnist", "claims_small_conv")]
+"""The kept studies of the seven claims."""
 COLUMNS = {"fa": "FA", "dfa": "DFA", "sign_norm": "signs, norm kept", "frozen": "frozen"}
 """The methods of the page's table; the rest is in the long one."""
 
@@ -137,13 +141,32 @@ def matrix(rows) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
-BEGIN, END = "<!-- table -->\n", "<!-- end of table -->"
+def claims(kept: Sequence[pathlib.Path]) -> str:
+    """The seven claims, a line each: verdicts and estimates of several studies that were kept."""
+    found = {path.name: json.loads((path / "summary.json").read_text())["claims"] for path in kept}
+    parts = next(iter(found.values()))
+    lines = [["claim", *found], ["---"] * (1 + len(found))]
+    for key, statement in dict.fromkeys((part["claim"], part["statement"]) for part in parts):
+        cells = [f"{key}. {statement}"]
+        for of_study in found.values():
+            mine = [part for part in of_study if part["claim"] == key]
+            ends = ("estimate", "low", "high")
+            numbers = (Estimate(*(_number(part[end]) for end in ends)) for part in mine)
+            said = ", ".join(str(number) for number in numbers if not math.isnan(number.value))
+            cells.append(f"**{mine[0]['verdict']}** {said}")
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
-def into_page(page: pathlib.Path, table: str) -> None:
-    """Writes the table into a page, between its marks."""
-    before, rest = page.read_text().split(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+def _number(value) -> float:
+    return math.nan if value is None else float(value)
+
+
+def into_page(page: pathlib.Path, name: str, table: str) -> None:
+    """Writes a table into a page, between its marks."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, rest = page.read_text().split(begin)
+    page.write_text(f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}")
 
 
 def figure(rows):
@@ -187,7 +210,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("studies", nargs="+", type=pathlib.Path)
     parser.add_argument("--out", type=pathlib.Path, default=common.OUT)
-    parser.add_argument("--page", type=pathlib.Path, help="a page to write the short table into")
+    parser.add_argument("--page", type=pathlib.Path, help="a page to write the short tables into")
+    parser.add_argument("--claims", nargs="+", type=pathlib.Path, default=CLAIMS)
     args = parser.parse_args()
     rows = [row for path in args.studies for row in rows_of(path)]
 
@@ -212,7 +236,8 @@ def main():
         columns |= {"effective rank": functools.partial(number, "rank_first")}
     common.publish("what_works_where", args.out, rows, columns, figure=figure(rows))
     if args.page is not None:
-        into_page(args.page, matrix(rows))
+        into_page(args.page, "table", matrix(rows))
+        into_page(args.page, "claims", claims(args.claims))
 
 
 if __name__ == "__main__":
