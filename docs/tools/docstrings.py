@@ -28,6 +28,6 @@ def tidy(text: str) -> str:
 class Docstrings(griffe.Extension):
     """Applies `tidy` to every docstring."""
 
-    def on_object(self, *, obj, **kwargs):  # noqa: D102
+    def on_object(self, *, obj, **kwargs):
         if obj.docstring is not None:
             obj.docstring.value = tidy(obj.docstring.value)
