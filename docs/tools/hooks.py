@@ -5,6 +5,7 @@ link to a file that has a page becomes a link to the page; an image is copied; a
 linked where the repository is published.
 """
 
+import base64
 import concurrent.futures
 import importlib
 import inspect
@@ -14,6 +15,9 @@ import re
 import tomllib
 import types
 
+import jupyter_client
+import jupytext
+import nbclient
 from mkdocs import exceptions
 from mkdocs.structure import files as files_
 from mkdocs.utils import get_relative_url
@@ -43,10 +47,8 @@ FENCE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
 
 
 def on_config(config):
-    """Names the repository, and builds the pages of notebooks once."""
-    config.repo_url = REPOSITORY
-    config.repo_name = REPOSITORY.removeprefix("https://github.com/")
-    config.edit_uri = ""
+    """Links to the repository, without the theme's own link, which asks GitHub for its stars."""
+    config.extra["social"] = [{"icon": "fontawesome/brands/github", "link": REPOSITORY}]
     return config
 
 
@@ -148,30 +150,30 @@ def on_page_markdown(markdown, page, config, files):
 
 def run_notebook(path):
     """Runs a notebook; returns its page and its figures by name."""
-    import base64
-
-    import jupytext
-    import nbclient
-
     notebook = jupytext.read(path)
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
-    parts, figures = [], {}
+    kernel = jupyter_client.AsyncKernelManager(kernel_name="python3", transport="ipc")
+    nbclient.NotebookClient(notebook, km=kernel, timeout=600).execute()
+    parts, figures, drawn = [], {}, 0
     for cell in notebook.cells:
         if cell.cell_type != "code":
             parts.append(cell.source)
             continue
         parts.append(f"```python\n{cell.source}\n```")
+        printed = ""
         for output in cell.outputs:
             data = output.get("data", {})
-            text = output.get("text", data.get("text/plain", ""))
             if output.get("name") == "stderr":
-                raise exceptions.PluginError(f"{path.name} warns:\n{text}")
+                raise exceptions.PluginError(f"{path.name} warns:\n{output['text']}")
             if "image/png" in data:
                 name = f"{path.stem}-{len(figures)}.png"
                 figures[name] = base64.b64decode(data["image/png"])
-                parts.append(f"![The figure that this code draws]({name})")
-            elif text:
-                parts.append(f"```text\n{text.rstrip()}\n```")
+            else:
+                printed += output.get("text", data.get("text/plain", ""))
+        if printed:
+            parts.append(f"```text\n{printed.rstrip()}\n```")
+        shown = list(figures)[drawn:]
+        parts += [f"![The figure that this code draws]({name})" for name in shown]
+        drawn += len(shown)
     source = f"{REPOSITORY}/blob/main/examples/notebooks/{path.name}"
     parts.insert(1, f"*This page is a notebook, run as it stands: [its text]({source}).*")
     return "\n\n".join(parts) + "\n", figures
