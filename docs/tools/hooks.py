@@ -15,7 +15,6 @@ import re
 import tomllib
 import types
 
-import jupyter_client
 import jupytext
 import nbclient
 from mkdocs import exceptions
@@ -151,8 +150,14 @@ def on_page_markdown(markdown, page, config, files):
 def run_notebook(path):
     """Runs a notebook; returns its page and its figures by name."""
     notebook = jupytext.read(path)
-    kernel = jupyter_client.AsyncKernelManager(kernel_name="python3", transport="ipc")
-    nbclient.NotebookClient(notebook, km=kernel, timeout=600).execute()
+    client = nbclient.NotebookClient(
+        notebook,
+        kernel_name="python3",
+        timeout=1200,
+        startup_timeout=600,
+        extra_arguments=["--log-level=40"],  # errors alone
+    )
+    client.execute()
     parts, figures, drawn = [], {}, 0
     for cell in notebook.cells:
         if cell.cell_type != "code":

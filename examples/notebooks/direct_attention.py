@@ -180,8 +180,8 @@ _ = right.legend(frameon=False)
 #
 # The true error reaches only the digit that was asked for. A fixed projection sends the same error
 # to all digits. If one of n digits gets a correct error, and n - 1 get one of the same size that
-# should be zero, the angle is arccos(1/√n). The best projection stays near that limit, however it is
-# found: learning projections does not help. DFA's random projection is worse still.
+# should be zero, the angle is arccos(1/√n). The best projection stays near that limit, however it
+# is found: learning projections does not help. DFA's random projection is worse still.
 #
 # With one digit DFA trains the encoder: it is better than the frozen one. With many digits that
 # advantage is gone, though attention and the layers above it still learn.
@@ -193,5 +193,5 @@ _ = right.legend(frameon=False)
 # - Give attention's own kernels feedback by `with_feedback`: its products of two activations stay
 #   exact, so the error follows the attention weights. [The transformer example](../transformer.py)
 #   learns so.
-# - Compare with a frozen control, as here. High accuracy alone does not show that the layers below
+# - Compare with a frozen control, as here. High accuracy alone does not show that the layers
 #   attention learn.
