@@ -183,8 +183,8 @@ _ = right.legend(frameon=False)
 # should be zero, the angle is arccos(1/√n). The best projection stays near that limit, however it
 # is found: learning projections does not help. DFA's random projection is worse still.
 #
-# With one digit DFA trains the encoder: it is better than the frozen one. With many digits that
-# advantage is gone, though attention and the layers above it still learn.
+# With one digit DFA trains the encoder: it is better than the frozen one. With four or eight it is
+# worse, though attention and the layers above it still learn.
 #
 # ## What to do
 #
