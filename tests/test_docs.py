@@ -29,6 +29,7 @@ TEXTS = {name: (DOCS / name).read_text() for name in PAGES}
 LINKED = [*(DOCS / name for name in PAGES)]
 LINKED += [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
 LINKED += [ROOT / "benchmarks" / "README.md", ROOT / "examples" / "README.md"]
+LINKED += [ROOT / name for name in ["studies/README.md"] if (ROOT / name).exists()]
 
 # Which tests run the Python blocks of a page. Those of METHODS share names, page after page.
 METHODS = ["learned", "direct", "time-local", "metrics"]  # tests/test_methods_guide.py

@@ -81,7 +81,7 @@ def add(files, config, name, content):
 def images_of(page, files):
     """The repository's images outside docs/ that a page shows."""
     source = source_of(page)
-    text = included(files.get_file_from_path(page).content_string)
+    text = included(files.get_file_from_path(page).content_string, source)
     for _, link, _ in LINK.findall(FENCE.sub("", text)):
         target = resolve(source, link)
         if target and target.endswith(".png") and not target.startswith("docs/"):
@@ -115,12 +115,28 @@ def page_of(target):
     return None
 
 
-def included(text):
-    """A page with the text of the files that it includes: `<!-- include: PATH -->`."""
+def included(text, source):
+    """A page with the text of the files that it includes: `<!-- include: PATH -->`.
+
+    Their titles are left out, and their links start from the page.
+    """
 
     def content(match):
         path = ROOT / match[1]
-        return path.read_text() if path.exists() else ""
+        if not path.exists():
+            return ""
+
+        def rebase(link):
+            target = resolve(match[1], link[2])
+            if target is None:
+                return link[0]
+            anchor = link[2].partition("#")[2]
+            moved = posixpath.relpath(target, posixpath.dirname(source))
+            return f"{link[1]}{moved}{'#' + anchor if anchor else ''}{link[3]}"
+
+        body = re.sub(r"\A# .*\n", "", path.read_text())
+        parts = FENCE.split(body)
+        return "".join(p if i % 2 else LINK.sub(rebase, p) for i, p in enumerate(parts))
 
     return re.sub(r"<!-- include: (\S+) -->", content, text)
 
@@ -143,7 +159,7 @@ def on_page_markdown(markdown, page, config, files):
         link = get_relative_url(found, here) + (f"#{anchor}" if anchor else "")
         return f"{match[1]}{link}{match[3]}"
 
-    parts = FENCE.split(included(markdown))
+    parts = FENCE.split(included(markdown, source))
     return "".join(p if i % 2 else LINK.sub(replace, p) for i, p in enumerate(parts))
 
 
