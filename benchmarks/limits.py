@@ -66,7 +66,7 @@ def shapes(case: Case) -> list[tuple[int, int, int]]:
     b, layers = case.batch, list(itertools.pairwise(case.widths))
     forward = [(b, i, o) for i, o in layers]
     kernel_bars = [(i, b, o) for i, o in layers]
-    x_bars = [(b, o, i) for i, o in layers[1:]]  # nobody uses the inputs'
+    x_bars = [(b, o, i) for i, o in layers[1:]]  # not the inputs'
     return forward + kernel_bars + x_bars
 
 

@@ -2,9 +2,9 @@
 
 Nothing here is made for `soap_jax`: an `eqx.nn.MLP`, a loss, an Optax step under `eqx.filter_jit`.
 The two lines are marked. `with_feedback` gives the loss a second argument, the feedback tree, which
-mirrors the model; `init_feedback` draws that tree. Which weights get feedback nobody has to know:
-`explain` reads it off the loss. It finds that the first layer needs none (its input is the data,
-whose error nobody uses), and that the kernels are called `weight` and stand left of their input.
+mirrors the model; `init_feedback` draws that tree. `explain` reads off the loss which weights get
+feedback. It finds that the first layer needs none (its input is the data, and the gradient by the
+data is not computed), and that the kernels are called `weight` and stand left of their input.
 A third line, `sync_feedback`, is needed only by rules that change feedback while training.
 
 `initializer="matched"` makes feedback as large as the kernels. Equinox draws them smaller than the

@@ -3,8 +3,8 @@
 Against a plain Flax loop three things are new: `FeedbackDense` in the model, a feedback state
 beside the parameters, and one call of `sync_feedback` before the gradient.
 
-The first layer is plain. Feedback carries the error to a layer's input, and the input of the
-first layer is the data, whose error nobody uses.
+The first layer is plain. Feedback carries the error to a layer's input. The input of the first
+layer is the data, and the gradient by the data is not computed.
 
 The state is donated to the jitted step. Between two syncs feedback passes through the step
 unchanged, and an undonated array that passes through is copied at every step.

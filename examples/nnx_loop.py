@@ -7,7 +7,7 @@ The twin of `linen_loop.py`. In NNX feedback lies in the model, as a variable of
 
 `sync_feedback` takes one `nnx.State` and returns the other, ready for `nnx.update`.
 
-The first layer is plain, since nobody uses the error of the data. Model, optimiser and feedback
+The first layer is plain: the gradient by the data is not computed. Model, optimiser and feedback
 state are donated: feedback passes through the jitted step unchanged between two syncs, and an
 undonated array that passes through is copied at every step.
 

@@ -13,7 +13,7 @@ with `soap_jax.ops.detach`, and joins the activations to the output:
     output = head(detach(h2))
     output = direct_feedback(output, (h1, h2), (p1, p2))
 
-The output stays as it was; only derivatives change. Whoever forgets `detach` adds both errors.
+The output stays as it was; only derivatives change. Without `detach` both errors add up.
 
 **Time and space.** P has the shape (out, *features), where features are the last axes of the
 activation, as many as P has. All other axes of the activation, and all but the last of the output,
@@ -87,7 +87,7 @@ Error = Literal["exact", "sign"]
 """What is sent: the output's cotangent (DFA), or its signs (sDFA)."""
 
 ProjectionBar = Literal["kernel"] | None
-"""A projection's own cotangent: zeros, or that of a kernel in its place (direct Kolen-Pollack)."""
+"""A projection's own cotangent: zeros, or a kernel's in its place (direct Kolen-Pollack)."""
 
 Block = Callable[[chex.ArrayTree, jax.Array], jax.Array]
 """`(params, x) -> y`, y of x's shape and dtype."""

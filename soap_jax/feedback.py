@@ -112,7 +112,7 @@ def init_feedback(
 
     A layer's draw depends on `key` and its path alone, so that runs with different rules, or with
     feedback on different layers, are paired. Feedback has its kernel's shape and sharding.
-    The first layer needs none: nobody uses its input's cotangent.
+    The first layer needs none: the gradient by the input is not computed.
 
     Args:
         key: for the feedback weights, and for rules that draw; use a stream of its own.

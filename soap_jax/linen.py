@@ -9,8 +9,8 @@ the variable `feedback/<layer>/kernel` in place of `params/<layer>/kernel`:
     y = model.apply({"params": params, "feedback": feedback}, x)      # no `mutable` needed
 
 The same key and names give the same kernels as in a model of plain Flax layers, so runs with and
-without feedback are paired. The first layer of a model needs no feedback (nobody uses its input's
-cotangent): use Flax's own there. In lifted transforms name the collection beside the parameters:
+without feedback are paired. The first layer of a model needs no feedback (the gradient by the input
+is not computed): use Flax's own. In lifted transforms name the collection beside the parameters:
 `nn.scan(..., variable_axes={"params": 0, "feedback": 0}, split_rngs={"params": True, "feedback":
 True})`. The leaf `None` in place of feedback runs that layer by exact backpropagation, and so does
 a missing leaf in a collection that is there.

@@ -1,8 +1,9 @@
 """Reference networks in Linen, for the study, the examples and the benchmarks.
 
-The first layer is Flax's own in each: nobody uses its input's cotangent, so it needs no feedback.
-Layers are named as in the plain Flax model, so that `feedback=False` gives the same kernels. Hidden
-activations are named "hidden_0" and so on, the output "logits", for `with_direct_feedback`.
+The first layer is Flax's own in each: it needs no feedback, since the gradient by the input is not
+computed. Layers are named as in the plain Flax model, so that `feedback=False` gives the same
+kernels. Hidden activations are named "hidden_0" and so on, the output "logits", for
+`with_direct_feedback`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ the parameters and their gradients are Flax's; only the way back to the layer's 
 
 The same `rngs` give the same kernels as in a model of plain Flax layers, whether `rngs` has a
 stream `feedback` or not, so runs with and without feedback are paired. The first layer of a model
-needs no feedback (nobody uses its input's cotangent): use Flax's own there. The value `None` in
+needs no feedback (the gradient by the input is not computed): use Flax's own. The value `None` in
 place of feedback runs that layer by exact backpropagation.
 
 Layers that Flax makes itself can be replaced. (Its hooks for products do not know which layer they

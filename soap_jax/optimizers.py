@@ -17,7 +17,7 @@ difference decays as under SGD with momentum), or elementwise in it with *decoup
 
 It does not where decay passes through something nonlinear (Adam after `add_decayed_weights`: B's
 decay is then divided by other moments than W's). A clip by the global norm belongs on the params
-alone, since over the pair it counts kernels twice; but B must then get what came out of it, not its
+alone, since over the pair it counts kernels twice; but B must then get the clipped update, not its
 own, unclipped gradient (`optax.masked` would leave it that). `kolen_pollack` is for all of these,
 and saves feedback's share of moments: it runs any optimiser on the params alone and hands feedback
 the update that came out:
@@ -64,9 +64,9 @@ def kolen_pollack(
     needed.
 
     Args:
-        optimizer: any Optax optimiser, clipping included, over `params`. Weight decay of its own is
-            a part of ΔW, so that B would be told W itself: leave it to `decay`. `optax.MultiSteps`
-            goes around the whole, since weights decay at every call of `update`.
+        optimizer: any Optax optimiser, clipping included, over `params`. Its own weight decay
+            is a part of ΔW, so W would leak into B: leave weight decay to `decay`. Put
+            `optax.MultiSteps` around the whole, since weights decay at every call of `update`.
         decay: what W and B lose at every update, in (0, 1), or a schedule of it: the learning rate
             times the weight decay of an ordinary pipeline.
 

@@ -1181,7 +1181,7 @@ def test_the_hook_outside_of_a_flax_layer_raises():
 
 
 class MLP(nn.Module):
-    """`Dense_0` is Flax's in any case: nobody uses the cotangent of the model's input."""
+    """`Dense_0` is Flax's in any case: the gradient by the input is not computed."""
 
     own: bool = True
 

@@ -1,4 +1,4 @@
-"""Every row and every block of examples/methods.md works as it stands there."""
+"""Every row of docs/methods.md, and every block of the guides to methods, works as it stands."""
 
 import functools
 import pathlib
@@ -16,7 +16,9 @@ import soap_jax
 from soap_jax import activity, direct, initializers, local, metrics, ops, recording
 from soap_jax.ops import detach
 
-GUIDE = (pathlib.Path(__file__).parents[1] / "examples" / "methods.md").read_text()
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+GUIDES = [f"guides/{name}.md" for name in ("learned", "direct", "time-local", "metrics")]
+GUIDE = "\n".join((DOCS / name).read_text() for name in ["methods.md", *GUIDES])
 ROWS = re.findall(r"^\| .* \| `(.*)` \|$", GUIDE, re.MULTILINE)
 BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
 X = jax.random.normal(jax.random.key(1), (8, 32))
@@ -56,27 +58,42 @@ def names():
     params = {"first": {"kernel": first}, "second": {"kernel": second}, "third": {"kernel": third}}
     state = soap_jax.init_feedback(keys[3], params, where=["second/*", "third/*"])
     public = {name: getattr(soap_jax, name) for name in soap_jax.__all__}
-    return public | {
-        "soap_jax": soap_jax,
-        "functools": functools,
-        "nn": nn,
-        "nnx": nnx,
-        "jax": jax,
-        "jnp": jnp,
-        "optax": optax,
-        "detach": detach,
-        "loss": loss,
-        "cell": cell,
-        "cell_loss": cell_loss,
-        "tapped_loss": tapped_loss,
-        "params": params,
-        "weights": {"w1": first, "w2": second, "w3": third},
-        "feedback": state.feedback,
-        "key": jax.random.key(2),
-        "step": 0,
-        "x": X,
-        "labels": LABELS,
+    cell_keys = jax.random.split(keys[3], 4)
+    shapes = {"recurrent": (5, 5), "in": (32, 5), "out": (5, 2)}
+    recurrent = {
+        "cell_params": {
+            n: draw(k, *s) for (n, s), k in zip(shapes.items(), cell_keys, strict=False)
+        },
+        "B": draw(cell_keys[3], 5, 2),
+        "h0": jnp.zeros((8, 5)),
+        "xs": jnp.stack([X, X[::-1], 2 * X]),
+        "targets": jnp.ones((3, 8, 2)),
     }
+    return (
+        public
+        | recurrent
+        | {
+            "soap_jax": soap_jax,
+            "functools": functools,
+            "nn": nn,
+            "nnx": nnx,
+            "jax": jax,
+            "jnp": jnp,
+            "optax": optax,
+            "detach": detach,
+            "loss": loss,
+            "cell": cell,
+            "cell_loss": cell_loss,
+            "tapped_loss": tapped_loss,
+            "params": params,
+            "weights": {"w1": first, "w2": second, "w3": third},
+            "feedback": state.feedback,
+            "key": jax.random.key(2),
+            "step": 0,
+            "x": X,
+            "labels": LABELS,
+        }
+    )
 
 
 def gradient_of(value, known):
@@ -93,12 +110,9 @@ def gradient_of(value, known):
     if callable(value) and value.__name__ == "loss":  # through `with_feedback`, by feedback
         return jax.grad(value, argnums=1)(params, feedback, X, LABELS)
     if callable(value) and value.__module__ == "soap_jax.temporal":
-        keys = jax.random.split(known["key"], 4)
-        shapes = {"recurrent": (5, 5), "in": (32, 5), "out": (5, 2)}
-        small = {name: draw(k, *s) for (name, s), k in zip(shapes.items(), keys, strict=False)}
-        xs, targets = jnp.stack([X, X[::-1], 2 * X]), jnp.ones((3, 8, 2))
-        feedback = {"out": draw(keys[3], 5, 2)}
-        return value(small, feedback, jnp.zeros((8, 5)), xs, targets)[1]
+        known = names()
+        sequence = (known[name] for name in ("h0", "xs", "targets"))
+        return value(known["cell_params"], {"out": known["B"]}, *sequence)[1]
     if callable(value) and value.__module__ == "soap_jax.perturbation":
         return value(params, X, LABELS, key=known["key"])[1]
     if callable(value):

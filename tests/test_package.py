@@ -117,12 +117,13 @@ CORE = ["ops", "trees", "rules", "feedback", "transform", "training", "activity"
 CORE += ["initializers", "local", "metrics", "optimizers", "perturbation", "recording", "temporal"]
 
 
-def test_version_is_that_of_the_project():
-    project = ROOT.parent / "pyproject.toml"
-    if not project.exists():
-        pytest.skip("installed without its pyproject.toml")
-    with project.open("rb") as file:
-        assert soap_jax.__version__ == tomllib.load(file)["project"]["version"]
+def test_version_stands_in_one_place():
+    with (ROOT.parent / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)
+    assert "version" in project["project"]["dynamic"]
+    path = project["tool"]["hatch"]["version"]["path"]
+    assert f'__version__ = "{soap_jax.__version__}"' in (ROOT.parent / path).read_text()
+    assert f"version: {soap_jax.__version__}\n" in (ROOT.parent / "CITATION.cff").read_text()
 
 
 @pytest.mark.parametrize("name", CORE)

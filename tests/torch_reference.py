@@ -64,7 +64,7 @@ def fa_gradients(
 ) -> list[Layer]:
     """Feedback alignment: errors go back by x_bar = y_bar·B in place of y_bar·W.
 
-    `feedback` has one matrix per layer after the first, whose input's cotangent nobody uses.
+    `feedback` has one matrix per layer after the first, which needs none.
 
     References:
         Lillicrap et al. Random synaptic feedback weights support error backpropagation for deep

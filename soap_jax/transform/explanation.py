@@ -133,8 +133,8 @@ def explain(
         "exact"         as JAX differentiates the function
         "none"          no error comes to it: it does not learn
 
-    A param that only scales activations elementwise (of a normalisation, a gate) is "backprop" as
-    long as nobody asks; `with_feedback` gives it feedback if you name it in `where`.
+    A param that only scales activations elementwise (of a normalisation, a gate) is "backprop"
+    unless you name it in `where`; then `with_feedback` gives it feedback.
 
     Nothing is computed: `fun` is traced with the types of its arguments, and so is its gradient by
     `params`, with a cotangent for every output, or with `has_aux` for the first alone.
