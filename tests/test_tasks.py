@@ -183,6 +183,9 @@ def test_text_is_read_from_a_file_and_held_out(tmp_path):
     assert (task.validation[-1] == ord("?")).sum() == 17  # no ASCII character
     params = task.init(jax.random.key(0))
     assert 4 < float(task.loss(params, batch)) < 7
+    changed = batch.at[:, 9:].set(0)  # no character is predicted by what follows it
+    early, late = (model.apply({"params": params}, x[:, :-1].astype(int)) for x in (batch, changed))
+    np.testing.assert_array_equal(early[:, :9], late[:, :9])
     loss_dfa = soap_jax.with_direct_feedback(task.loss, model.layers, "logits")
     assert set(soap_jax.init_projections(jax.random.key(0), loss_dfa, params, batch)) == set(
         model.layers

@@ -9,6 +9,7 @@ import base64
 import concurrent.futures
 import importlib
 import inspect
+import os
 import pathlib
 import posixpath
 import re
@@ -53,8 +54,9 @@ def on_config(config):
 
 def on_files(files, config):
     """Adds the pages of files outside docs/."""
+    show = read_notebook if os.environ.get("NOTEBOOKS") == "text" else run_notebook
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        executed = dict(zip(NOTEBOOKS, pool.map(run_notebook, NOTEBOOKS), strict=True))
+        executed = dict(zip(NOTEBOOKS, pool.map(show, NOTEBOOKS), strict=True))
     for path, (text, figures) in executed.items():
         add(files, config, f"notebooks/{path.stem}.md", text)
         for name, content in figures.items():
@@ -161,6 +163,14 @@ def on_page_markdown(markdown, page, config, files):
 
     parts = FENCE.split(included(markdown, source))
     return "".join(p if i % 2 else LINK.sub(replace, p) for i, p in enumerate(parts))
+
+
+def read_notebook(path):
+    """A notebook's page without outputs, to check the site alone: `NOTEBOOKS=text`."""
+    cells = jupytext.read(path).cells
+    code = {cell.id for cell in cells if cell.cell_type == "code"}
+    parts = [f"```python\n{c.source}\n```" if c.id in code else c.source for c in cells]
+    return "\n\n".join(parts) + "\n", {}
 
 
 def run_notebook(path):

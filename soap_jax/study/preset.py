@@ -68,6 +68,8 @@ class Protocol:
         target_loss: the training loss that steps are counted to; by default the smallest that every
             run of the reference reaches within an eighth of the steps.
         evaluations: how often a run is evaluated, in equal distances.
+        extend: at most so many more rates on a side, where some method's best rate lies at the edge
+            of the grid; each for all methods, none beyond a rate at which some run diverged.
         measures: what else is measured: effective_rank, of each kernel's errors. It is costly: take
             few evaluations.
         chunk_size: at most so many runs per device at once; bounds memory on accelerators. By
@@ -84,6 +86,7 @@ class Protocol:
     periods: Annotated[tuple[int, ...], tyro.conf.arg(name="period")] = ()
     target_loss: float | None = None
     evaluations: int = 20
+    extend: int = 0
     measures: tuple[str, ...] = ()
     chunk_size: int | None = None
     memory_limit: float | None = None

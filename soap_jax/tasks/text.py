@@ -76,12 +76,12 @@ class Transformer(nn.Module):
         return ("embedding", *(f"{name}_{i}" for i in range(self.blocks) for name in within))
 
 
-def _attention(i, query, key, value, **options):
+def _attention(i, query, key, value, mask=None):  # Flax passes on what is named here
     query, key, value = (
         checkpoint_name(x, f"{name}_{i}")
         for name, x in (("query", query), ("key", key), ("value", value))
     )
-    return nn.dot_product_attention(query, key, value, **options)
+    return nn.dot_product_attention(query, key, value, mask=mask)
 
 
 def char_lm(
