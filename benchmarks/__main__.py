@@ -27,6 +27,7 @@ SUITE = (
     "memory",
     "startup",
     "limits",
+    "convolutions",
     "peers",
 )
 
