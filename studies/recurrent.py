@@ -3,7 +3,8 @@
     soap-jax study studies/recurrent.py
 
 "cue": one cue, asked for 64 steps later. "parity": two cues, eight steps apart; the answer is
-whether they differ, so one error for all steps does not suit it.
+whether they differ, so one error for all steps does not suit it. "zero bias" is the cue with the
+forget gates' biases at 0, Flax's own start, in place of 1.
 """
 
 import optax
@@ -16,13 +17,17 @@ def clipped(base, learning_rate):  # noqa: D103 (the task's optimiser, gradients
     return optax.chain(optax.clip_by_global_norm(1.0), base)
 
 
-tasks = {"cue": delayed_cue(64), "parity": delayed_cue(64, cues=(0, 8))}
+tasks = {
+    "cue": delayed_cue(64),
+    "parity": delayed_cue(64, cues=(0, 8)),
+    "zero bias": delayed_cue(64, forget_bias=0.0),
+}
 methods = {name: name for name in ("bp", "fa", "sign_norm", "dfa", "frozen")} | {
     "bp_clipped": study.Method(optimizer=clipped, label="backprop, clipped", color="#444444")
 }
 optimizer = optax.adam
 learning_rates, seeds, steps, evaluations = (0.001, 0.003, 0.01, 0.03), 4, 600, 5
-select, maximise, batch_size = "validation_accuracy", True, 32
+select, maximise, batch_size, extend = "validation_accuracy", True, 32, 1
 smaller = {"learning_rates": (0.01,), "seeds": 2, "steps": 20}
 
 claims = [
