@@ -363,7 +363,7 @@ def scan_batches(
 def evaluate(
     apply_fn: ApplyFn,
     params: chex.ArrayTree,
-    feedback: chex.ArrayTree | None,
+    feedback: FeedbackState | chex.ArrayTree | None,
     data: Batch,
     *,
     loss_fn: LossFn = cross_entropy,
@@ -374,7 +374,7 @@ def evaluate(
     Args:
         apply_fn: as in `make_train_step`.
         params: the parameters.
-        feedback: a feedback tree, which the forward pass does not use, or None.
+        feedback: a feedback tree or state, which the forward pass does not use, or None.
         data: `(x, labels)`.
         loss_fn: a mean over examples.
         batch_size: the largest number of examples at a time.
@@ -393,6 +393,7 @@ def evaluate(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
+    feedback = feedback_weights(feedback)
 
     def one(example):
         x, label = jax.tree.map(lambda leaf: leaf[None], example)

@@ -16,7 +16,7 @@ from soap_jax.study.statistics import Estimate, Result
 
 INF = math.inf
 Region = tuple[float, float]
-"""In which the truth must lie; infinite (for ratios 0) where open."""
+"""The interval in which the truth must lie; infinite (for ratios 0) where open."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from soap_jax.study.statistics import Estimate, number
 
 WIDTH, HEIGHT = 380, 430
 LINE = 17
-"""From one line of words to the next."""
+"""The distance from one line of words to the next."""
 BOXES = ((40, 8, 300, 56), (6, 156, 180, 56), (194, 156, 180, 56), (40, 366, 300, 56))
 """Left, top, width and height of each box."""
 ARROWS = ((166, 64, 156, -1), (214, 64, 156, 1), (166, 212, 366, -1), (214, 212, 366, 1))

@@ -31,7 +31,7 @@ DATASETS = {"digits": 64, "mnist": 784, "fashion_mnist": 784, "kmnist": 784, "ci
 _SIGNS, _SCALED = ("sign", "sign_preserve", "sign_norm"), ("bp_scaled", "bp_scaled_live")
 DEFAULT_METHODS = ("bp", "fa", *_SIGNS, *_SCALED, "frozen")
 WEIGHT_DECAY = 1e-3
-"""That of a study with Kolen-Pollack learning, which is nothing without."""
+"""The default weight decay of a study with `kp`, which cannot align without it."""
 CHOICES = {
     "dataset": tuple(DATASETS),
     "model": ("mlp", "conv"),

@@ -23,7 +23,7 @@ from soap_jax.study.store import KEYS, TABLES
 
 ORDER = ["learning_rate", "seed", "step"]
 Periods = tuple[int | None, int | None]
-"""Of two methods that are compared; None is a method's smallest."""
+"""The periods of two methods that are compared; None is a method's smallest."""
 
 
 class NotTestable(ValueError):

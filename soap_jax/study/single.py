@@ -36,7 +36,7 @@ from soap_jax.study.methods import METHODS
 from soap_jax.study.preset import TrainConfig
 
 FORMAT = 2
-"""Of train.json and the checkpoints; it grows when older ones cannot be read any more."""
+"""The version of train.json and the checkpoints; it grows when older ones cannot be read."""
 
 Row = dict[str, float]
 """One row of the curves, by column."""

@@ -33,7 +33,7 @@ from soap_jax import trees
 from soap_jax.study import circumstances, files, statistics
 
 FORMAT = 3
-"""Of the tables and files; it grows when older results cannot be read any more."""
+"""The version of tables and files; it grows when older results cannot be read any more."""
 KEYS = ["method", "learning_rate", "seed", "period"]
 """The columns that name a run; the period is 0 where none says how often feedback changes."""
 TABLES = ("runs", "evaluations", "losses")

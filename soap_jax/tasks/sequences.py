@@ -117,7 +117,7 @@ def delayed_cue(
 
 
 UNITS, TIME, TAU = 50, 100, 10.0
-"""Of `sines`: tanh units, steps, and the steps in which a unit forgets."""
+"""The tanh units of `sines`, its steps, and the steps in which a unit forgets."""
 
 
 def sines() -> Task:
