@@ -611,7 +611,7 @@ def test_evaluate_takes_feedback_another_loss_and_stored_bytes():
 def test_evaluate_does_not_depend_on_feedback():
     params, data = make_weights(1), make_data(5)
     evaluate = jax.jit(functools.partial(training.evaluate, apply_fn))
-    given = None, make_weights(2), soap_jax.init_feedback(jax.random.key(0), params)
+    given = None, make_weights(2), init_feedback(jax.random.key(0), params)
     none, weights, state = (evaluate(params, feedback, data) for feedback in given)
     assert_bits_equal(none, weights)
     assert_bits_equal(none, state)
