@@ -24,6 +24,7 @@ from jax import lax
 from jax.extend import core
 
 Function = TypeVar("Function", bound=Callable)
+Program = core.Jaxpr | core.ClosedJaxpr
 
 MOST_COPIES = 256
 """The largest number of shifted copies."""
@@ -64,7 +65,8 @@ def as_products(fun: Function) -> Function:
     @functools.wraps(fun)
     def wrapped(*args, **kwargs):
         closed, like = jax.make_jaxpr(fun, return_shape=True)(*args, **kwargs)
-        outs = core.jaxpr_as_fun(_replaced(closed, {}))(*jax.tree.leaves((args, kwargs)))
+        replaced: Any = _replaced(closed, {})
+        outs = core.jaxpr_as_fun(replaced)(*jax.tree.leaves((args, kwargs)))
         return jax.tree.unflatten(jax.tree.structure(like), outs)
 
     return wrapped  # type: ignore[return-value]
@@ -284,18 +286,23 @@ def _positions(shape):
     return itertools.product(*map(range, shape))
 
 
-def _replaced(closed: core.ClosedJaxpr, known: dict[int, Any]) -> core.ClosedJaxpr:
-    """The program with products; `known` are those of jaxprs that several equations share."""
-    if id(closed) not in known:
-        new = closed
-        if convolves(closed):
-            eqns = [_equation(eqn, known) for eqn in closed.jaxpr.eqns]
-            new = closed.replace(jaxpr=closed.jaxpr.replace(eqns=eqns))
-        known[id(closed)] = new
-    return known[id(closed)]
+def _replaced(jaxpr: Program, known: dict[int, tuple[Program, Program]]) -> Program:
+    """The program with products; `known` are those of jaxprs that several equations share.
+
+    They are known by their address, and kept, so that no other gets it meanwhile.
+    """
+    if id(jaxpr) not in known:
+        new = jaxpr
+        if convolves(jaxpr) and isinstance(jaxpr, core.ClosedJaxpr):
+            new = jaxpr.replace(jaxpr=_replaced(jaxpr.jaxpr, known))
+        elif convolves(jaxpr):
+            eqns = [_equation(eqn, known) for eqn in jaxpr.eqns]
+            new = jaxpr.replace(eqns=eqns)  # type: ignore[call-arg]
+        known[id(jaxpr)] = jaxpr, new
+    return known[id(jaxpr)][1]
 
 
-def _equation(eqn: core.JaxprEqn, known: dict[int, Any]) -> core.JaxprEqn:
+def _equation(eqn: core.JaxprEqn, known: dict[int, tuple[Program, Program]]) -> core.JaxprEqn:
     """An equation with products: of a convolution a call, of what has jaxprs its own."""
     if eqn.primitive.name == "conv_general_dilated":
         return _call(eqn)
@@ -303,11 +310,7 @@ def _equation(eqn: core.JaxprEqn, known: dict[int, Any]) -> core.JaxprEqn:
         return eqn
 
     def replaced(leaf):
-        if isinstance(leaf, core.ClosedJaxpr):
-            return _replaced(leaf, known)
-        if isinstance(leaf, core.Jaxpr):
-            return _replaced(core.ClosedJaxpr(leaf, ()), known).jaxpr
-        return leaf
+        return _replaced(leaf, known) if _is_jaxpr(leaf) else leaf
 
     params = {
         name: jax.tree.map(replaced, value, is_leaf=_is_jaxpr)

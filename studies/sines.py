@@ -28,7 +28,7 @@ rflo = study.Method(
     gradient=rflo_gradient, init_feedback=rflo_feedback, label="RFLO", color="#4682B4"
 )
 methods = {"bp": "bp", "rflo": rflo, "frozen": "frozen"}
-learning_rates, seeds, steps = (0.003, 0.006, 0.012, 0.025, 0.05), 10, 2000
+learning_rates, seeds, steps = (0.006, 0.012, 0.025, 0.05, 0.1, 0.2), 10, 2000
 batch_size, evaluations = 1, 10
 smaller = {"seeds": 2, "steps": 40}
 

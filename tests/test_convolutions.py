@@ -194,6 +194,25 @@ def test_loops_branches_and_calls_have_products(f):
     assert "stablehlo.convolution" not in written(products, IMAGES, KERNEL)
 
 
+@pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit, lambda f: f])
+def test_unlike_blocks_are_not_taken_for_one_another(wrap):
+    """Each block has a program of its own, which lives as long as it is looked for."""
+
+    def block(i):
+        return wrap(lambda x, w: jnp.tanh(lax.conv(x, w, (1, 1), "SAME")) / (i + 1) + x / (i + 2))
+
+    def loss(w, x):
+        for i in range(6):
+            x = block(i)(x, w)
+        return (x**2).mean()
+
+    x = jax.random.normal(jax.random.key(0), (3, 2, 5, 5))
+    w = jax.random.normal(jax.random.key(1), (2, 2, 3, 3))
+    close(convolutions.as_products(loss)(w, x), loss(w, x))
+    both = jax.value_and_grad(loss)
+    close(convolutions.as_products(both)(w, x), both(w, x))
+
+
 def test_a_derivative_of_its_own_is_kept():
     def layer(x, w):
         return ops.feedback_op(conv)(x, w, 2 * w)
