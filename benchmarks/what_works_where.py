@@ -6,14 +6,16 @@
 Reads finished studies, one a directory, and of the seven claims what `keep_study` kept; trains
 nothing. Of each method but the reference:
 
-    gap      its test metric minus backprop's, each at its own best rate, with a 95 % interval by
-             the paired t over seeds (given these rates; the studies' claims choose them anew in
-             every resample, which is more careful and takes ten seeds)
+    gap      its test metric (the training loss of a task without test data) minus backprop's,
+             each at its own best rate, with a 95 % interval by the paired t over seeds (given
+             these rates; the studies' claims choose them anew in every resample, which is more
+             careful and takes ten seeds)
     share    how much of backprop's gain over frozen hidden layers it has, by Fieller's method; none
              where backprop may gain nothing. * where one of the three best rates lies at the edge
              of the grid, so that a better one may lie beyond (the claims refuse such a share)
-    angle    of the final error to the true one, at the first and the last hidden kernel, at the
-             method's best rate, a mean over seeds
+    angle    of the final error to the true one, at the first and the last kernel before the
+             readout in order of use (the query of the first attention, a recurrent net's input
+             gate), at the method's best rate, a mean over seeds
     rate     the effective learning rate at the first kernel over the rate, in the same runs
 """
 
@@ -89,8 +91,8 @@ def share(found, method, reference, metric) -> tuple[list[float], bool]:
         found.grid(name, metric=metric).values[found.rates.index(rate)]
         for name, rate in zip(names, rates, strict=True)
     )
-    low, high = statistics.student(theirs - control).interval
-    if not low * high > 0:
+    gain = statistics.student(found.better(metric) * (theirs - control))
+    if not gain.interval[0] > 0:
         return [math.nan] * 3, edge
     result = statistics.fieller(mine - control, theirs - control)
     return [result.estimate, *result.interval], edge
@@ -116,6 +118,8 @@ def final(found, method, rate) -> dict[str, float]:
     }
 
 
+LEAST, MOST = -0.5, 1.3
+"""The shares that the figure shows; a triangle marks one below."""
 CLAIMS = [common.OUT / name for name in ("mnist", "fashion_mnist", "claims_small_conv")]
 """The kept studies of the seven claims."""
 COLUMNS = {"fa": "FA", "dfa": "DFA", "sign_norm": "signs, norm kept", "frozen": "frozen"}
@@ -150,16 +154,22 @@ def claims(kept: Sequence[pathlib.Path]) -> str:
         cells = [f"{key}. {statement}"]
         for of_study in found.values():
             mine = [part for part in of_study if part["claim"] == key]
-            ends = ("estimate", "low", "high")
-            numbers = (Estimate(*(_number(part[end]) for end in ends)) for part in mine)
+            numbers = map(estimate, mine)
             said = ", ".join(str(number) for number in numbers if not math.isnan(number.value))
             cells.append(f"**{mine[0]['verdict']}** {said}")
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
-def _number(value) -> float:
-    return math.nan if value is None else float(value)
+def estimate(part) -> Estimate:
+    """A test's estimate as JSON keeps it, where an open end is null."""
+    if part["estimate"] is None or part["low"] is part["high"] is None:
+        return Estimate(math.nan if part["estimate"] is None else part["estimate"], *[math.nan] * 2)
+    low, high = (
+        float(edge if part[end] is None else part[end])
+        for end, edge in (("low", -math.inf), ("high", math.inf))
+    )
+    return Estimate(part["estimate"], low, high)
 
 
 def into_page(page: pathlib.Path, name: str, table: str) -> None:
@@ -182,7 +192,9 @@ def figure(rows):
         mine = [r for r in shown if r["label"] == label and np.isfinite(r["share"][0])]
         y = [tasks.index(r["task"]) + 0.6 * spread[label] for r in mine]
         x, low, high = (np.array([r["share"][k] for r in mine], float) for k in range(3))
-        low, high = np.maximum(low, -1), np.minimum(high, 2)
+        low, high = np.maximum(low, LEAST), np.minimum(high, MOST)
+        beyond = [(LEAST, at) for value, at in zip(x, y, strict=True) if value < LEAST]
+        ax.plot(*zip(*beyond, strict=True), "<", color=color) if beyond else None
         ax.errorbar(
             x, y, xerr=[np.maximum(x - low, 0), np.maximum(high - x, 0)], fmt="o", ms=4, lw=1,
             color=color, label=label,
@@ -190,7 +202,10 @@ def figure(rows):
     for edge in (0, 1):
         ax.axvline(edge, color="0.6", lw=1, zorder=0)
     ax.set(
-        yticks=range(len(tasks)), yticklabels=tasks, xlim=(-0.3, 1.3), ylim=(len(tasks) - 0.4, -0.6)
+        yticks=range(len(tasks)),
+        yticklabels=tasks,
+        xlim=(LEAST, MOST),
+        ylim=(len(tasks) - 0.4, -0.6),
     )
     ax.set_xlabel("share of backprop's gain over frozen hidden layers (95 % interval)")
     ax.grid(axis="y", alpha=0.3)
@@ -225,7 +240,7 @@ def main():
         "task": "task",
         "method": "label",
         "best rate": lambda r: f"{r['best_rate']:g}" + " (edge)" * r["at_edge"],
-        "test": lambda r: f"{percent(r) * r['value']:.4g}" + " %" * (percent(r) == 100),
+        "result": lambda r: f"{percent(r) * r['value']:.4g}" + " %" * (percent(r) == 100),
         "gap to backprop": lambda r: in_words("gap", percent(r), r),
         "share of the gain": lambda r: in_words("share", 1.0, r) + "*" * r.get("share_at_edge", 0),
         "error angle, first": functools.partial(number, "angle_first"),

@@ -99,8 +99,8 @@ class TaskStudy(_Running, preset.Protocol):
     """Compare methods on a task of one's own, or on several.
 
     Attributes:
-        task: a file that defines `task`, a soap_jax.study.Task, or `tasks`, several by name; and,
-            if it likes, `methods`, `claims`, `optimizer` and other defaults of the options below,
+        task: a file that defines `task`, a soap_jax.study.Task, or `tasks`, several by name; and
+            optionally `methods`, `claims`, `optimizer` and other defaults of the options below,
             such as `steps`; `smaller` has those of --quick. Each of several tasks has its results
             in a directory of its name.
         select: the column by which rates are chosen; by default validation_loss, without validation
@@ -347,7 +347,13 @@ def _imported(path: str, args: list[str]) -> TaskStudy:
         where = [f", line {frame.lineno}" for frame in frames if frame.filename == path][-1:]
         said = f"{path}{''.join(where)}: {type(error).__name__}: {_first_line(error)}."
         raise ValueError(said) from error
-    tasks = module.get("tasks", {"": module.get("task")})
+    tasks, smaller = (
+        None if isinstance(found := module.get(name), types.ModuleType) else found
+        for name in ("tasks", "smaller")
+    )
+    if tasks is not None and "task" in module:
+        raise ValueError(f"{path} defines `task` and `tasks`; expected one of them.")
+    tasks = {"": module.get("task")} if tasks is None else tasks
     if not (isinstance(tasks, Mapping) and tasks and all(map(_is_folder, tasks))):
         named = list(tasks) if isinstance(tasks, Mapping) else type(tasks).__name__
         raise ValueError(
@@ -361,7 +367,7 @@ def _imported(path: str, args: list[str]) -> TaskStudy:
     hints = typing.get_type_hints(TaskStudy)
     options = hints.keys() - {"task", "module"}
     given = {name: _option(path, name, module[name], hints) for name in options & module.keys()}
-    smaller = module.get("smaller", {})
+    smaller = {} if smaller is None else smaller
     if not isinstance(smaller, Mapping) or smaller.keys() - options:
         raise ValueError(
             f"{path}: smaller is {smaller!r}; expected options of --quick, such as "
@@ -377,7 +383,8 @@ def _imported(path: str, args: list[str]) -> TaskStudy:
 
 def _is_folder(name: Any) -> bool:
     """Whether a task's name, or the "" of the only one, can be a directory's."""
-    return isinstance(name, str) and name.isprintable() and pathlib.Path(name).name == name
+    plain = isinstance(name, str) and name.isprintable() and name not in (".", "..")
+    return plain and pathlib.Path(name).name == name
 
 
 def _option(path: str, name: str, value: Any, hints: Mapping[str, Any]) -> Any:

@@ -319,7 +319,7 @@ def test_a_task_of_ones_own_is_studied_as_its_file_says_and_options_go_before(tm
 
 
 def test_several_tasks_have_a_directory_each_and_say_what_is_quick(tmp_path):
-    content = f"{TASK}tasks = dict(one=task, two=task)\nsmaller = dict(seeds=2, steps=4)"
+    content = f"{TASK}tasks = dict(one=task, two=task)\nsmaller = dict(seeds=2, steps=4)\ndel task"
     (tmp_path / "my_task.py").write_text(content)
     done = soap_jax("study", "my_task.py", "--quick", "--seeds=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -344,10 +344,13 @@ def test_several_tasks_have_a_directory_each_and_say_what_is_quick(tmp_path):
         (f"{TASK}steps = 20.5", "steps is 20.5; expected int | None."),
         (f"{TASK}claims = 'fa'", "claims is 'fa'; expected a list of Claims or tests"),
         (f"{TASK}evaluations = 0", "evaluations is 0; expected at least 1"),
+        (f"{TASK}tasks = dict(a=task)", "my_task.py defines `task` and `tasks`"),
         (f"{TASK}smaller = 3", "my_task.py: smaller is 3; expected options of --quick"),
         (f"{TASK}smaller = dict(steps=2.5)", "my_task.py: steps is 2.5; expected int | None."),
-        (f"{TASK}tasks = dict(a=3)", "my_task.py `tasks` has 3 at 'a'; expected task = soap_jax"),
-        (f"{TASK}tasks = {{'a/b': task}}", "my_task.py: tasks is ['a/b']; expected a dict"),
+        ("tasks = dict(a=3)", "my_task.py `tasks` has 3 at 'a'; expected task = soap_jax"),
+        (f"{TASK}tasks = {{'a/b': task}}\ndel task", "tasks is ['a/b']; expected a dict"),
+        (f"{TASK}tasks = {{'..': task}}\ndel task", "tasks is ['..']; expected a dict"),
+        ("from soap_jax import tasks", "my_task.py defines no `task`"),
     ],
 )
 def test_a_task_file_that_does_not_work_is_one_line(content, message, tmp_path):

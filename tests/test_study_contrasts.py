@@ -76,13 +76,16 @@ def test_a_share_is_that_of_the_gain_over_the_control():
     assert dataclasses.replace(test, within=(0.9, INF)).part(study).p_fails < 0.001
 
 
-def test_a_share_of_a_loss_is_the_same():
+def test_a_share_of_a_loss_is_the_same_and_a_loss_that_grows_is_no_gain():
     """Where less is better both gains are negative."""
     study = with_accuracy(bp=0.95, fa=0.92, frozen=0.90)
     share = Share("fa", over="frozen", metric="test_accuracy", within=(0.2, 0.6))
     found = share.part(study)
-    study.runs["test_accuracy"] *= -1
-    assert share.part(again(study)) == found
+    study.runs["test_loss"] = -study.runs["test_accuracy"]
+    of_loss = dataclasses.replace(share, metric="test_loss")
+    assert of_loss.part(again(study)).estimate == pytest.approx(found.estimate)
+    study.runs["test_loss"] *= -1
+    assert "may gain nothing" in of_loss.part(again(study)).note
 
 
 def test_a_share_of_no_clear_gain_is_not_testable():

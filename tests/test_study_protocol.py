@@ -381,3 +381,24 @@ def test_the_same_call_again_writes_nothing(tmp_path):
     assert again.runs.equals(first.runs) and again.record == first.record
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert not (out / "progress.json").exists()
+
+
+@pytest.mark.parametrize("more", [{"rule": FIXED}, {"loss": len}, {"where": "*"}])
+def test_direct_feedback_takes_the_place_of_other_feedback(more):
+    with pytest.raises(ValueError, match="a method has direct with"):
+        study.Method(direct="exact", **more)
+    with pytest.raises(ValueError, match="a method has taps without direct"):
+        study.Method(taps=("h",))
+
+
+def test_the_batch_size_of_made_batches_is_theirs():
+    def train(key):
+        return jax.random.normal(key, (6, 2))
+
+    task = study.Task(
+        init=lambda key: {"a": jnp.eye(2), "b": jnp.ones((2, 1))},
+        loss=lambda params, x: jnp.mean((x @ params["a"] @ params["b"]) ** 2),
+        train=train,
+    )
+    found = study.compare(task, ["bp"], learning_rates=(0.1,), seeds=1, steps=2)
+    assert found.protocol["batch_size"] == 6

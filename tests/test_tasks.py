@@ -133,6 +133,9 @@ def test_binary_batches_of_cifar10_are_read_and_a_fifth_held_out(tmp_path):
     (tmp_path / "test_batch.bin").write_bytes(records[:10].tobytes())
     whole = tasks.read(tmp_path)
     assert len(whole.train.labels) == 30 and len(whole.test.labels) == 10
+    (tmp_path / "data_batch_2.bin.gz").write_bytes(gzip.compress(records[20:].tobytes()))
+    assert len(tasks.read(tmp_path).train.labels) == 30  # packed and unpacked counts once
+    (tmp_path / "data_batch_2.bin.gz").unlink()
     (tmp_path / "data_batch_2.bin").write_bytes(b"123")
     with pytest.raises(ValueError, match=r"data_batch_2.bin is no binary batch of CIFAR-10"):
         tasks.read(tmp_path)
@@ -159,7 +162,7 @@ def test_what_the_delayed_cue_asks_is_in_the_sequence():
         assert xs.shape == (32, 7, 2)
         np.testing.assert_array_equal((xs[:, list(cues), 0] > 0).sum(1) % 2, answers)
         assert (xs[:, -1, 1] == 1).all() and not xs[:, :-1, 1].any()
-    with pytest.raises(ValueError, match=r"cues is \(6,\); expected steps from 0 to 5"):
+    with pytest.raises(ValueError, match=r"cues is \(6,\); expected different steps"):
         tasks.delayed_cue(6, cues=(6,))
 
 

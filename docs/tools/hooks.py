@@ -126,7 +126,7 @@ def included(text, source):
     def content(match):
         path = ROOT / match[1]
         if not path.exists():
-            return ""
+            raise exceptions.PluginError(f"{source} includes {match[1]}, which is not there.")
 
         def rebase(link):
             target = resolve(match[1], link[2])

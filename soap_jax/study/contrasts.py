@@ -226,8 +226,8 @@ class Share(Test):
         )
         if np.isnan([method, reference, over]).any():
             raise NotTestable(f"{self.metric} is not known for every run")
-        gain = statistics.student(reference - over)
-        if gain.interval[0] * gain.interval[1] <= 0:
+        gain = statistics.student(comparison.better(self.metric) * (reference - over))
+        if not gain.interval[0] > 0:
             said = Estimate(gain.estimate, *gain.interval)
             raise NotTestable(f"the reference may gain nothing over the control: {said}")
         result = statistics.fieller(method - over, reference - over).judge(self.within)

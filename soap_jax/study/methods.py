@@ -114,6 +114,14 @@ class Method:
                 raise ValueError(f"{name} is {value!r}; expected a string.")
         if self.direct is not None:
             grids.check_known("direct", self.direct, ("exact", "sign", "target"))
+        others = ("rule", "where", "loss", "gradient", "estimator", "init_feedback")
+        set_ = [name for name in others if getattr(self, name) is not None]
+        if (self.direct and set_) or (self.taps and not self.direct):
+            said = f"direct with {set_}" if self.direct else "taps without direct"
+            raise ValueError(
+                f"a method has {said}; expected direct, and with it at most taps, initializer, "
+                "feedback_bar and optimizer: direct feedback takes the place of the others."
+            )
 
     @property
     def own(self) -> bool:
@@ -458,7 +466,7 @@ def check_fits(task: Task, name: str, method: Method) -> None:
         )
     if method.direct == "target" and taps.target is None:
         raise ValueError(
-            f"the method {name!r} sends the target, which the taps do not tell; expected "
+            f"the method {name!r} sends the target, and the task's taps have none; expected "
             "Taps(..., target=batch -> targets)."
         )
 

@@ -102,7 +102,7 @@ class Protocol:
         most |= {"learning_rates": rates, "periods": self.periods[:1], **(changes or {})}
         for name, value in most.items():
             own = getattr(self, name)
-            if isinstance(value, int) and own is not None:
+            if isinstance(value, int | float) and own is not None:
                 most[name] = min(own, value)
         return dataclasses.replace(self, **most)
 

@@ -75,7 +75,7 @@ def compare(
         steps: parameter updates of a run; those beyond the last evaluation are left out.
         epochs: passes over the training data, in place of `steps`. Examples are shuffled without
             replacement, and a last, incomplete batch is left out.
-        batch_size: examples per step.
+        batch_size: examples per step; of batches that a function makes, as many as it makes.
         optimizer: `learning_rate -> optax.GradientTransformation`; the rate may be the peak of a
             schedule.
         periods: updates from one synchronisation to the next; methods with a rule that has a period
@@ -133,6 +133,8 @@ def compare(
     chosen = registry.resolve(methods)
     for name, method in chosen.items():
         registry.check_fits(task, name, method)
+    if task.generated:
+        batch_size = trial.made_size(task)
     if not callable(optimizer):
         raise ValueError(
             f"optimizer is {optimizer!r}; expected a function of the learning rate, such as "
@@ -296,9 +298,8 @@ def _programs(task, chosen, layers, settings, keep_params) -> dict[str, tuple[Pr
         members = {
             trial.shared_key(one): dataclasses.replace(one, **like)
             for one in registry.METHODS.values()
-            if not one.needs
+            if not one.needs and trial.shared_key(one) is not None
         }
-        members.pop(None)
         if key not in members:
             members, key = {None: method}, None
         program_key = name if key is None else tuple(map(id, like.values()))

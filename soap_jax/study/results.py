@@ -130,6 +130,12 @@ class Results:
         found = tests or columns or ["train_loss"]
         return sorted(found, key=lambda name: not name.endswith(f"_{chosen}"))
 
+    def better(self, metric: str) -> int:
+        """1 if a larger value of a metric is better, else -1: that of `select`, else no loss."""
+        if metric.split("_", 1)[1] == self.protocol["select"].split("_", 1)[1]:
+            return 1 if self.protocol["maximise"] else -1
+        return -1 if metric.endswith("_loss") else 1
+
     def different_starts(self, *methods: str) -> str:
         """Says so if methods start from different params; else ""."""
         starts = {self.methods.get(method, {}).get("init") or None for method in methods}

@@ -120,6 +120,15 @@ def batch_of(task: Task, data, plan: Plan, i) -> chex.ArrayTree:
     return jax.tree.map(lambda leaf: leaf[plan.order[i]], data["train"])  # type: ignore[index]
 
 
+def made_size(task: Task) -> int:
+    """The examples of a batch that the task's function makes; 1 if it makes none."""
+    try:
+        leaves = jax.tree.leaves(jax.eval_shape(task.train, jax.random.key(0)))
+    except Exception:  # `checks` says what is wrong with it
+        return 1
+    return leaves[0].shape[0] if leaves and leaves[0].shape else 1
+
+
 def loss_of(task: Task) -> Callable[..., tuple[jax.Array, chex.ArrayTree]]:
     """The task's loss as `(params, state, batch, key) -> (loss, state)`, with or without state."""
     if task.init_state is not None:
@@ -131,6 +140,8 @@ def directly(task: Task, method: Method) -> Callable[..., Any]:
     """The task's loss with direct feedback: `(params, projections, state, batch, key) -> ...`."""
     taps: Any = method.taps or task.taps
     bar: Any = method.feedback_bar
+    initializer: Any = method.initializer
+    initializer = fb.glorot_normal if initializer == "matched" else initializer
 
     def target(params, state, batch, key):
         return taps.target(batch)
@@ -142,7 +153,7 @@ def directly(task: Task, method: Method) -> Callable[..., Any]:
         target=target if method.direct == "target" else None,
         error="sign" if method.direct == "sign" else "exact",
         stacked=taps.stacked,
-        initializer=fb.glorot_normal,
+        initializer=initializer,
         projection_bar=bar,
     )
 

@@ -1,4 +1,4 @@
-"""Tasks for `soap_jax.study.compare`: what is learnt, and none of how.
+"""Tasks for `soap_jax.study.compare`: a model, its data and its loss, without a learning method.
 
     task = tasks.mlp(depth=3)                      # or your own: tasks.Task(init, loss, train, ...)
     study.compare(task, ["bp", "fa", "dfa", "frozen"], learning_rates=(0.05, 0.1, 0.2), epochs=5)

@@ -8,6 +8,7 @@ import lzma
 import os
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -116,16 +117,20 @@ def _read_batches(path):
         try:
             with openers[file.suffix](file, "rb") as stream:
                 found = np.frombuffer(stream.read(), np.uint8).reshape(-1, 1 + 3 * 32 * 32)
-        except (ValueError, KeyError, EOFError, lzma.LZMAError) as error:
+        except (ValueError, KeyError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise ValueError(f"{file} is no binary batch of CIFAR-10 ({error}).") from error
+        if found[:, 0].max(initial=0) > 9:
+            raise ValueError(f"{file} is no binary batch of CIFAR-10: a label is above 9.")
         images = found[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         return images, found[:, 0]
 
-    batches = [records(file) for file in sorted(path.glob("data_batch_*.bin*"))]
+    def once(pattern):  # a batch that is there packed and unpacked counts once
+        return {file.name.split(".")[0]: file for file in sorted(path.glob(pattern))}.values()
+
+    batches = map(records, once("data_batch_*.bin*"))
     x, labels = map(np.concatenate, zip(*batches, strict=True))
-    whole = [file for file in sorted(path.glob("test_batch.bin*"))]
-    if whole:
-        return x, labels, *records(whole[0])
+    for file in once("test_batch.bin*"):
+        return x, labels, *records(file)
     rest = len(x) - len(x) // 5
     return x[:rest], labels[:rest], x[rest:], labels[rest:]
 

@@ -32,7 +32,7 @@ def classification(
         model: Linen's, `(batch, ...) -> (batch, classes)`, without feedback of its own.
         dataset: from `soap_jax.data.load` or `read`.
         scale: of inputs; by default `scaling(dataset)`.
-        taps: what the model names for direct feedback, beside its output "logits".
+        taps: names of the model's values that get direct feedback; its output is named "logits".
 
     Returns:
         The task; batches are `(images, labels)`.
@@ -122,6 +122,10 @@ def small_conv(dataset: data.Dataset | None = None, *, channels: Sequence[int] =
         (8, 8, 1)
     """
     dataset = data.load("digits") if dataset is None else dataset
+    if dataset.train.images.ndim != 4:
+        raise ValueError(
+            f"examples have the shape {dataset.train.images.shape[1:]}; expected images."
+        )
     if min(dataset.train.images.shape[1:3]) >= 28:
         dataset = dataset._replace(train=_halved(dataset.train), test=_halved(dataset.test))
     model = models.ConvNet(tuple(channels), dataset.num_classes, activation=nn.relu, feedback=False)

@@ -58,7 +58,7 @@ def delayed_cue(
 ) -> Task:
     """An LSTM must remember a cue until it is asked.
 
-    A cue of +1 or -1 comes at step 0, then normal noise, and `length` steps later the question.
+    A cue of +1 or -1 comes at step 0, then normal noise, and at step `length` the question.
     With more than one cue the answer is their parity (whether an odd number was +1), so the error
     at one cue depends on the others: one error for all steps does not suit it.
 
@@ -66,7 +66,7 @@ def delayed_cue(
     projected error of the answer, and none goes back through time.
 
     Args:
-        length: steps from the first cue to the question.
+        length: the step of the question.
         cues: the steps at which cues come.
         units: of the LSTM.
         noise: standard deviation of the input's noise.
@@ -85,8 +85,8 @@ def delayed_cue(
     """
     for name, count in (("length", length), ("units", units), ("batch_size", batch_size)):
         grids.check_count(name, count)
-    if not cues or not all(0 <= step < length for step in cues):
-        raise ValueError(f"cues is {cues!r}; expected steps from 0 to {length - 1}.")
+    if not cues or len(set(cues)) < len(cues) or not all(0 <= step < length for step in cues):
+        raise ValueError(f"cues is {cues!r}; expected different steps from 0 to {length - 1}.")
     model = LSTMReader(units)
 
     def examples(key, size=batch_size):

@@ -1,4 +1,4 @@
-"""Labels by a random network, with as many classes as one likes."""
+"""Labels by a random network, with any number of classes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def teacher(
 
         label = argmaxⱼ (tⱼ(x) - mean tⱼ) / std tⱼ
 
-    so that no class is rare. What it is for: the error has one entry for each class, so it shows
-    what direct feedback loses as the output grows.
+    so that few classes are rare. The error has one entry for each class, so the task shows what
+    direct feedback loses as the output grows.
 
     Args:
         classes: at least 2.
