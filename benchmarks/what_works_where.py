@@ -140,7 +140,8 @@ def matrix(rows) -> str:
             share = mine[name].get("share", [math.nan])[0]
             star = "*" * mine[name].get("share_at_edge", False)
             more = f"; {100 * share:.0f} %{star}" if math.isfinite(share) else ""
-            cells.append(in_words("gap", scale, mine[name]) + more)
+            none = math.isnan(mine[name]["best_rate"])
+            cells.append("diverged" if none else in_words("gap", scale, mine[name]) + more)
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
@@ -233,16 +234,28 @@ def main():
     def percent(row):
         return 100.0 if row["metric"].endswith("accuracy") else 1.0
 
+    def share_in_words(row):
+        said = in_words("share", 1.0, row)
+        return said + "*" * (said != "–" and row["share_at_edge"])
+
+    def best_rate(row):
+        none = math.isnan(row["best_rate"])
+        return "diverged" if none else f"{row['best_rate']:g}" + " (edge)" * row["at_edge"]
+
+    def result(row):
+        unit = " %" * row["metric"].endswith("accuracy")
+        return f"{percent(row) * row['value']:.4g}{unit}" if math.isfinite(row["value"]) else "–"
+
     def number(name, row):
         return f"{row[name]:.3g}" if math.isfinite(row[name]) else "–"
 
     columns = {
         "task": "task",
         "method": "label",
-        "best rate": lambda r: f"{r['best_rate']:g}" + " (edge)" * r["at_edge"],
-        "result": lambda r: f"{percent(r) * r['value']:.4g}" + " %" * (percent(r) == 100),
+        "best rate": best_rate,
+        "result": result,
         "gap to backprop": lambda r: in_words("gap", percent(r), r),
-        "share of the gain": lambda r: in_words("share", 1.0, r) + "*" * r.get("share_at_edge", 0),
+        "share of the gain": share_in_words,
         "error angle, first": functools.partial(number, "angle_first"),
         "last": functools.partial(number, "angle_last"),
         "effective rate": functools.partial(number, "effective_rate"),
