@@ -3,8 +3,7 @@
     soap-jax study studies/recurrent.py
 
 "cue": one cue, asked for 64 steps later. "parity": two cues, eight steps apart; the answer is
-whether they differ, so one error for all steps does not suit it. "zero bias" is the cue with the
-forget gates' biases at 0, Flax's own start, in place of 1.
+whether they differ, so one error for all steps does not suit it.
 """
 
 import optax
@@ -17,11 +16,7 @@ def clipped(base, learning_rate):  # noqa: D103 (the task's optimiser, gradients
     return optax.chain(optax.clip_by_global_norm(1.0), base)
 
 
-tasks = {
-    "cue": delayed_cue(64),
-    "parity": delayed_cue(64, cues=(0, 8)),
-    "zero bias": delayed_cue(64, forget_bias=0.0),
-}
+tasks = {"cue": delayed_cue(64), "parity": delayed_cue(64, cues=(0, 8))}
 methods = {name: name for name in ("bp", "fa", "sign_norm", "dfa", "frozen")} | {
     "bp_clipped": study.Method(optimizer=clipped, label="backprop, clipped", color="#444444")
 }
