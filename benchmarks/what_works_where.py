@@ -91,7 +91,8 @@ def share(found, method, reference, metric) -> tuple[list[float], bool]:
         found.grid(name, metric=metric).values[found.rates.index(rate)]
         for name, rate in zip(names, rates, strict=True)
     )
-    gain = statistics.student(found.better(metric) * (theirs - control))
+    sign = found.better(metric) or np.sign(np.mean(theirs - control))
+    gain = statistics.student(sign * (theirs - control))
     if not gain.interval[0] > 0:
         return [math.nan] * 3, edge
     result = statistics.fieller(mine - control, theirs - control)

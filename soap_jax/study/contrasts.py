@@ -226,7 +226,8 @@ class Share(Test):
         )
         if np.isnan([method, reference, over]).any():
             raise NotTestable(f"{self.metric} is not known for every run")
-        gain = statistics.student(comparison.better(self.metric) * (reference - over))
+        sign = comparison.better(self.metric) or np.sign(np.mean(reference - over))
+        gain = statistics.student(sign * (reference - over))
         if not gain.interval[0] > 0:
             said = Estimate(gain.estimate, *gain.interval)
             raise NotTestable(f"the reference may gain nothing over the control: {said}")

@@ -131,10 +131,10 @@ class Results:
         return sorted(found, key=lambda name: not name.endswith(f"_{chosen}"))
 
     def better(self, metric: str) -> int:
-        """1 if a larger value of a metric is better, else -1: that of `select`, else no loss."""
-        if metric.split("_", 1)[1] == self.protocol["select"].split("_", 1)[1]:
+        """1 if a larger value of a metric is better, -1 if a smaller one, 0 if unknown."""
+        if metric.split("_", 1)[-1] == self.protocol["select"].split("_", 1)[-1]:
             return 1 if self.protocol["maximise"] else -1
-        return -1 if metric.endswith("_loss") else 1
+        return -1 if metric.endswith("_loss") else 0
 
     def different_starts(self, *methods: str) -> str:
         """Says so if methods start from different params; else ""."""
