@@ -151,6 +151,8 @@ def test_a_teachers_classes_are_all_there_and_the_student_is_another():
         assert abs(float(task.metrics["accuracy"](params, task.test)) - 0.1) < 0.1
     x, labels = task.train(jax.random.key(1))
     assert x.shape == (64, 32) and labels.shape == (64,)
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
+    assert np.isnan(task.metrics["accuracy"](broken, task.test))
     with pytest.raises(ValueError, match="classes is 1; expected at least 2"):
         tasks.teacher(1)
 

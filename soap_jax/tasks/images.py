@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from soap_jax import data, grids, models, training
 from soap_jax.feedback import glorot_normal
-from soap_jax.tasks.task import Taps, Task
+from soap_jax.tasks.task import Taps, Task, accuracy
 
 
 def classification(
@@ -56,17 +56,11 @@ def classification(
         x, labels = batch
         return training.cross_entropy(outputs(params, x), labels)
 
-    def accuracy(params, batch):
-        x, labels = batch
-        logits = outputs(params, x)
-        hits = jnp.argmax(logits, -1) == labels
-        return jnp.where(jnp.isfinite(logits).all(), hits.mean(), jnp.nan)
-
     def target(batch):
         return jax.nn.one_hot(batch[1], dataset.num_classes, dtype=jnp.float32)
 
     named = Taps(tuple(taps), "logits", target) if taps else None
-    metrics = {"accuracy": accuracy}
+    metrics = {"accuracy": lambda params, batch: accuracy(outputs(params, batch[0]), batch[1])}
     return Task(init, loss, train, validation, test, metrics=metrics, taps=named)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from soap_jax import grids, training
-from soap_jax.tasks.task import Taps, Task
+from soap_jax.tasks.task import Taps, Task, accuracy
 
 HELD_OUT = 512
 """Sequences for validation, and as many for testing."""
@@ -111,7 +111,7 @@ def delayed_cue(
         train=examples,
         validation=examples(validation, HELD_OUT),
         test=examples(test, HELD_OUT),
-        metrics={"accuracy": lambda p, batch: (logits(p, batch).argmax(-1) == batch[1]).mean()},
+        metrics={"accuracy": lambda params, batch: accuracy(logits(params, batch), batch[1])},
         taps=Taps(("c", "h"), "logits", lambda b: jax.nn.one_hot(b[1], 2), stacked="time"),
     )
 

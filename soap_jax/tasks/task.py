@@ -154,3 +154,9 @@ def _check_data(name, part):
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         said = ", ".join(f"{length} at {keys}" for keys, length in lengths.items()) or "none"
         raise ValueError(f"{name} has examples: {said}; expected the same number, at least 1.")
+
+
+def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The share of labels that are the largest logit; NaN if any logit is not finite."""
+    hits = jnp.argmax(logits, -1) == labels
+    return jnp.where(jnp.isfinite(logits).all(), hits.mean(), jnp.nan)

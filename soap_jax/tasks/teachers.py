@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from soap_jax import grids, models, training
-from soap_jax.tasks.task import Taps, Task
+from soap_jax.tasks.task import Taps, Task, accuracy
 
 HELD_OUT = 2048
 """Examples for validation, and as many for testing."""
@@ -71,6 +71,6 @@ def teacher(
         train=examples,
         validation=examples(keys[2], HELD_OUT),
         test=examples(keys[3], HELD_OUT),
-        metrics={"accuracy": lambda p, batch: (logits(p, batch[0]).argmax(-1) == batch[1]).mean()},
+        metrics={"accuracy": lambda params, batch: accuracy(logits(params, batch[0]), batch[1])},
         taps=Taps(model.hidden, "logits", lambda batch: jax.nn.one_hot(batch[1], classes)),
     )

@@ -14,7 +14,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from soap_jax import grids, models, training
-from soap_jax.tasks.task import Taps, Task
+from soap_jax.tasks.task import Taps, Task, accuracy
 
 CHARACTERS = 128
 """The ASCII ones; all others count as "?"."""
@@ -143,10 +143,6 @@ def char_lm(
         batch = batch.astype(jnp.int32)
         return model.apply({"params": params}, batch[:, :-1]), batch[:, 1:]
 
-    def accuracy(params, batch):
-        logits, targets = outputs(params, batch)
-        return (logits.argmax(-1) == targets).mean()
-
     def target(batch):
         return jax.nn.one_hot(batch[:, 1:], CHARACTERS)
 
@@ -156,6 +152,6 @@ def char_lm(
         train=draw,
         validation=held_out(codes[-tenth:]),
         test=held_out(codes[-2 * tenth : -tenth]),
-        metrics={"accuracy": accuracy},
+        metrics={"accuracy": lambda params, batch: accuracy(*outputs(params, batch))},
         taps=Taps(model.streams, "logits", target),
     )
