@@ -5,6 +5,7 @@ import os
 import pathlib
 import runpy
 
+import jax
 import numpy as np
 import optax
 import pytest
@@ -33,6 +34,17 @@ def made_up(tmp_path_factory):
     records[:, 0] %= 10
     (root / "cifar10" / "data_batch_1.bin").write_bytes(records.tobytes())
     return root
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    """Keeps no program: these are large, and JAX 0.10.2 crashed where it wrote one to its cache."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    yield
+    jax.config.update(name, before)
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
