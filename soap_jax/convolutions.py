@@ -36,6 +36,10 @@ NAME = "convolution_as_product"
 """The name of the call that a convolution becomes."""
 
 
+class Unsuitable(ValueError):
+    """Says why a convolution stays what it is."""
+
+
 def as_products(fun: Function) -> Function:
     """The same function, whose convolutions are matrix products where it is compiled for CPU.
 
@@ -89,7 +93,7 @@ def convolution(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
     unpadded convolutions, since their result has more positions than their input.
 
     Raises:
-        NotImplementedError: if it has more than three spatial dimensions, or none; or needs more
+        Unsuitable: if it has more than three spatial dimensions, or none; or needs more
             than `MOST_COPIES` or `MOST_BYTES`.
     """
     conv = _Convolution(lhs.shape, rhs.shape, params)
@@ -130,7 +134,7 @@ class _Convolution:
         lhs, rhs, out = specs.lhs_spec, specs.rhs_spec, specs.out_spec
         self.rank = len(lhs_shape) - 2
         if not 1 <= self.rank <= 3:
-            raise NotImplementedError(f"the rank is {self.rank}; expected 1 to 3.")
+            raise Unsuitable(f"the rank is {self.rank}; expected 1 to 3.")
         self.axes = (
             _named(lhs, "nc" + INPUT),
             _named(rhs, "oc" + WINDOW),
@@ -158,14 +162,14 @@ class _Convolution:
         window, size, inputs = map(math.prod, (self.window, self.size, self.input))
         self.product_first = window <= MOST_COPIES and inputs < size
         if min(window, size) > MOST_COPIES:
-            raise NotImplementedError(f"it needs more than {MOST_COPIES} copies.")
+            raise Unsuitable(f"it needs more than {MOST_COPIES} copies.")
         rows = lhs_shape[lhs[0]] * window
         if self.product_first:
             count = rows * inputs * rhs_shape[rhs[0]]
         else:
             count = rows * size * lhs_shape[lhs[1]]
         if 4 * count > MOST_BYTES:  # in float32
-            raise NotImplementedError(f"its copies need more than {MOST_BYTES} bytes.")
+            raise Unsuitable(f"its copies need more than {MOST_BYTES} bytes.")
 
     def copies(self, x, axes):
         """Copies of the input, as many as the window or the result has positions if fewer.
@@ -337,7 +341,7 @@ def _call(eqn: core.JaxprEqn) -> core.JaxprEqn:
     either.__name__ = NAME
     try:
         (call,) = jax.make_jaxpr(jax.jit(either))(*types).jaxpr.eqns
-    except NotImplementedError:
+    except Unsuitable:
         return eqn
     theirs, ours = ([_type(v.aval) for v in (*e.invars, *e.outvars)] for e in (eqn, call))
     if theirs != ours:  # it is sharded, or varies over a mesh, otherwise

@@ -15,8 +15,7 @@ from soap_jax.study import methods as registry
 from soap_jax.study import preset
 
 STUDIES = sorted((pathlib.Path(__file__).parent.parent / "studies").glob("*.py"))
-if not STUDIES:
-    pytest.skip("the studies are not in this checkout", allow_module_level=True)
+assert STUDIES, "the directory studies/ is empty"
 
 
 @pytest.fixture(scope="session")

@@ -169,7 +169,7 @@ class MoskovitzNet(nn.Module):
 def moskovitz_conv(dataset: data.Dataset) -> Task:
     """Tell apart CIFAR-10's classes by the network of `MoskovitzNet`, as the paper trains it.
 
-    The paper's optimiser is Adam, its batches 128 images. A step takes about 0.15 s on two cores.
+    The paper's optimiser is Adam, its batches 128 images.
 
     Args:
         dataset: images of at least 24 x 24 pixels, such as `soap_jax.data.load("cifar10")`; or a
