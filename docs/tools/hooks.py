@@ -7,6 +7,7 @@ linked where the repository is published.
 
 import base64
 import concurrent.futures
+import html
 import importlib
 import inspect
 import os
@@ -17,6 +18,7 @@ import tomllib
 import types
 
 import jupytext
+import latex2mathml.converter
 import nbclient
 from mkdocs import exceptions
 from mkdocs.structure import files as files_
@@ -43,6 +45,7 @@ SOURCES = {page: source for source, page in PAGES.items()}
 SHOWN = {"examples": "examples/index.md", "examples/notebooks": "notebooks/from_scratch.md"}
 
 LINK = re.compile(r"(\]\()([^()\s]+)(\))")
+EQUATION = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 FENCE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
 
 
@@ -163,6 +166,11 @@ def on_page_markdown(markdown, page, config, files):
 
     parts = FENCE.split(included(markdown, source))
     return "".join(p if i % 2 else LINK.sub(replace, p) for i, p in enumerate(parts))
+
+
+def on_page_content(content, page, config, files):
+    """Typesets equations as MathML, which browsers show without a script."""
+    return EQUATION.sub(lambda tex: latex2mathml.converter.convert(html.unescape(tex[1])), content)
 
 
 def read_notebook(path):
