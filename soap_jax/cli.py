@@ -14,14 +14,13 @@ import math
 import os
 import pathlib
 import re
-import runpy
 import shlex
 import sys
 import time
 import traceback
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 try:
@@ -111,24 +110,28 @@ class TaskStudy(_Running, preset.Protocol):
     task: tyro.conf.Positional[pathlib.Path]
     select: str | None = None
     maximise: bool | None = None
-    module: tyro.conf.Suppress[Any] = None
+    file: tyro.conf.Suppress[Any] = None
 
     def run(self):
         """Compares."""
-        import optax
-
-        options = self.smaller(self.module.smaller) if self.quick else self
-        arguments = options.arguments() | {
-            "methods": getattr(self.module, "methods", preset.DEFAULT_METHODS),
-            "claims": getattr(self.module, "claims", ()),
-            "optimizer": getattr(self.module, "optimizer", optax.sgd),
-            "select": self.select,
-            "maximise": self.maximise,
-        }
+        options = self.smaller(self._quick()) if self.quick else self
+        chosen = {name: getattr(self.file, name) for name in ("methods", "claims", "optimizer")}
+        chosen |= {"select": self.select, "maximise": self.maximise}
         out = self.place(self.task.stem)
-        for name, task in self.module.tasks.items():
+        for name, task in self.file.tasks.items():
             title = " ".join(filter(None, (self.task.stem, name)))
-            _compare(arguments | {"task": task}, out / name, {"title": title}, dry_run=self.dry_run)
+            arguments = options.arguments() | chosen | {"task": task}
+            _compare(arguments, out / name, {"title": title}, dry_run=self.dry_run)
+
+    def _quick(self) -> dict[str, Any]:
+        """What the file changes with --quick; lists that the command line gives stay."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        defaults |= self.file.options
+        return {
+            name: value
+            for name, value in self.file.smaller.items()
+            if not isinstance(value, tuple) or getattr(self, name) == defaults[name]
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -280,7 +283,7 @@ def _parse(args: list[str]) -> Any:
     task = next((arg for arg in args if arg.endswith(".py")), None)
     study: Any = Annotated[Study, tyro.conf.subcommand("study")]
     if args[:1] == ["study"] and task is not None:
-        study = Annotated[TaskStudy, tyro.conf.subcommand("study", default=_imported(task, args))]
+        study = Annotated[TaskStudy, tyro.conf.subcommand("study", default=_task_study(task, args))]
     report = Annotated[Report, tyro.conf.subcommand("report")]
     train = Annotated[Train, tyro.conf.subcommand("train")]
     said = io.StringIO()
@@ -332,83 +335,17 @@ def _options() -> tyro.constructors.ConstructorRegistry:
     return registry
 
 
-def _imported(path: str, args: list[str]) -> TaskStudy:
-    """What a task file says, as defaults of options."""
-    if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
+def _task_study(path: str, args: list[str]) -> TaskStudy:
+    """The command for a task file, whose values are the defaults of its options."""
     _start_jax(cache="--no-cache" not in args, distributed="--distributed" in args)
-    from soap_jax.tasks import Task
+    from soap_jax.study import task_files
 
-    sys.path.insert(0, str(pathlib.Path(path).parent))
-    try:
-        module = runpy.run_path(path)
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        where = [f", line {frame.lineno}" for frame in frames if frame.filename == path][-1:]
-        said = f"{path}{''.join(where)}: {type(error).__name__}: {_first_line(error)}."
-        raise ValueError(said) from error
-    tasks, smaller = (
-        None if isinstance(found := module.get(name), types.ModuleType) else found
-        for name in ("tasks", "smaller")
-    )
-    if tasks is not None and "task" in module:
-        raise ValueError(f"{path} defines `task` and `tasks`; expected one of them.")
-    tasks = {"": module.get("task")} if tasks is None else tasks
-    if not (isinstance(tasks, Mapping) and tasks and all(map(_is_folder, tasks))):
-        named = list(tasks) if isinstance(tasks, Mapping) else type(tasks).__name__
-        raise ValueError(
-            f"{path}: tasks is {named}; expected a dict from names to soap_jax.study.Tasks, names "
-            "that can be directories'."
-        )
-    for name, task in tasks.items():
-        if not isinstance(task, Task):
-            said = f"`tasks` has {task!r} at {name!r}" if name else "defines no `task`"
-            raise ValueError(f"{path} {said}; expected task = soap_jax.study.Task(...).")
     hints = typing.get_type_hints(TaskStudy)
-    options = hints.keys() - {"task", "module"}
-    given = {name: _option(path, name, module[name], hints) for name in options & module.keys()}
-    smaller = {} if smaller is None else smaller
-    if not isinstance(smaller, Mapping) or smaller.keys() - options:
-        raise ValueError(
-            f"{path}: smaller is {smaller!r}; expected options of --quick, such as "
-            "{'seeds': 2, 'steps': 40}."
-        )
-    smaller = {name: _option(path, name, value, hints) for name, value in smaller.items()}
+    file = task_files.read(path, {name: hints[name] for name in hints.keys() - {"task", "file"}})
+    defaults = dict(file.options)
     if any(arg.partition("=")[0] == "--epochs" for arg in args):
-        given.pop("steps", None)
-    module |= {"tasks": tasks, "smaller": smaller}
-    known = types.SimpleNamespace(**module)  # tyro would look for options in a dict
-    return TaskStudy(task=pathlib.Path(path), module=known, **given)
-
-
-def _is_folder(name: Any) -> bool:
-    """Whether a task's name, or the "" of the only one, can be a directory's."""
-    plain = isinstance(name, str) and name.isprintable() and name not in (".", "..")
-    return plain and pathlib.Path(name).name == name
-
-
-def _option(path: str, name: str, value: Any, hints: Mapping[str, Any]) -> Any:
-    """An option's value as a task file gives it."""
-    try:
-        return _fitted(value, hints[name])
-    except (TypeError, ValueError) as error:
-        kind = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
-        raise ValueError(f"{path}: {name} is {value!r}; expected {kind}.") from error
-
-
-def _fitted(value: Any, hint: Any) -> Any:
-    """An option's value by its type: a list becomes a tuple, numbers keep what they are."""
-    kind, *others = typing.get_args(hint) or (hint,)
-    if typing.get_origin(hint) is tuple and not isinstance(value, str):
-        return tuple(_fitted(each, kind) for each in value)
-    if value is None and type(None) in others:
-        return None
-    if isinstance(value, str) != (kind is str) and kind is not pathlib.Path:
-        raise TypeError(kind)
-    found = kind(value)
-    if found != value and kind is not pathlib.Path:
-        raise ValueError(kind)
-    return found
+        defaults.pop("steps", None)
+    return TaskStudy(task=pathlib.Path(path), file=file, **defaults)
 
 
 def _as(kind, options):

@@ -330,6 +330,16 @@ def test_several_tasks_have_a_directory_each_and_say_what_is_quick(tmp_path):
         assert facts["protocol"]["steps"] == 4
 
 
+def test_rates_of_the_command_line_go_before_those_of_a_file(tmp_path):
+    (tmp_path / "my_task.py").write_text(f"{TASK}smaller = dict(learning_rates=(0.1,), steps=4)")
+    for given, rates in (("--learning-rates=0.3", [0.3]), ("--seeds=1", [0.1])):
+        args = ("--quick", given, f"--out={rates[0]}")
+        done = soap_jax("study", "my_task.py", *args, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        record = json.loads((tmp_path / str(rates[0]) / "study.json").read_text())
+        assert record["protocol"]["learning_rates"] == rates
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
