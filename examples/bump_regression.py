@@ -1,11 +1,11 @@
 """Fits a noisy bump with a 1-20-1 network: backprop, feedback alignment and sign synchronisation.
 
 This is the smallest problem that shows how feedback alignment works. The error reaches the hidden
-layer through fixed random weights B, which are independent of W (Lillicrap et al., 2016). In the
-end the fit is as good as backprop's: W turns towards B, as the last column shows. If B gets the
-signs of W at every step (Liao et al., 2016), its size matters. Raw signs are larger than W and make
-the hidden layer's steps larger, so the loss falls faster than with backprop. With signs of the size
-of B0, it does not.
+layer through fixed random weights B, which do not depend on W (Lillicrap et al., 2016). In the end
+the fit is as good as backprop's: W turns towards B, as the last column shows. If B gets the signs
+of W at every step (Liao et al., 2016), its size matters. Raw signs are larger than W and make the
+hidden layer's steps larger, so the loss falls faster than with backprop. With signs of the size of
+B0, it does not.
 
 This program has only one seed and one learning rate, at which larger steps help.
 `sign_sync_sweep.py` has several of both.

@@ -33,7 +33,7 @@ def loss(params, h, target):
 
 
 def whole(params):
-    """The loss of all steps, to go back through."""
+    """The loss of all steps, for backpropagation through time."""
     _, hs = jax.lax.scan(lambda h, _: (cell(params, h, None),) * 2, H0, None, TIME)
     return jnp.mean((hs @ params["readout"] - TARGETS) ** 2)
 
