@@ -1,4 +1,4 @@
-"""What does a step of direct feedback alignment cost beside backprop, by depth and width?
+"""What does a step of direct feedback alignment cost, relative to backprop, by depth and width?
 
     python -m benchmarks.direct [--rounds 15] [--quick] [--out benchmarks/results]
 

@@ -1,4 +1,4 @@
-"""What does it cost to record alignment every so many steps of a scanned training loop?
+"""What does it cost to record alignment every few steps of a scanned training loop?
 
     python -m benchmarks.recording [--rounds 30] [--quick] [--out benchmarks/results]
 

@@ -1,4 +1,4 @@
-"""What does a step of each method cost beside a backprop step of the same Flax model?
+"""What does a step of each method cost, relative to a backprop step of the same Flax model?
 
     python -m benchmarks.step_time [--rounds 15] [--quick] [--out benchmarks/results]
 

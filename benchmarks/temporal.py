@@ -1,4 +1,4 @@
-"""Does RFLO learn a sum of three sines as well as backpropagation through time does?
+"""Does RFLO learn a sum of three sines as well as backpropagation through time?
 
     python -m benchmarks.temporal [--seeds 20] [--quick] [--out benchmarks/results]
 

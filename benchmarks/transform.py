@@ -1,4 +1,4 @@
-"""What does `with_feedback` cost beside layers written for feedback, and to trace?
+"""What does `with_feedback` cost, relative to feedback layers, in steps and in tracing?
 
     python -m benchmarks.transform [--rounds 30] [--quick] [--out benchmarks/results]
 
