@@ -209,7 +209,7 @@ def _instruction(name, rest, root, home):
 
 
 def _closing(text):
-    """The position of the parenthesis that closes the first character of a text."""
+    """The position of the parenthesis that closes the one at the start of a text."""
     depth = 0
     for i, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
