@@ -1,9 +1,9 @@
-"""Runs the benchmarks of speed and memory, one after the other, each in a process of its own.
+"""Runs the benchmarks of speed and memory one after the other, each in its own process.
 
     python -m benchmarks [NAME ...] [--quick] [--out benchmarks/results]
 
-What each asks is the first line of its docstring; `benchmarks/README.md` says how to read what
-comes out. With `--quick` all of them take about two minutes, and their figures mean nothing.
+The first line of its docstring is the question of each benchmark. `benchmarks/README.md` explains
+the results. With `--quick`, all benchmarks take about two minutes, and their numbers mean nothing.
 """
 
 from __future__ import annotations

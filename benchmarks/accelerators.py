@@ -3,26 +3,23 @@
     pip install -e ".[dev]" "jax[tpu]" "jax[cuda12]"    # libtpu 0.7 GB, the CUDA wheels 4.4 GB
     python -m benchmarks.accelerators --target h100 v5e:2x2 v5e:16x16 [--quick] [--out DIR]
 
-Compiles the train steps of `benchmarks.methods` for devices that are not there, and says what the
-compiled programs hold; `benchmarks.compiled` defines the terms. Nothing is timed. Times are
-predictions, a roofline by the figures of `benchmarks.targets`. Targets are "h100", "h100:8" (GPUs
-of one machine) and slices of TPU v5e. One device compiles the cases of one device, a small slice
-those and meshes of all its chips, a large one larger networks on meshes of all its chips. On 2 CPU
-cores a target takes 5 to 15 minutes.
+Compiles the train steps of `benchmarks.methods` for devices that are not there, and reports the
+contents of the compiled programs. `benchmarks.compiled` defines the terms. Nothing is timed. Times
+are predictions: a roofline with the numbers of `benchmarks.targets`. Targets are "h100", "h100:8"
+(GPUs of one machine) and slices of TPU v5e. A target with one device compiles the cases for one
+device. A small slice also compiles meshes of all its chips. A large slice compiles larger networks
+on meshes of all its chips. On 2 CPU cores, a target takes 5 to 15 minutes.
 
-    one         one device
-    data        data-parallel: the batch split over all devices
-    fsdp        the batch and every kernel, feedback included, split over all devices
-    tensor      the batch split over one axis of a mesh, kernels over the other one: of every second
-                layer by its outputs, of those between by their inputs
-    explicit    as "data", on an explicit mesh
-    epoch       20 steps as one scan, `training.train_epoch`; numbers are per step
-    sweep       64 runs of the study at once, as `soap_jax.sweeps` does them on a device, measuring
-                included; numbers are per step of all runs
-    placed      a stack of layers, each on chips of its own: see `benchmarks.placement`
+    one         one device data        data-parallel: the batch split over all devices fsdp
+    the batch and every kernel, feedback included, split over all devices tensor      the batch
+    split over one axis of a mesh, kernels over the other one: every second layer by its outputs,
+    the layers between by their inputs explicit    as "data", on an explicit mesh epoch       20
+    steps as one scan, `training.train_epoch`; numbers are per step sweep       4 runs of the study
+    at once, as in `soap_jax.sweeps` on a device, including measurements; numbers are per step of
+    all runs placed      a stack of layers, each on its own chips: see `benchmarks.placement`
 
-A rule's period is an array of its state. Periods that have the same program share a row. "At a
-sync" is a step in which feedback is synced, all else a step in which it is not.
+The period of a rule is an array in its state. Periods with the same program share a row. "At a
+sync" is for a step that syncs feedback. All other numbers are for a step that does not.
 """
 
 from __future__ import annotations
@@ -96,7 +93,7 @@ QUICK = (Case(LARGE, 512, ("bp", "fa", "sign")),)
 def jobs_of(
     target: targets.Target, *, quick: bool = False
 ) -> Iterator[tuple[dict, dict[int | None, Callable[[], jobs.Job]]]]:
-    """What is compiled for a target: what a row says of it, and by period how it is made."""
+    """What is compiled for a target: the row's labels, and by period how to make it."""
     num = len(target.devices)
     large = num > 16
     cases = QUICK if quick else LARGE_MESHES if large else (*ALONE, *(MESHES if num > 1 else ()))
@@ -150,7 +147,7 @@ def rows_of(
 
 
 def facts_of(one: jobs.Job, target: targets.Target, program: jax.stages.Compiled) -> dict[str, Any]:
-    """Every fact as a plain value: what a step does, without a sync and at one; the memory."""
+    """Every fact as a plain value: operations of a step without and with a sync, and memory."""
     found = compiled.facts(program, one.kernels)
     row: dict[str, Any] = {}
     for prefix, work in (("", found.quiet), ("sync_", found.sync)):
@@ -176,7 +173,7 @@ def facts_of(one: jobs.Job, target: targets.Target, program: jax.stages.Compiled
 
 
 def columns(target: targets.Target) -> dict[str, str | Callable[[dict], str]]:
-    """The table's columns: of a step without a sync, and where a sync differs, of one at it."""
+    """The table's columns: a step without a sync, then one at a sync where it differs."""
 
     def at(name, show=lambda value: f"{value:.4g}"):
         def cell(row):
@@ -225,7 +222,7 @@ def columns(target: targets.Target) -> dict[str, str | Callable[[dict], str]]:
 
 
 def run(target: targets.Target, *, quick: bool) -> list[dict[str, Any]]:
-    """Compiles everything of a target, and says how far it is."""
+    """Compiles everything for a target, and prints its progress."""
     rows: list[dict[str, Any]] = []
     begin = time.perf_counter()
     todo = list(jobs_of(target, quick=quick))
@@ -238,7 +235,7 @@ def run(target: targets.Target, *, quick: bool) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Compiles for the targets; prints and writes a table and all facts of each."""
+    """Compiles for the targets; prints and writes a table and all facts for each target."""
     parser = common.arguments(__doc__, rounds=1)  # there are no rounds
     parser.set_defaults(out=OUT)
     parser.add_argument("--target", nargs="+", required=True, help="such as h100 v5e:2x2")
@@ -248,7 +245,7 @@ def main() -> int:
     except (ValueError, targets.MissingPlugin) as error:
         print(error, file=sys.stderr)
         return 2
-    jax.config.update("jax_enable_compilation_cache", False)  # what is not there loads no program
+    jax.config.update("jax_enable_compilation_cache", False)  # no device, no loaded program
     for target in found:
         rows = run(target, quick=args.quick)
         common.publish(

@@ -2,16 +2,16 @@
 
     python -m benchmarks.activity [--seeds 10] [--rounds 30] [--quick] [--data-dir DIR]
 
-The first half repeats the original's comparison: MNIST, 784-100-10, plain SGD at 0.05, PyTorch's
-default initial weights, five batches of backprop to begin with, the training loss after 0.2 epoch.
-There it was 0.92 against backprop's 0.37; with which activation function, batch size, inputs and
-bias is not known, so several are tried, and all are shown. After the first five batches the control
-"frozen" trains the hidden layers no more, and "scaled" multiplies their gradient by 8. Where
-backprop comes nearest to the original's, `bias`, the dtype and the rate of the activities are
-varied, too (the rate of the weights stays). Beside each loss stand the angle of the first layer's
-gradient to backprop's, and how many times as long it is.
+The first half repeats the original comparison: MNIST, 784-100-10, plain SGD at 0.05, PyTorch's
+default initial weights, a start with five batches of backprop, the training loss after 0.2 epoch.
+The original reports 0.92, and 0.37 for backprop. Its activation function, batch size, inputs and
+bias are not known, so several are tried, and all are shown. After the first five batches, the
+control "frozen" no longer trains the hidden layers, and "scaled" multiplies their gradient by 8. In
+the setting in which backprop is nearest to the original, `bias`, the dtype and the rate of the
+activities are also varied (not the rate of the weights). The table also has the angle between the
+first layer's gradient and backprop's, and the ratio of their lengths.
 
-The second half times steps, as `benchmarks.step_time` does.
+The second half times steps in the same way as `benchmarks.step_time`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from soap_jax import activity, data, metrics
 
 RATE, WARMUP, EPOCHS, LAST = 0.05, 5, 0.2, 20
 ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}
-INPUTS = {"standard": (0.1307, 0.3081), "0 to 1": (0.0, 1.0)}  # what is taken off, and divided by
+INPUTS = {"standard": (0.1307, 0.3081), "0 to 1": (0.0, 1.0)}  # mean and deviation
 BATCH_SIZES = (16, 64)
 DEFAULT_BIAS = 1e-5
 SCALE = 8  # about as long as activity propagation's gradients are at their best bias
 CLOSEST = ("784-100-10", "standard", "tanh", 64)
 DEEPER = ("784-100-100-10", "standard", "tanh", 64)
-# At a rate 1000 times as large d is as much larger, and rounding does not reach it.
+# At a rate 1000 times as large, d is 1000 times as large, and rounding does not affect it.
 VARIANTS = [(RATE, "float32"), (RATE, "float64"), (1000 * RATE, "float32")]
 BIASES = (1e-3, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10)  # at rate 0.05; they go with the rate
 TIMED = {"784-100-10": (64, 512), "784-1024-1024-1024-10": (64, 512)}
@@ -51,7 +51,7 @@ def init(key, network, dtype):
     for n, m in itertools.pairwise(map(int, network.split("-"))):
         key, *keys = jax.random.split(key, 3)
         bound = n**-0.5
-        # Drawn in float32 always, so that runs of both dtypes start alike.
+        # Always drawn in float32, so that runs of both dtypes start with the same weights.
         draw = functools.partial(jax.random.uniform, dtype="float32", minval=-bound, maxval=bound)
         params.append({"kernel": draw(keys[0], (n, m)), "bias": draw(keys[1], (m,))})
     return jax.tree.map(lambda w: w.astype(dtype), params)
@@ -90,7 +90,7 @@ STATIC = ("method", "network", "activation", "batch_size", "dtype")
 def train(
     seeds, images, labels, inputs, rate, bias, *, method, network, activation, batch_size, dtype
 ):
-    """Trains once a seed; returns loss, and angle and size of W₁'s gradient, each `(seeds,)`.
+    """Trains once per seed; returns loss, and angle and size of W₁'s gradient, each `(seeds,)`.
 
     They are means over the last 20 batches.
     """
@@ -119,7 +119,7 @@ def train(
 
 
 def learn(split, seeds, settings):
-    """Trains by every method in every setting; prints a row each."""
+    """Trains by every method in every setting; prints a row for each."""
     images, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
     print(
         f"| {'network':<14} | inputs   | activation | batch | {'method':<28} | dtype   "
@@ -238,7 +238,7 @@ def main():
     else:
         timed = {"784-100-10": (64,)}
 
-    jax.config.update("jax_enable_x64", True)  # for the rows in float64 alone
+    jax.config.update("jax_enable_x64", True)  # only for the rows in float64
     mnist = data.load("mnist", data_dir=args.data_dir)
     learned = learn(mnist.train, seeds, settings)
     timings = time_steps(timed, rounds, seconds)

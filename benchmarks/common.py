@@ -1,7 +1,7 @@
-"""What the benchmarks share: interleaved timing, and results that say where they come from.
+"""Shared code of the benchmarks: interleaved timing, and results with their versions and device.
 
-A benchmark times methods side by side, makes one row of plain values per case and method, and
-hands its rows to `publish`, which prints a table and writes `NAME.json` (rows, versions, device),
+A benchmark times methods side by side, and makes one row of plain values per case and method. It
+passes its rows to `publish`, which prints a table and writes `NAME.json` (rows, versions, device),
 `NAME.md` (the table) and `NAME.png` (the figure).
 """
 
@@ -29,7 +29,7 @@ OUT = pathlib.Path("benchmarks/results")
 
 
 def arguments(doc: str, *, rounds: int) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes: `--rounds`, `--quick` and `--out`."""
+    """A parser with the options of every benchmark: `--rounds`, `--quick` and `--out`."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=rounds, help="by default %(default)s")
     parser.add_argument("--quick", action="store_true", help="small and short, to see it run")
@@ -38,7 +38,7 @@ def arguments(doc: str, *, rounds: int) -> argparse.ArgumentParser:
 
 
 def interleave(runners: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Times every runner once a round, in an order drawn anew: `{name: seconds by round}`."""
+    """Times every runner once per round, in a new random order: `{name: seconds by round}`."""
     times: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(rounds):
         for name in random.sample(list(runners), len(runners)):
@@ -78,13 +78,13 @@ def summary(times: Mapping[str, list[float]], reference: str) -> dict[str, dict]
 
 
 def show_ms(row: Mapping) -> str:
-    """A time as a table has it, with three digits."""
+    """A time as in a table, with three digits."""
     ms = row["ms"]
     return f"{ms:.0f}" if ms >= 100 else f"{ms:#.3g}"
 
 
 def show_ratio(row: Mapping) -> str:
-    """A ratio as a table has it: the median and its quartiles."""
+    """A ratio as in a table: the median and its quartiles."""
     return "{:.3f} [{:.3f}, {:.3f}]".format(row["ratio"], *row["quartiles"])
 
 
@@ -101,7 +101,7 @@ def facts() -> dict:
 
 
 def markdown(rows: Iterable[Mapping], columns: Mapping[str, str | Callable[[Mapping], str]]) -> str:
-    """A table: per column its head, and a row's key or a function of the row."""
+    """A table: for each column its head, and a key or a function of the row."""
     lines = [list(columns), ["---"] * len(columns)]
     for row in rows:
         lines.append([str(c(row) if callable(c) else row[c]) for c in columns.values()])

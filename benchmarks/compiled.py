@@ -1,29 +1,29 @@
-"""What a compiled program does, read from it: products, kernels, copies, collectives, bytes.
+"""Reads what a compiled program does: products, kernels, copies, collectives, bytes.
 
     found = facts(jax.jit(step, donate_argnums=0).lower(state, batch).compile(), kernels=shapes)
     found.quiet.launches, found.quiet.copies, found.sync.collectives, found.peak
 
-Nothing runs, so the program may be for a device that is not there. A step with a sync that has its
-turn and one without are told apart: `sync` and `quiet`. What belongs to the sync stands in a
-conditional, or in a loop whose length XLA does not know, that comes from `soap_jax.feedback._sync`.
+Nothing runs, so the program may be for a device that is not there. There are separate facts for a
+step with a due sync (`sync`) and without (`quiet`). The operations of the sync are in a
+conditional, or in a loop of unknown length, that comes from `soap_jax.feedback._sync`.
 
-Counted as they stand in the program, each once: products, copies, casts. Counted as often as they
-are executed, a loop's length times: launches, FLOPs, bytes, decisions, collectives. A loop of
-unknown length outside the sync counts as one round; of branches outside the sync, and within it,
-the one with most to do counts.
+Products, copies and casts are counted once, as they stand in the program. Launches, FLOPs, bytes,
+decisions and collectives are counted as often as they are executed, so a loop counts by its length.
+A loop of unknown length outside the sync counts as one round. Of several branches, outside or
+inside the sync, the branch with the most work counts.
 
     product     dot, convolution, or a call of cuBLAS or cuDNN, wherever it stands
     launch      GPU: a kernel or a copy on the device; TPU: an operation on arrays at the top level
-    copy        an array of a kernel's size that is written a second time, unchanged but for layout;
-                what TPUs fetch into their fast memory (VMEM), and bring back changed, is none
+    copy        an array of a kernel's size that is written a second time, with the same values, in
+                any layout; arrays that TPUs fetch into VMEM and bring back changed do not count
     cast        the same in another dtype
     decision    a predicate, or the condition of a loop of unknown length; on GPU the host waits
-    FLOPs       of the products, 2 per multiplication; zeros that convolutions pad with do not count
-    bytes       read and written in the device's main memory by every operation at the top level:
-                of operands that it only takes slices of, these; XLA's own account, where it has
-                one, is `reported`
-    sent        bytes that each device sends in a ring: of n devices and S bytes, 2 S (n - 1) / n in
-                an all-reduce, half of that in an all-gather or a reduce-scatter
+    FLOPs       of the products, 2 per multiplication; the zeros of padded convolutions do not count
+    bytes       read and written in the device's main memory by every operation at the top level;
+                if an operation only takes slices of an operand, only the slices count; XLA's own
+                numbers, if there are any, are `reported`
+    sent        bytes that each device sends in a ring: for n devices, S bytes: 2 S (n - 1) / n in
+                an all-reduce, and half of it in an all-gather or a reduce-scatter
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import jax
 from benchmarks import hlo, operations
 
 When = Literal["always", "synced", "unsynced"]
-"""Whether at every execution, or only if syncs have their turn, or only if they have not."""
+"""Whether at every execution, only if syncs are due, or only if they are not due."""
 
 
 class Kernel(NamedTuple):
@@ -62,13 +62,13 @@ class Kernel(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one execution does; see the module.
+    """The operations of one execution; see the module.
 
     Attributes:
         products, copies, casts: as they stand in the program.
         kernels: the operations that are launched.
         prefetched: bytes of main memory that TPUs fetch or bring back beside other work.
-        collectives: those, wherever they stand.
+        collectives: the collective operations, anywhere in the program.
         decisions: how often control flow depends on a value.
     """
 
@@ -101,7 +101,7 @@ class Work:
         return sum(one.times * one.sent for one in self.collectives)
 
     def by_kind(self) -> dict[str, tuple[float, float]]:
-        """Per kind of collective: how many, and the bytes that each device sends."""
+        """For each kind of collective: the number, and the bytes that each device sends."""
         found: dict[str, tuple[float, float]] = {}
         for one in self.collectives:
             count, sent = found.get(one.kind, (0, 0))
@@ -111,11 +111,11 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a compiled program is.
+    """The facts about a compiled program.
 
     Attributes:
-        quiet: what it does when no sync has its turn.
-        sync: what it does when every sync has.
+        quiet: what it does if no sync is due.
+        sync: what it does if every sync is due.
         conditionals: in the program.
         dynamic_loops: loops in the program whose length XLA does not know.
         arguments: bytes, per device as all that follow.
@@ -146,8 +146,8 @@ def facts(compiled: jax.stages.Compiled, kernels: Iterable[tuple[int, ...]] = ()
 
     Args:
         compiled: from `jax.jit(...).lower(...).compile()`.
-        kernels: the shapes of the kernels. An array is of a kernel's size that has as many elements
-            as one of them, so that it is found in any layout. Give a shard's shape, too.
+        kernels: the shapes of the kernels. An array has a kernel's size if it has as many elements
+            as one of them, in any layout. Also give the shapes of shards.
     """
     memory = compiled.memory_analysis()
     cost = compiled.cost_analysis() or {}
@@ -180,7 +180,7 @@ class _Executed(NamedTuple):
 def _executed(
     computation: hlo.Computation, times: float = 1, when: When = "always"
 ) -> Iterator[_Executed]:
-    """All that is executed at the top level, from a computation on."""
+    """All instructions that a computation executes at the top level."""
     for one in computation.instructions.values():
         yield _Executed(one, times, when)
         of_sync = when == "always" and bool(operations.SYNC.search(one.op_name))
@@ -193,7 +193,7 @@ def _executed(
             branches = one.called()
             most = max(branches, key=_size)
             for branch in branches:
-                if of_sync:  # the other one hands feedback on
+                if of_sync:  # the other one passes feedback on
                     turn: When = "synced" if branch is most else "unsynced"
                     yield from _executed(branch, times, turn)
                 else:
@@ -204,14 +204,14 @@ def _executed(
 
 
 def _size(computation):
-    """How much there is to do: FLOPs and bytes, then instructions."""
+    """The amount of work: FLOPs and bytes, then instructions."""
     work = _work(list(_executed(computation)), frozenset(), synced=False)
     parts = (one.within() for one in computation.instructions.values())
     return work.flops + work.nbytes, sum(1 for part in parts for _ in part)
 
 
 def _work(executed: list[_Executed], sizes: Collection[int], *, synced: bool) -> Work:
-    """What these do, in an execution in which syncs have their turn or not."""
+    """What these do in an execution in which syncs are due or not."""
     products, prefetched, decisions = 0, 0.0, 0.0
     kernels, found, rewritten = [], {}, collections.Counter[str]()
     for one, times, when in executed:

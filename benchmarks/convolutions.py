@@ -4,9 +4,10 @@
 
 Backprop and Adam, float32. A small network: 14 x 14 images, two strided convolutions 3 x 3, 16 and
 32 channels, and a dense layer. A large one (Moskovitz et al., 2018): 24 x 24 colour images, two
-unpadded convolutions 5 x 5 of 64 channels with pooling, dense layers 384, 192 and 10. Four ways: a
-jitted step called from Python; the same step in `jax.lax.scan`; `soap_jax.training.train_epoch`, by
-matrix products; and PyTorch, if it is there. Ratios to the first, within a round.
+unpadded convolutions 5 x 5 of 64 channels with pooling, dense layers 384, 192 and 10. Each is timed
+in four ways: a jitted step called from Python; the same step in `jax.lax.scan`;
+`soap_jax.training.train_epoch`, with matrix products; and PyTorch, if it is installed. Ratios are
+to the first, within a round.
 """
 
 from __future__ import annotations

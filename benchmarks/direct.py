@@ -1,17 +1,17 @@
-"""What does a step of direct feedback alignment cost beside backprop, by depth and width?
+"""What does a step of direct feedback alignment cost, relative to backprop, by depth and width?
 
     python -m benchmarks.direct [--rounds 15] [--quick] [--out benchmarks/results]
 
-A stack of equal tanh layers of one width, between a first and an output layer, trained by SGD in
-jitted, donated steps. Two ways to run the stack by backprop, as a scan and as a Python loop
-(unrolled), and three by DFA:
+The network is a stack of equal tanh layers of one width, between a first and an output layer. It is
+trained by SGD in jitted, donated steps. Backprop runs the stack in two ways, as a scan and as a
+Python loop (unrolled). DFA runs it in three ways:
 
     unrolled    a Python loop
     scan        `soap_jax.direct.scan_blocks(parallel=False)`: forward and backward as scans
     parallel    `parallel=True`: forward as a scan, backward as one batched computation
 
-Ratios are within a round, to the faster of the two forms of backprop. Medians over rounds, with
-quartiles. `limit` is the share of backprop's arithmetic that DFA needs.
+Ratios are within a round, to the faster of the two forms of backprop. Shown are medians over
+rounds, with quartiles. `limit` is the share of backprop's arithmetic that DFA needs.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def make_runners(depth, width, batch_size):
 
 def limit(depth, width):
     """Multiplications of a DFA step over those of a backprop step."""
-    products = depth * width**2 + width * CLASSES  # whose input's cotangent backprop computes
+    products = depth * width**2 + width * CLASSES  # with cotangents of their inputs
     both = 2 * (INPUTS * width + products)  # forward and the kernels' gradients
     projected = (depth + 1) * width * CLASSES
     return (both + projected) / (both + products)

@@ -1,10 +1,10 @@
-"""Compiled programs as values: XLA's text (`compiled.as_text()`), read into instructions.
+"""Compiled programs as values: reads XLA's text (`compiled.as_text()`) into instructions.
 
     program = parse(compiled.as_text())
     for one in program.entry.instructions.values():
         one.opcode, one.arrays, one.operands, one.called("calls")
 
-Only what `benchmarks.compiled` asks for is read: types, operands, called computations, attributes.
+It reads only what `benchmarks.compiled` needs: types, operands, called computations, attributes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Array:
     Attributes:
         dtype: in XLA's words, such as "f32" or "bf16".
         shape: its axes.
-        space: the memory it lies in: 0 is the device's main memory; on TPU 1 is VMEM.
+        space: its memory: 0 is the device's main memory; on TPU 1 is VMEM.
     """
 
     dtype: str
@@ -61,9 +61,9 @@ class Instruction:
     Attributes:
         name: unique within its program.
         opcode: such as "fusion".
-        arrays: of its result, a tuple's in their order, however deep.
-        inside: what stands between the operands' parentheses, as it is written.
-        attributes: what follows, as it is written.
+        arrays: of its result; of a tuple in order, at any depth.
+        inside: the text between the parentheses of the operands.
+        attributes: the text that follows.
         root: whether it is its computation's result.
         home: the computation that it stands in.
     """
@@ -105,7 +105,7 @@ class Instruction:
         return found[1].strip('"') if found else None
 
     def called(self, *roles: str) -> list[Computation]:
-        """The computations that these attributes name; without any, all that it names."""
+        """The computations that these attributes name; without attributes, all that it names."""
         return [
             self.home.program[name]
             for role, names in _CALLS.findall(self.attributes)
@@ -114,7 +114,7 @@ class Instruction:
         ]
 
     def within(self) -> Iterator[Instruction]:
-        """The instruction, and all of the computations that it calls, however deep."""
+        """The instruction, and all of the computations that it calls, at any depth."""
         yield self
         for computation in self.called():
             for one in computation.instructions.values():
@@ -165,7 +165,7 @@ def parse(text: str) -> Computation:
     """Reads a compiled program; returns its entry.
 
     Raises:
-        ValueError: if the text has no entry, as what is not XLA's has none.
+        ValueError: if the text has no entry, so it is not from XLA.
     """
     program: dict[str, Computation] = {}
     entry = current = None
@@ -186,7 +186,7 @@ def parse(text: str) -> Computation:
 
 
 def arrays(text: str) -> tuple[Array, ...]:
-    """The arrays of a type as it is written.
+    """The arrays of a type in XLA's text.
 
     Example:
         >>> arrays("(f32[2,3]{1,0:T(8,128)S(1)}, /*index=1*/s32[])")[0]
@@ -209,7 +209,7 @@ def _instruction(name, rest, root, home):
 
 
 def _closing(text):
-    """Where the parenthesis closes with which a text begins."""
+    """The position of the parenthesis that closes the one at the start of a text."""
     depth = 0
     for i, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")

@@ -3,8 +3,8 @@
     one = training_job("sign, T=10", "8 x 4096", 16384, "bfloat16", "fsdp", target)
     compiled = target.finish(one.lower(target))
 
-Nothing is made: models are traced by their shapes alone. Feedback is sharded as its kernel, and
-what is small lies on every device.
+No arrays are made: models are traced only by their shapes. Feedback is sharded like its kernel, and
+small arrays are on every device.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ RUNS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A function to compile, and what its facts are counted by.
+    """A function to compile, and what is needed to count its facts.
 
     Attributes:
         fun: jitted, or to be.
         args: shapes with shardings.
         options: of `jax.jit`.
-        kernels: shapes of kernels, whole and as they lie on a device.
+        kernels: shapes of kernels, whole and on one device.
         steps: that one call makes.
         state: bytes per device of what is donated.
         mesh: to be the current one, if it is explicit.
@@ -95,7 +95,7 @@ def training_job(
         return Job(fun, (state, data, key), options, steps=STEPS, **rest)
     if layout == "explicit":
         rest["mesh"] = mesh
-    elif mesh is not None:  # in an explicit mesh types say so
+    elif mesh is not None:  # in an explicit mesh, types have the sharding
         replicated = NamedSharding(mesh, PartitionSpec())
         options["out_shardings"] = jax.tree.map(lambda leaf: leaf.sharding, state), replicated
     return Job(made.step, (state, batch), options, **rest)

@@ -1,4 +1,4 @@
-"""Keeps of a finished study what is small: its conclusions, its figures, its report's words.
+"""Saves the small parts of a finished study: conclusions, figures and the report's text.
 
     python -m benchmarks.keep_study results/mnist benchmarks/results/mnist [--figures overview]
 
@@ -21,7 +21,7 @@ TABLES = ("summary", "claims", "mediation")
 
 
 class Words(html.parser.HTMLParser):
-    """Collects what a page says, a line for each paragraph, heading, list item and table row."""
+    """Collects the text of a page: one line per paragraph, heading, list item and table row."""
 
     LINES = ("p", "li", "h1", "h2", "h3", "h4", "tr", "summary", "figcaption", "dt", "dd", "pre")
     SILENT = ("script", "style", "svg", "head", "noscript", "nav")

@@ -2,8 +2,8 @@
 
     python -m benchmarks.limits [--rounds 20] [--quick] [--out benchmarks/results]
 
-Two limits, both measured here: the operations per second of the best square matrix product, and
-the bytes per second that a pass `x + 1` in place moves. The first table has FA train steps of MLPs:
+Two limits, both measured here: the operations per second of the fastest square matrix product, and
+the bytes per second of a pass `x + 1` in place. The first table has FA train steps of MLPs:
 
     GFLOP       2 per multiplication, of the step's matrix products alone
     ceiling     the best square product's operations per second, in the same rounds
@@ -11,9 +11,9 @@ the bytes per second that a pass `x + 1` in place moves. The first table has FA 
     step        the jitted, donated train step, called from Python
     of ceiling  the step's operations per second, of the best product's: model FLOP utilisation
 
-The second has what a sync costs by itself, on the large network's feedback: the bytes that it must
-read and write, the time that the bandwidth asks for them, and the time it takes. On GPU a deep
-network of 8 layers of 8192 units in bfloat16, at batch 4096, comes in addition.
+The second table has the cost of a sync alone, for the feedback of the large network: the bytes that
+it must read and write, the time for them by the bandwidth, and the measured time. On GPU, there is
+also a deep network of 8 layers of 8192 units in bfloat16, at batch 4096.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The widths as one reads them."""
+        """The widths as text."""
         hidden = self.widths[1:-1]
         middle = f"{len(hidden)}x{hidden[0]}" if len(hidden) > 3 else "-".join(map(str, hidden))
         return f"{self.widths[0]}-{middle}-{self.widths[-1]}"
@@ -81,7 +81,7 @@ def normal(shape, dtype="float32"):
 
 
 def repeat(program, *args, number: int = 1):
-    """A function that runs a compiled program so often, and waits."""
+    """A function that runs a compiled program several times, and waits."""
 
     def run():
         for _ in range(number):
@@ -94,7 +94,7 @@ def repeat(program, *args, number: int = 1):
 
 
 def make_products(case: Case):
-    """The step's matrix products, by themselves."""
+    """Only the matrix products of the step."""
     pairs = [(normal((m, k), case.dtype), normal((k, n), case.dtype)) for m, k, n in shapes(case)]
     return repeat(jax.jit(lambda pairs: [a @ b for a, b in pairs]), pairs, number=10)
 
@@ -155,7 +155,7 @@ def make_square(size: int, dtype: str):
 
 
 def make_pass(num_bytes: int):
-    """`x + 1` over an array of so many bytes, in place."""
+    """`x + 1` over an array of the given number of bytes, in place."""
     x = jnp.zeros(num_bytes // 4)
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
 

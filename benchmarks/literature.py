@@ -3,15 +3,15 @@
     python -m benchmarks.literature --data-dir DIR [--seeds 5] [--quick] [--out benchmarks/results]
 
 A 784-512-512-10 network of ReLUs, as the repository of product feedback alignment configures it
-(jil095/product_feedback_alignment, exp_configs/mnist_ffn2_sgd): all 60,000 training images,
-pixels shifted by 0.1307 and scaled by 0.3081, Glorot's uniform initialiser for kernels, feedback
-and projections, zero biases, cross-entropy, batches of 64, momentum SGD (rate 0.01, momentum 0.9,
+(jil095/product_feedback_alignment, exp_configs/mnist_ffn2_sgd): all 60,000 training images, pixels
+shifted by 0.1307 and scaled by 0.3081, Glorot's uniform initialiser for kernels, feedback and
+projections, zero biases, cross-entropy, batches of 64, momentum SGD (rate 0.01, momentum 0.9,
 weight decay 1e-4), 40 epochs, the rate halved after 20 and after 30. uSF's signs have Glorot's
-deviation. Feedback that learns (PFA with ten neurons on the way back for each unit of the output,
-or orthogonal, LDFA of rank 10) decays as its kernels do; as PFA's configuration has it, at 0.03 in
-the first epoch and at 9e-5 after it. Accuracy is that of the last epoch; nothing is
-chosen on the test set. Seeds are paired: same kernels, same order of examples. Results are written
-as runs finish, and the command goes on where it stopped.
+standard deviation. Learned feedback (PFA with ten backward neurons for each unit of the output, or
+orthogonal; LDFA of rank 10) decays like its kernels, with the values of PFA's configuration: 0.03
+in the first epoch and 9e-5 after it. The accuracy is of the last epoch; nothing is chosen on the
+test set. Seeds are paired: same kernels, same order of examples. Results are written when runs
+finish, and the command continues where it stopped.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def inputs_of(images):
 
 
 def logits_by_dfa(params, projections, x):
-    """The network's logits; errors go straight to each hidden layer."""
+    """The network's logits; errors go directly to each hidden layer."""
     x, hidden = x.reshape(len(x), -1), []
     for i in range(len(WIDTHS) - 1):
         layer = params[f"Dense_{i}"]
@@ -162,7 +162,7 @@ def _weights(state):
 
 
 def measure(method, dataset, seeds, epochs, keep):
-    """Trains the seeds that `keep` lacks, a pair at a time; `{seed: (accuracy, loss, *angles)}`."""
+    """Trains the seeds not yet in `keep`, a pair at a time; `{seed: (accuracy, loss, *angles)}`."""
     done = keep.read().get(method, {})
     points = sweeps.grid(seeds=range(seeds), learning_rates=[RATE])
     have = [i for i, point in enumerate(points) if str(point.seed) in done]
@@ -182,7 +182,7 @@ def measure(method, dataset, seeds, epochs, keep):
 
 
 class Keep:
-    """Results of finished runs, in a file that is whole or absent."""
+    """Results of finished runs, in a file that is complete or absent."""
 
     def __init__(self, path):
         self.path = path

@@ -2,20 +2,21 @@
 
     python -m benchmarks.memory [--quick] [--out benchmarks/results]
 
-From the compiler's own account of the jitted, donated train step, in bytes; nothing is timed.
+The numbers are the compiler's own account of the jitted, donated train step, in bytes. Nothing is
+timed.
 
     params          the parameters
     feedback        feedback weights or projections (of "dfa, keys" the keys)
     optimizer       the optimiser's state
-    temporaries     activations, gradients and whatever else lives within a step, at its fullest
+    temporaries     activations, gradients and all else that exists within a step, at its maximum
     peak            arguments (the above and the batch), temporaries, and results that are not
                     written over arguments
     ratio           of the peak to backprop's
-    donated         whether results are written over the whole of the state, so that none of it is
-                    there twice
+    donated         whether results are written over the whole state, so that no part of it exists
+                    twice
 
-A rule's period is an array of the state, so all periods have one program: T=1 stands for all. The
-figure splits the peak for one network.
+The period of a rule is an array in the state, so all periods have the same program, shown as T=1.
+The figure shows the parts of the peak for one network.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def size(tree) -> int:
 
 
 def measure(case: Case, name: str) -> dict[str, int | bool]:
-    """Compiles one step, and says what it needs."""
+    """Compiles one step, and returns its memory."""
     optimizer = OPTIMIZERS[case.optimizer]
     step, state, batch = methods.make(name, case.network, case.batch, optimizer)
     memory = jax.jit(step, donate_argnums=0).lower(state, batch).compile().memory_analysis()
@@ -87,7 +88,7 @@ def measure(case: Case, name: str) -> dict[str, int | bool]:
 
 
 def plot(rows):
-    """What the peak consists of: a panel per case, a bar per method."""
+    """The parts of the peak: a panel per case, a bar per method."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
     names = list(dict.fromkeys(row["method"] for row in rows))
     figure = Figure(figsize=(2 + 3.4 * len(cases), 1.4 + 0.26 * len(names)), layout="constrained")

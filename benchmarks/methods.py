@@ -4,9 +4,9 @@
     step = jax.jit(step, donate_argnums=0)
     state, loss = step(state, batch)
 
-Layers with feedback are those of `soap_jax.linen`; "with_feedback" and "direct" are the network of
-Flax's own layers, transformed. Of one network, all methods start from the same params. `sketch`
-gives shapes in place of arrays, for steps that are only compiled.
+Layers with feedback are from `soap_jax.linen`. "with_feedback" and "direct" transform the network
+of Flax's own layers. All methods of one network start from the same params. `sketch` gives shapes
+in place of arrays, for steps that are only compiled.
 """
 
 from __future__ import annotations
@@ -33,17 +33,16 @@ DECAY = 1e-4  # of Kolen-Pollack, per update
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """How a step takes its gradient; all fields left alone make backprop.
+    """How a step computes its gradient; the defaults give backprop.
 
     Attributes:
         rule: of feedback weights, None without.
         transformed: whether by `with_feedback`, else by layers.
         learns: whether feedback gets its kernels' updates (Kolen-Pollack).
-        per_example: whether the network is written for one example, and taken to the batch by
-            `vmap`.
-        direct: direct feedback, by projections that are stored; or drawn anew in every backward
-            pass, from keys; or stored, for values that have names; or stored, and all hidden layers
-            but the first as one stack, whose backward pass is a scan or parallel.
+        per_example: whether the network is written for one example, and batched by `vmap`.
+        direct: direct feedback. Projections are stored; or drawn from keys in every backward pass;
+            or stored, for named values; or stored, with all hidden layers but the first as one
+            stack, which has a scan or a parallel computation as its backward pass.
         options: more arguments of `init_feedback`.
     """
 
@@ -93,14 +92,14 @@ Tap = Callable[[jax.Array], jax.Array]
 
 
 class Network(NamedTuple):
-    """A network from examples of a shape to ten classes.
+    """A network from examples of one shape to ten classes.
 
     Attributes:
         module: of layers with feedback, or without (`feedback=False`).
         shape: of an example.
         tapped: `tap -> apply`, Flax's `apply` of the plain network with a function after every
             block but the last.
-        stack: whether all hidden layers but the first are alike, and so make a stack.
+        stack: whether all hidden layers but the first are equal, so that they can be a stack.
     """
 
     module: Callable[..., nn.Module]
@@ -167,7 +166,7 @@ class Training(NamedTuple):
 
 
 def supports(method: str, network: str) -> bool:
-    """Whether there is such a step: a stack asks for a network with one."""
+    """Whether this step exists: a stack needs a network with one."""
     return METHODS[method].direct not in ("scan", "parallel") or NETWORKS[network].stack
 
 
@@ -198,7 +197,7 @@ def sketch(
         network: of `NETWORKS`.
         batch_size: examples per step.
         optimizer: by default SGD.
-        dtype: in which layers compute, as Flax's layers have it; params, feedback and the loss
+        dtype: in which layers compute, as in Flax's layers; params, feedback and the loss
             remain float32.
     """
     net = NETWORKS[network]
@@ -313,7 +312,7 @@ def _direct(net, params, x, *, stored):
 
 
 def _direct_by_names(net, params, x):
-    """As `_direct`, by names in the network."""
+    """Like `_direct`, by names in the network."""
 
     def forward(params, x):
         names.clear()
@@ -338,7 +337,7 @@ def _stacked(params):
 
 
 def _direct_stack(params, *, parallel):
-    """As `_direct`, the hidden layers but the first as a stack."""
+    """Like `_direct`, with all hidden layers but the first as a stack."""
 
     def dense(layer, x):
         return x @ layer["kernel"] + layer["bias"]

@@ -1,6 +1,6 @@
-"""What one operation of a compiled program does: its products, bytes, copies, and what it sends.
+"""What one operation of a compiled program does: its products, bytes, copies and collectives.
 
-Of `benchmarks.compiled`, which goes through a whole program and explains the terms.
+`benchmarks.compiled` uses this for whole programs, and explains the terms.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def launches(one: hlo.Instruction) -> bool:
         return False
     if one.opcode in ("fusion", "copy", "custom-call") or _kind(one):
         return True
-    return any(array.size > 1 for array in one.arrays)  # else it is for a TPU's scalar core
+    return any(array.size > 1 for array in one.arrays)  # otherwise it is for a TPU's scalar core
 
 
 def is_prefetch(one: hlo.Instruction) -> bool:
@@ -71,7 +71,7 @@ def is_prefetch(one: hlo.Instruction) -> bool:
 
 
 def trips(loop: hlo.Instruction) -> int | None:
-    """How often a loop runs, or None where that depends on a value."""
+    """The number of iterations of a loop, or None if it depends on a value."""
     if found := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(found[1])
     (condition,) = loop.called("condition")
@@ -97,9 +97,9 @@ def _constant(one, loop) -> int | None:
 
 
 def collectives(one: hlo.Instruction) -> Iterator[tuple[object, hlo.Instruction, str]]:
-    """Those that it is, or that are fused into it: what tells it apart, itself, and its kind.
+    """The collectives that it is, or that are fused into it: identity, instruction and kind.
 
-    TPUs divide some into pieces that are each fused with other work; pieces share a chain.
+    TPUs divide some collectives into pieces, fused with other work; pieces share a chain.
     """
     for part in one.within() if one.opcode == "fusion" else [one]:
         if kind := _kind(part):
@@ -109,7 +109,7 @@ def collectives(one: hlo.Instruction) -> Iterator[tuple[object, hlo.Instruction,
 
 
 def collective(one: hlo.Instruction, kind: str, times: float, *, synced: bool) -> Collective:
-    """An instruction that is one, as a value."""
+    """An instruction that is a collective, as a value."""
     arrays = one.arrays
     if one.opcode == "all-gather-start":
         arrays = arrays[len(one.operands) :]  # operands come first
@@ -148,7 +148,7 @@ def rewritten(one: hlo.Instruction, sizes: Collection[int], *, synced: bool) -> 
     Args:
         one: the instruction.
         sizes: how many elements an array must have to count.
-        synced: whether syncs have their turn; else what passes through one is as it was.
+        synced: whether syncs are due; otherwise a sync does not change what passes through it.
     """
     ways: list[list[str]] = []
     if one.opcode in ("copy", "copy-start"):
@@ -166,10 +166,10 @@ def rewritten(one: hlo.Instruction, sizes: Collection[int], *, synced: bool) -> 
 
 
 def _was_fetched(one, synced):
-    """Whether what TPUs bring back to main memory is what they fetched, unchanged."""
+    """Whether TPUs bring arrays back to main memory as they fetched them, unchanged."""
     source = one.operands[0]
     while not is_prefetch(source):
-        loop = source.operands and source.operands[0]  # of a sync that has no turn
+        loop = source.operands and source.operands[0]  # of a sync that is not due
         if source.opcode in ("bitcast", "copy-done", "slice-done") or _is_free_call(source):
             source = source.operands[0]
         elif source.opcode == "get-tuple-element" and not synced and _is_sync_loop(loop):
@@ -227,7 +227,7 @@ def _read(parameter) -> float:
         first = user.operands[0] is parameter
         in_place = user.opcode == "dynamic-update-slice" and first
         if in_place or user.opcode == "tuple" or _kind(user):
-            continue  # handed on
+            continue  # passed on
         if user.opcode == "bitcast":
             read += _read(user)
         elif user.opcode in SLICES and first:
@@ -254,7 +254,7 @@ def _written(one, inner) -> float:
 
 
 def _results(one):
-    """The arrays that an instruction makes, without what an asynchronous start hands on."""
+    """The arrays that an instruction makes, without those that an asynchronous start passes on."""
     if one.opcode == "copy-start":
         return one.arrays[:1]
     return one.arrays[1:2] if one.opcode == "slice-start" else one.arrays
@@ -280,7 +280,7 @@ def products(one: hlo.Instruction) -> Iterator[hlo.Instruction]:
 
 
 def flops(one: hlo.Instruction) -> float:
-    """Of a product: two per multiplication of numbers that are not padding."""
+    """The FLOPs of a product: two per multiplication of numbers that are not padding."""
     left, right = one.operands[0].arrays[0], one.operands[1].arrays[0]
     if labels := one.attribute("dim_labels"):
         of_cudnn = one.opcode == "custom-call"
@@ -316,7 +316,7 @@ def _flops_of_convolution(one, left, right, labels):
 
 
 def _flops_of_cudnn(one, left, right, labels):
-    """As the forward convolution that it is, or is the gradient of."""
+    """As the forward convolution that it is, or whose gradient it is."""
     target, result = one.attribute("custom_call_target") or "", one.arrays[0]
     output, kernel = result, right
     if "BackwardInput" in target:

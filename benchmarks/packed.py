@@ -1,7 +1,7 @@
-"""Prototypes for `benchmarks.precision`: dense layers that read stored signs in ways of their own.
+"""Prototypes for `benchmarks.precision`: dense layers that read stored signs in other ways.
 
 Bits are words of 32 signs. In blocks, the product that sends the error back takes some of the rows
-at a time, and so makes no float32 matrix of them all. `rounded_bar` and `split_bar` take signs in
+at a time, so there is no float32 matrix of all rows. `rounded_bar` and `split_bar` take signs in
 bfloat16, which the matrix units of some CPUs and of GPUs multiply several times as fast as float32.
 """
 
@@ -17,7 +17,7 @@ WORD, BLOCKS = 32, 8
 
 
 def dense(x_bar, x, kernel, stored):
-    """`x · kernel`, on whose way back the error is `x_bar(y_bar, stored)`."""
+    """`x · kernel`; its error is `x_bar(y_bar, stored)`."""
 
     @jax.custom_vjp
     def f(x, kernel, stored):
@@ -70,14 +70,14 @@ def by_rows(rows, blocks, y_bar, stored):
 
 def rounded_bar(y_bar, signs):
     """`y_bar · Bᵀ` of bfloat16 numbers, summed in float32."""
-    last = (((1,), (1,)), ((), ()))  # `signs.T` would be laid out anew, and as float32
+    last = (((1,), (1,)), ((), ()))  # `signs.T` would be a new array, in float32
     y_bar = y_bar.astype(jnp.bfloat16)
     return lax.dot_general(y_bar, signs, last, preferred_element_type=jnp.float32)
 
 
 def split_bar(y_bar, signs):
     """The same, exact but for rounding in the sum."""
-    high = lax.reduce_precision(y_bar, exponent_bits=8, mantissa_bits=7)  # a cast may be left out
+    high = lax.reduce_precision(y_bar, exponent_bits=8, mantissa_bits=7)  # XLA may leave out a cast
     middle = lax.reduce_precision(y_bar - high, exponent_bits=8, mantissa_bits=7)
     parts = high, middle, y_bar - high - middle
     return sum(rounded_bar(part, signs) for part in parts)

@@ -3,32 +3,33 @@
     python -m benchmarks.peers [--rounds 10] [--quick] [--python .venv-peers/bin/python]
                                [--out benchmarks/results]
 
-The peers live in an environment of their own; `benchmarks/peers.txt` says how to make it. What is
-not there is skipped, with the reason below the table.
+The peers have their own environment; `benchmarks/peers.txt` says how to make it. Missing peers are
+skipped, with the reason below the table.
 
-A time is a training step's: the rows of a batch picked in a new random order from data in memory,
-the network forwards and backwards in float32, cross-entropy, an update by SGD. Nobody reads the
-loss. All networks have tanh and train on the same random data. Methods are BP; FA; uSF, the signs
-of W (BioTorch scales them, which is the one difference); frSF, signs with the first draw's
-magnitudes; brSF, with magnitudes drawn at every step; and DFA. Systems:
+Each time is of a training step: it picks the rows of a batch in a new random order from data in
+memory, runs the network forward and backward in float32 with cross-entropy, and does an update by
+SGD. The loss is not read. All networks have tanh and train on the same random data. Methods are BP;
+FA; uSF, the signs of W (BioTorch scales them, which is the only difference); frSF, signs with the
+magnitudes of the first draw; brSF, signs with magnitudes drawn at every step; and DFA. Systems:
 
-    PyTorch           modules and `torch.optim.SGD`; FA and uSF by an `autograd.Function` of the
-                      formula, which is what one writes without a library.
+    PyTorch           modules and `torch.optim.SGD`; FA and uSF by an `autograd.Function` with the
+                      formula, as one would write it without a library.
     BioTorch          its layers after a plain first one, in PyTorch's loop
     soap_jax, step    a jitted, donated step, called from Python
     soap_jax, scan    `soap_jax.training.train_epoch`: data on the device, the epoch one program
 
-Columns: median milliseconds a step for each system; the fastest peer of the row; the ratios of our
-two loops to it, and of our FA methods to our own backprop, both by scan. Ratios are medians of
-ratios within a round, with quartiles.
+Columns: median milliseconds per step for each system; the fastest peer of the row; the ratios of
+our two loops to this peer; and the ratio of our FA methods to our backprop, both by scan. Ratios
+are medians of ratios within a round, with quartiles.
 
-Each system has a process with as many threads as there are cores, which waits at a pipe while
-others run. Each round times every system and method once, in an order drawn anew. A block is the
-same number of steps for all, after a pause in which the last process's OpenMP threads stop
-spinning (it took them 6 ms, with libgomp) and three steps to warm up. Before it is timed, every
-network's update is compared with the method's formula in NumPy, and its loss has to go down.
+Each system has a process with one thread per core, which waits at a pipe while others run. Each
+round times every system and method once, in a new random order. A block has the same number of
+steps for all. Before it, there are three steps to warm up, and a pause in which the OpenMP threads
+of the last process stop spinning (this took 6 ms with libgomp). Before timing, the update of every
+network is compared with the method's formula in NumPy, and its loss must go down.
 
-OpenMP's threads wait for one another, so a busy machine slows PyTorch down most: leave it idle.
+OpenMP's threads wait for one another, so other work on the machine slows PyTorch most: keep it
+idle.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ CANNOT_RUN = {
 }
 OWN_BP = {"PyTorch": "PyTorch", "BioTorch": "PyTorch", STEP: STEP, SCAN: SCAN}
 PAUSE = 0.1  # seconds
-MOST_EXAMPLES = 60_000  # of a data set, as MNIST has
+MOST_EXAMPLES = 60_000  # of a data set, as in MNIST
 COLOURS = {"PyTorch": "#d1642d", "BioTorch": "#8a5a9e", STEP: "#7fb0de", SCAN: "#1f5a99"}
 
 
 def start_workers(python):
-    """Starts a worker per system; returns them, and why others are missing."""
+    """Starts a worker per system; returns them, and the reasons for missing ones."""
     workers = {"soap_jax": link.Worker(sys.executable, "ours.py")}
     skipped = dict(CANNOT_RUN)
     for system, file in PEERS.items():
@@ -77,7 +78,7 @@ def start_workers(python):
 
 
 def block_size(worker, widths, batch_size, seconds):
-    """How many steps an epoch should have, and how many epochs a block, to take our BP so long."""
+    """The steps of an epoch and the epochs of a block, so that our BP takes a given time."""
     worker.ask(do="load", widths=widths, batch=batch_size, steps=1)
     worker.ask(do="make", system=STEP, method="bp")
     trials = 20
@@ -87,7 +88,7 @@ def block_size(worker, widths, batch_size, seconds):
 
 
 class Measured(NamedTuple):
-    """What `measure` finds out about one network and batch size, by `name(system, method)`.
+    """The results of `measure` for one network and batch size, by `name(system, method)`.
 
     Attributes:
         times: seconds per step, one a round.
@@ -103,7 +104,7 @@ class Measured(NamedTuple):
 
 
 def name(system, method):
-    """What the timings of a method of a system are kept under."""
+    """The key for the timings of a method of a system."""
     return f"{system}, {method}"
 
 

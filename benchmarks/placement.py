@@ -1,13 +1,13 @@
-"""A stack of layers, each on chips of its own: what an error chain costs between chips.
+"""A stack of layers, each on its own chips: the cost of an error chain between chips.
 
     job("dfa", target)      # for `benchmarks.accelerators`
 
-Eight tanh layers of 4096 units lie on an eighth of the chips each, which split the batch. Batches
-go through in parts: in every tick a chip does its layer on one part and sends the result to the
-next layer's chips (GPipe's schedule). By backprop and by feedback alignment errors come back the
-same way, tick by tick. By direct feedback the output's error goes to all chips at once, and each
-then has all that its layer's gradient needs: no chain, and no ticks in which chips wait for it.
-Chips that wait compute on zeros, so what they do then counts.
+Each of eight tanh layers of 4096 units is on an eighth of the chips, which split the batch. Batches
+go through in parts: in every tick, a chip computes its layer on one part and sends the result to
+the next layer's chips (GPipe's schedule). In backprop and feedback alignment, errors come back in
+the same way, tick by tick. In direct feedback, the output's error goes to all chips at once, and
+each chip then has everything for its layer's gradient: there is no chain, and chips do not wait for
+it. Waiting chips compute on zeros, so this work counts.
 """
 
 from __future__ import annotations

@@ -2,26 +2,27 @@
 
     python -m benchmarks.precision [--rounds 12] [--quick] [--out benchmarks/results]
 
-A jitted, donated SGD step of a tanh MLP with float32 params, by backprop and by feedback of signs
-that is synced at every update (T=1), at every tenth (T=10), or never (fixed). It is stored as
+This times a jitted, donated SGD step of a tanh MLP with float32 params, by backprop and with signs
+as feedback. Feedback is synced at every update (T=1), at every tenth update (T=10), or never
+(fixed). It is stored as
 
     float32, bfloat16, int8, int2    by `init_feedback(dtype=...)`
 
 or, in prototypes of a dense layer,
 
     bits                      as words of 32 signs, which the sync packs
-    int8 and bits, blocks     of which the product takes an eighth of the rows at a time, and so
-                              makes no float32 matrix of them all
-    bfloat16, error too       to which the product rounds the error; it sums in float32
-    bfloat16, error in three  as a sum of three numbers, which leaves float32's error as it is
+    int8 and bits, blocks     the product takes an eighth of the rows at a time, so there is no
+                              float32 matrix of all rows
+    bfloat16, error too       the product also rounds the error; it sums in float32
+    bfloat16, error in three  the error as a sum of three numbers, as exact as in float32
 
-Products are of float32, or of bfloat16, to which all operands are cast, summed in float32.
+Products are in float32, or all operands are cast to bfloat16 and summed in float32.
 
 `ms` is per step. Ratios are within a round, to backprop and to float32 feedback under the same rule
-and products; medians over rounds, with quartiles. `feedback` is bytes that are kept from step to
-step; `peak` is of the compiled step: arguments, temporaries, and results that replace no argument.
-`off` is the largest difference of any param, after ten steps, from float32 feedback's, as a share
-of the largest change that those steps made.
+and products; medians over rounds, with quartiles. `feedback` is the bytes that are stored between
+steps. `peak` is of the compiled step: arguments, temporaries, and results that replace no argument.
+`off` is the largest difference of any param from training with float32 feedback, after ten steps,
+as a share of the largest change in these steps.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ STEPS, LEARNING_RATE = 10, 1e-4  # signs multiply the rate of hidden layers by h
 
 
 class Method(NamedTuple):
-    """A rule, how feedback is stored, and what products are of."""
+    """A rule, the storage of feedback, and the dtype of products."""
 
     rule: str
     stored: str = "-"

@@ -1,11 +1,12 @@
-"""What does it cost to record alignment every so many steps of a scanned training loop?
+"""What does it cost to record alignment every few steps of a scanned training loop?
 
     python -m benchmarks.recording [--rounds 30] [--quick] [--out benchmarks/results]
 
-A 784-256-10 and a 784-1024-1024-1024-10 network with sign sync at every 100th step, batch 64, 500
-steps as one scan, with `soap_jax.record_alignment` after each step: of weights (angles and norm
-ratios) and of gradients as well (the angle of the pseudo-gradient to the true one on the batch,
-which takes both of them). Ratios to never, within a round; medians over rounds, with quartiles.
+A 784-256-10 and a 784-1024-1024-1024-10 network have sign sync at every 100th step, batch 64, and
+500 steps as one scan. `soap_jax.record_alignment` is called after each step, for weights (angles
+and norm ratios), and also for gradients (the angle between the pseudo-gradient and the true
+gradient on the batch, which needs both). Ratios are to "never", within a round. Shown are medians
+over rounds, with quartiles.
 """
 
 from __future__ import annotations

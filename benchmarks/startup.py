@@ -3,12 +3,13 @@
     python -m benchmarks.startup [--rounds 10] [--quick] [--out benchmarks/results]
 
 Two tables. `startup` has the milliseconds of a fresh Python process, from its start to its end, and
-their ratio to one that imports JAX. `import soap_jax` loads nothing until a name is used. Files are
-in the machine's memory, and Python's bytecode is compiled, after a round that does not count.
+their ratio to a process that imports JAX. `import soap_jax` loads nothing until a name is used. A
+first round does not count: after it, files are in the machine's memory, and Python's bytecode is
+compiled.
 
 `compile` has the milliseconds to trace, to lower (to StableHLO) and to compile one donated train
-step at batch 64 with JAX's caches empty, as a fresh process has them, and ratios to backprop.
-Medians over rounds, in an order drawn anew in each; of ratios within a round, with quartiles.
+step at batch 64 with empty caches of JAX, as in a fresh process, and ratios to backprop. Shown are
+medians over rounds with a new random order in each, and of ratios within a round, with quartiles.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import common, methods
 
-IMPORTS = {  # the first is what the others are compared with
+IMPORTS = {  # the others are compared with the first
     "import jax": "import jax",
     "python -c pass": "pass",
     "import jax, flax, optax": "import jax, flax, optax",
@@ -47,7 +48,7 @@ STAGES = ("trace", "lower", "compile")
 
 
 def processes(*, quick: bool) -> dict[str, list[str]]:
-    """Command lines by name; those of `soap-jax` where it is installed."""
+    """Command lines by name; those of `soap-jax` only if it is installed."""
     chosen = list(IMPORTS.items())[: 4 if quick else None]
     commands = {name: [sys.executable, "-c", code] for name, code in chosen}
     soap = shutil.which("soap-jax", path=pathlib.Path(sys.executable).parent)
@@ -82,7 +83,7 @@ def stages(step, *args) -> dict[str, float]:
 
 
 def measure_stages(network: str, names: Sequence[str], rounds: int) -> list[dict]:
-    """Times the stages of methods, backprop among them."""
+    """Times the stages of methods, including backprop."""
     made = {name: methods.make(name, network, BATCH_SIZE) for name in names}
     stages(*made["bp"])  # warms up
     times: dict[str, dict[str, list[float]]] = {stage: {m: [] for m in names} for stage in STAGES}

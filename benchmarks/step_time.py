@@ -1,16 +1,16 @@
-"""What does a step of each method cost beside a backprop step of the same Flax model?
+"""What does a step of each method cost, relative to a backprop step of the same Flax model?
 
     python -m benchmarks.step_time [--rounds 15] [--quick] [--out benchmarks/results]
 
 Each method trains by SGD in two ways: a jitted, donated step called from Python (`call`), and
 epochs as one scan over data on the device, shuffled inside (`epoch`, `training.train_epoch`).
-Within one process, each round times every method once, in an order drawn anew, so that whatever
-else the machine does falls on all alike. Medians over rounds, and of ratios to backprop within a
-round, with their quartiles. "bp, again" is backprop compiled and allocated a second time: how far
-its ratio is off 1 is what the benchmark cannot resolve. Where a step is short that is most due to
-where buffers happen to lie, so every method runs in two instances there, timed together.
-Methods "per example" are written for one example and taken to the batch by `vmap`; their ratios
-are to backprop written likewise.
+Within one process, each round times every method once, in a new random order, so that other work on
+the machine affects all methods equally. Shown are medians over rounds, and medians of ratios to
+backprop within a round, with quartiles. "bp, again" is backprop compiled and allocated a second
+time: the difference between its ratio and 1 is the limit of the benchmark's resolution. For short
+steps, the main cause is the place of the buffers in memory, so there every method runs in two
+instances, timed together. Methods "per example" are written for one example and batched by `vmap`;
+their ratios are to backprop written in the same way.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ QUICK = (
 
 
 def reference(name: str) -> str:
-    """The method that a method is compared with."""
+    """The reference of a method."""
     return "bp, per example" if name.endswith("per example") else "bp"
 
 
 def make_call(case: Case, name: str):
-    """A function that calls the jitted step from Python, an epoch's number of times, and waits."""
+    """A function that calls the jitted step from Python for an epoch, and waits."""
     step, state, batch = methods.make(name.removesuffix(", again"), case.network, case.batch)
     step = jax.jit(step, donate_argnums=0)
 

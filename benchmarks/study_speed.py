@@ -2,10 +2,10 @@
 
     python -m benchmarks.study_speed [--data-dir DIR] [--rounds 5] [--quick] [--out ...]
 
-Digits, and with a directory of MNIST's files MNIST too (2 epochs). Each round compares all methods
-at 8 rates with 2 seeds, in an order drawn anew, as the study does it: on all devices, evaluations
-and angles included. The table gives medians over rounds; compilation, which the methods of one
-program share, is that of the first round and does not count as training.
+The data are digits, and also MNIST (2 epochs) if there is a directory with its files. Each round
+compares all methods at 8 rates with 2 seeds, in a new random order, like the study: on all devices,
+including evaluations and angles. The table gives medians over rounds. Methods with the same program
+share its compilation, which is timed in the first round and does not count as training.
 """
 
 from __future__ import annotations

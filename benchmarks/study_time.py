@@ -2,10 +2,11 @@
 
     python -m benchmarks.study_time [--against CHECKOUT] [--rounds 3] [--quick] [--out ...]
 
-Seconds of `soap-jax study` from the start of its process to its end, report included, cold: no
-program is compiled already. Every round runs each version once, in an order drawn anew; CHECKOUT is
-a directory with the other's `soap_jax`. A third runner is this version with its programs compiled
-by a run before. Medians over rounds, and the ratio to the other within a round, with quartiles.
+It measures the seconds of `soap-jax study` from the start of its process to its end, including the
+report. No program is compiled before. Every round runs each version once, in a new random order.
+CHECKOUT is a directory with the `soap_jax` of the other version. A third runner is this version,
+with its programs compiled by an earlier run. Shown are medians over rounds, and the ratio to the
+other version within a round, with quartiles.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ QUICK = ["--methods=bp,fa", "--seeds=2", "--learning-rates=0.05,0.1", "--period=
 
 
 def run(checkout: pathlib.Path, options: list[str], cache: str | None = None):
-    """Runs the study of a checkout, in a directory and with a cache that are new, or one given."""
+    """Runs the study of a checkout in a new directory, with a new cache or a given one."""
     with tempfile.TemporaryDirectory() as scratch:
         rest = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
         env = rest | {"PYTHONPATH": str(checkout), "XDG_CACHE_HOME": cache or f"{scratch}/cache"}
@@ -44,7 +45,7 @@ def main():
     options, rounds = (QUICK, 2) if args.quick else ([], args.rounds)
     here = pathlib.Path(__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory() as kept:
-        run(here, options, kept)  # fills the cache, and Python's own of bytecode
+        run(here, options, kept)  # fills the cache, and Python's bytecode cache
         runners = {"this version": functools.partial(run, here, options)}
         if args.against:
             other = args.against.resolve()

@@ -2,9 +2,9 @@
 
     python -m benchmarks.sweeps [--rounds 3] [--quick] [--out benchmarks/results]
 
-A run is one short training with sign sync at every 10th step: weights and feedback drawn from its
-seed, an order of the data, SGD steps, and the loss of the last one as its result. The same run is
-done in five forms, the data on the device in each:
+A run is one short training with sign sync at every 10th step. It draws weights, feedback and an
+order of the data from its seed, does SGD steps, and returns the loss of the last step. The same run
+is done in five forms, always with the data on the device:
 
     loop of steps       a Python loop over runs, and in each over batches: a jitted, donated step
     loop of epochs      a Python loop over runs, each of them one scan, `training.train_epoch`
@@ -12,11 +12,11 @@ done in five forms, the data on the device in each:
     sweep, n devices    the same, on all devices; on CPU that is one for each core
     vmap, 1 device      a jitted `jax.vmap` over 64 runs at once
 
-The table gives trainings per second after compilation and, in brackets, how many times as fast as
-the loop of steps that is. Then the seconds in which `sweep` traces and compiles at its first call,
-and when it is called again; and how many times as fast it is if the former count, as do the loop's.
-Medians over rounds, of ratios within a round. Twice as many runs take a loop over runs twice as
-long, so it is timed for 16 at most, and has their speed from there on.
+The table gives training runs per second after compilation and, in brackets, the ratio to the loop
+of steps. Then it gives the seconds that `sweep` needs to trace and compile at its first call and at
+a second call, and the ratio to the loop of steps if both include their first compilation. Shown are
+medians over rounds, of ratios within a round. A loop needs twice the time for twice as many runs,
+so it is timed for at most 16 runs, and its speed is assumed to be the same for more runs.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def make_run(features, steps, batch_size):
 
 
 def make_forms(start, step, data, batch_size):
-    """Per form a function of the number of runs: does them, gives losses and seconds compiling."""
+    """For each form, a function of the number of runs that gives losses and compile seconds."""
     devices = jax.devices()
     data = jax.device_put(data, devices[0])
     start_one = jax.jit(start)
@@ -147,7 +147,7 @@ def largest_sweep():
 
 
 def warm_up(forms, num):
-    """Compiles all forms; returns seconds for it: of the loop the surplus of its first call."""
+    """Compiles all forms; returns the seconds: for the loop, the extra time of its first call."""
 
     def call(name):
         begin = time.perf_counter()
@@ -181,7 +181,7 @@ def measure(forms, num, rounds):
 
 
 def summarise(num, spent, again, new):
-    """What a row has of each form."""
+    """The columns of each form."""
     in_all = {name: [new[name] + num * s for s in spent[name]] for name in new}
     forms = {}
     for name, seconds in spent.items():

@@ -2,10 +2,10 @@
 
     python -m benchmarks.sync_time [--rounds 9] [--quick] [--out benchmarks/results]
 
-Epochs as one scan (`training.train_epoch`) of backprop, fixed feedback and raw signs, the sync in
-both forms that `soap_jax.feedback.CONDITIONALS_IN_PLACE` chooses between, and signs that are
-computed where they are used (`feedback_of`). Each round times every one once, in an order drawn
-anew; ratios are to backprop within a round. It is meant for a GPU: on CPU the forms are alike.
+It times epochs as one scan (`training.train_epoch`): backprop, fixed feedback, raw signs with the
+sync in both forms of `soap_jax.feedback.CONDITIONALS_IN_PLACE`, and signs that are computed when
+they are used (`feedback_of`). Each round times all of them once, in a new random order. Ratios are
+to backprop within a round. It is for a GPU: on CPU the forms take the same time.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ SIGNS = soap_jax.SignSync(magnitude="unit")
 
 
 def not_stored(network: str, batch: int) -> methods.Training:
-    """Backprop's training, in which errors pass the signs of the kernels."""
+    """Training by backprop, except that errors go back through the signs of the kernels."""
     module = methods.NETWORKS[network].module(False)
     apply = soap_jax.with_feedback(lambda params, x: module.apply({"params": params}, x))
     plain = methods.make("bp", network, batch)
-    first = min(plain.state.params)  # whose feedback would do nothing
+    first = min(plain.state.params)  # its feedback would have no effect
 
     def apply_fn(params, weights, x):
         del weights

@@ -3,18 +3,18 @@
     target = find("v5e:2x2")                    # or "h100", "h100:8"
     compiled = target.compile(step, state, batch, donate_argnums=0)
 
-Arguments are `jax.ShapeDtypeStruct`s whose shardings lie on `target.devices`, so nothing is made.
-Needs the target's plugin, no device: `pip install "jax[tpu]"` (0.7 GB), `pip install "jax[cuda12]"`
-(4.4 GB); both may be there at once.
+Arguments are `jax.ShapeDtypeStruct`s with shardings on `target.devices`, so no arrays are made. It
+needs the target's plugin, but no device: `pip install "jax[tpu]"` (0.7 GB),
+`pip install "jax[cuda12]"` (4.4 GB). Both can be installed together.
 
 A predicted time is a roofline, never a measurement:
 
     max(Σ max(FLOPs / peak, bytes / bandwidth), bytes in all / bandwidth)
         + launches × launch + decisions × decision + bytes sent / link
 
-with the sum over the operations that are launched, each with what it does itself. Nothing overlaps
-but what TPUs fetch beside other work, every product runs at the peak of its operands' dtype, and
-what an operation computes beside products is free.
+The sum is over the operations that are launched. It assumes that nothing overlaps except the
+fetches of TPUs, that every product runs at the peak of its operands' dtype, and that all other
+computation is free.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What a device does at most, and what is taken for its latencies.
+    """The peak performance of a device, and its assumed latencies.
 
     Attributes:
         flops: per second, by the dtype of a product's operands.
@@ -70,7 +70,7 @@ class Figures:
         memory: bytes of it.
         link: bytes per second that it sends over each of its links.
         launch: seconds until an operation begins.
-        decision: seconds for which the host's waiting for a value keeps it idle.
+        decision: seconds for which it is idle while the host waits for a value.
         source: of the figures.
     """
 
@@ -112,7 +112,7 @@ FIGURES = {
 
 _PLUGINS = {"cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin"), "tpu": ("libtpu",)}
 
-_NO_TPU = {  # else libtpu looks for one, complains that there is none, and locks it
+_NO_TPU = {  # otherwise libtpu looks for a TPU, complains, and locks it
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -147,16 +147,16 @@ class Target:
 
     @property
     def figures(self) -> Figures:
-        """What one of the devices does at most."""
+        """The peak performance of one of the devices."""
         return FIGURES[self.name.split(":")[0]]
 
     def lower(self, fun: Callable, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
-        """Lowers a function, jitted here (by `kwargs`) or before, for arguments given as shapes."""
+        """Lowers a function, jitted here (by `kwargs`) or before, for shapes as arguments."""
         jitted = fun if hasattr(fun, "trace") else jax.jit(fun, **kwargs)
         return jitted.trace(*args).lower(lowering_platforms=(self.platform,))
 
     def finish(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-        """Compiles what was lowered, as XLA does by default, whatever XLA_FLAGS say."""
+        """Compiles a lowered function with XLA's defaults, independent of XLA_FLAGS."""
         options: dict[str, Any] = {
             "xla_backend_optimization_level": 3,
             "xla_llvm_disable_expensive_passes": False,
@@ -211,7 +211,7 @@ def find(name: str) -> Target:
     if message := missing(name):
         raise MissingPlugin(message)
     if not jax.config.jax_platforms:
-        jax.config.update("jax_platforms", "cpu")  # else JAX looks for the devices
+        jax.config.update("jax_platforms", "cpu")  # otherwise JAX looks for the devices
     if name.startswith("h100"):
         num = int(name.partition(":")[2] or 1)
         topology = topologies.get_topology_desc(

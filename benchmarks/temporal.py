@@ -1,27 +1,28 @@
-"""Does RFLO learn a sum of three sines as well as backpropagation through time does?
+"""Does RFLO learn a sum of three sines as well as backpropagation through time?
 
     python -m benchmarks.temporal [--seeds 20] [--quick] [--out benchmarks/results]
 
-The example of Murray's public notebook (murray-lab/rflo-learning, RFLO_Example.ipynb), where each
-method was run once, from a random state that was not kept: 50 tanh units with a time constant of
-10 steps and no input are to put out sin φ + sin(2φ)/2 + sin(4φ)/4 over one period of 100 steps.
-They start at 0.1; recurrent weights are normal with deviation 1.5/√50, the readout's uniform within
-0.1/√50, feedback's normal with deviation 1. The loss is half the mean square error; plain gradient
-descent, one update a trial, at rate 0.03 for recurrent and readout weights; 10,000 trials. Seeds
-are paired: the same initial weights for all methods, which are
+This is the example of Murray's public notebook (murray-lab/rflo-learning, RFLO_Example.ipynb).
+There, each method was run once, from a random state that was not saved. 50 tanh units with a time
+constant of 10 steps and no input learn the output sin φ + sin(2φ)/2 + sin(4φ)/4 over one period of
+100 steps. They start at 0.1. Recurrent weights are normal with deviation 1.5/√50, the readout is
+uniform within 0.1/√50, and feedback is normal with deviation 1. The loss is half the mean square
+error. Training is plain gradient descent, with one update per trial, at rate 0.03 for recurrent and
+readout weights, for 10,000 trials. Seeds are paired: all methods have the same initial weights. The
+methods are
 
     bptt                        backpropagation through time
-    bptt, as large              the same, the recurrent weights' rate times what feedback is
-                                larger than the readout
-    late bptt                   as the notebook writes it: the error of a step goes back from the
-                                step before, and the last one's counts twice
+    bptt, as large              the same, with the rate of the recurrent weights multiplied by
+                                the ratio of feedback's size to the readout's
+    late bptt                   as in the notebook: the error of a step goes back from the step
+                                before, and the last error counts twice
     rflo                        by random feedback
     rflo, symmetric             by feedback equal to the readout
     rflo, symmetric, as large   by the readout's direction with random feedback's size
-    readout                     recurrent weights not trained
+    readout                     recurrent weights are not trained
 
-Losses are of the last trial. Their means over seeds are geometric, the ratio's interval is by a
-t-test on its logarithm.
+Losses are of the last trial. Their means over seeds are geometric, and the interval of the ratio is
+from a t-test on its logarithm.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def rflo(params, feedback):
 
 
 def size_of(feedback, params):
-    """How much larger feedback is than the readout."""
+    """The ratio of feedback's size to the readout's."""
     return jnp.linalg.norm(feedback["out"]) / jnp.linalg.norm(params["out"])
 
 
@@ -119,7 +120,7 @@ def as_large(params, feedback):
 
 
 def faster(params, feedback):
-    """Backpropagation through time, recurrent weights at the rate that such feedback makes."""
+    """Backpropagation through time, with the recurrent rate that this feedback would give."""
     value, grads = bptt(params, feedback)
     return value, grads | {"w": size_of(feedback, params) * grads["w"]}
 

@@ -1,11 +1,12 @@
-"""What does `with_feedback` cost beside layers written for feedback, and to trace?
+"""What does `with_feedback` cost, relative to feedback layers, in steps and in tracing?
 
     python -m benchmarks.transform [--rounds 30] [--quick] [--out benchmarks/results]
 
-Each network exists twice, with the same params and feedback: of the layers of `soap_jax.linen`, and
-of Flax's own, through `soap_jax.with_feedback`. The table gives the milliseconds of a jitted,
-donated SGD step of both and their ratio, and the milliseconds to trace a step of the plain network
-by backprop and through the transform, and theirs. Medians over rounds, of ratios within a round.
+Each network exists twice, with the same params and feedback: with the layers of `soap_jax.linen`,
+and with Flax's own layers through `soap_jax.with_feedback`. The table gives the milliseconds of a
+jitted, donated SGD step of both, and their ratio. It also gives the milliseconds to trace a step of
+the plain network by backprop and through the transform, and their ratio. Shown are medians over
+rounds, of ratios within a round.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def measure_steps(steps, args, rounds, seconds_per_block):
 
 
 def measure_traces(steps, args, rounds):
-    """Times tracing alone, anew each time; returns `{name: seconds, by round}`."""
+    """Times only tracing, from the start each time; returns `{name: seconds, by round}`."""
 
     def make_runner(step):  # a function that JAX has not seen has no trace in its cache
         return lambda: jax.jit(lambda *args: step(*args)).trace(*args)

@@ -3,20 +3,20 @@
     python -m benchmarks.what_works_where results/depth/1 results/depth/8 ... [--out DIR]
         [--page studies/README.md]
 
-Reads finished studies, one a directory, and of the seven claims what `keep_study` kept; trains
-nothing. Of each method but the reference:
+It reads finished studies, one per directory, and the results of the seven claims that `keep_study`
+saved. It trains nothing. For each method except the reference:
 
     gap      its test metric (the training loss of a task without test data) minus backprop's,
-             each at its own best rate, with a 95 % interval by the paired t over seeds (given
-             these rates; the studies' claims choose them anew in every resample, which is more
-             careful and takes ten seeds)
-    share    how much of backprop's gain over frozen hidden layers it has, by Fieller's method; none
-             where backprop may gain nothing. * where one of the three best rates lies at the edge
-             of the grid, so that a better one may lie beyond (the claims refuse such a share)
-    angle    of the final error to the true one, at the first and the last kernel before the
+             each at its own best rate, with a 95 % interval by a paired t-test over seeds. The
+             rates are fixed; the claims of studies choose them again in every resample, which is
+             more careful and needs ten seeds
+    share    its share of backprop's gain over frozen hidden layers, by Fieller's method; none
+             if backprop may gain nothing. * if one of the three best rates lies at the edge
+             of the grid, so that a better rate may lie beyond (claims do not test this share)
+    angle    of the final error to the true error, at the first and the last kernel before the
              readout in order of use (the query of the first attention, a recurrent net's input
-             gate), at the method's best rate, a mean over seeds
-    rate     the effective learning rate at the first kernel over the rate, in the same runs
+             gate), at the method's best rate, as a mean over seeds
+    rate     the effective learning rate at the first kernel divided by the rate, in the same runs
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def gap(found, method, reference, metric) -> tuple[float, float, float]:
 
 
 def share(found, method, reference, metric) -> tuple[list[float], bool]:
-    """The share of the gain with its interval, NaN without, and whether an edge is in it."""
+    """The share of the gain with its interval, or NaN, and whether a rate is at an edge."""
     names = (method, reference, "frozen")
     if method == "frozen" or "frozen" not in found.methods:
         return [math.nan] * 3, False
@@ -120,11 +120,11 @@ def final(found, method, rate) -> dict[str, float]:
 
 
 LEAST, MOST = -0.5, 1.3
-"""The shares that the figure shows; a triangle marks one below."""
+"""The range of shares in the figure; a triangle marks a share below it."""
 CLAIMS = [common.OUT / name for name in ("mnist", "fashion_mnist", "claims_small_conv")]
 """The kept studies of the seven claims."""
 COLUMNS = {"fa": "FA", "dfa": "DFA", "sign_norm": "signs, norm kept", "frozen": "frozen"}
-"""The methods of the page's table; the rest is in the long one."""
+"""The methods of the page's table; the long table has the others."""
 
 
 def matrix(rows) -> str:
@@ -148,7 +148,7 @@ def matrix(rows) -> str:
 
 
 def claims(kept: Sequence[pathlib.Path]) -> str:
-    """The seven claims, a line each: verdicts and estimates of several studies that were kept."""
+    """The seven claims, a line each: verdicts and estimates of several saved studies."""
     found = {path.name: json.loads((path / "summary.json").read_text())["claims"] for path in kept}
     parts = next(iter(found.values()))
     lines = [["claim", *found], ["---"] * (1 + len(found))]
@@ -164,7 +164,7 @@ def claims(kept: Sequence[pathlib.Path]) -> str:
 
 
 def estimate(part) -> Estimate:
-    """A test's estimate as JSON keeps it, where an open end is null."""
+    """A test's estimate from JSON, where an open end is null."""
     if part["estimate"] is None or part["low"] is part["high"] is None:
         return Estimate(math.nan if part["estimate"] is None else part["estimate"], *[math.nan] * 2)
     low, high = (

@@ -1,22 +1,22 @@
 """Activity propagation: the error of a layer is a second-order step of its activities.
 
-For each tapped activation two passes are made. The first finds g, its gradient; the second moves it
-by -(lr / n) g, sees the gradient change by d, and hands on (lr / n) g² / d, a secant estimate of
-Newton's step, in place of the gradient. All that a loss must do is name its activations with the
-`tap` it gets; what comes out are gradients for any optimiser. See `soap_jax.activity`.
+There are two passes. The first finds the gradient g of each tapped activation. The second moves the
+activation by -(lr / n) g, which changes the gradient by d. It passes on (lr / n) g² / d, a secant
+estimate of Newton's step, in place of the gradient. The loss only has to name its activations with
+the `tap` it gets. The result is gradients for any optimiser. See `soap_jax.activity`.
 
-A constant, `bias`, beside d keeps the quotient finite, and as d is tiny (it is divided by n, the
-number of activations in a batch) the constant matters more than d. What to see (one seed; four
-others agree). The column "size" says how long the first layer's gradient is beside backprop's.
+A constant, `bias`, is added to d to keep the quotient finite. As d is tiny (it is divided by n, the
+number of activations in a batch), the constant matters more than d. What to see (one seed; four
+others agree), where "size" is the length of the first layer's gradient relative to backprop's:
 
-- "activity", with the weights' own rate and the default bias, as in the original's experiment, is
-  slower than backprop: it hands on so little that the hidden layer hardly learns.
-- "rate x 1000" moves the activities 1000 times as far. Newton's step is the same, but d is large
-  beside bias, and beside float32's rounding, which swallows most of the small moves. The hidden
-  layer learns now; on the bump it learns faster than backprop, on digits more slowly.
-- "resized" tells why: backprop whose first layer gets its own gradient, but at each step as long as
-  activity propagation would make it. On the bump it is about as fast: what helped there was a
-  longer step, a larger learning rate. On digits, where lengths are alike, it is like backprop.
+- "activity" has the rate of the weights and the default bias, as in the original experiment. It is
+  slower than backprop: it passes on so little that the hidden layer hardly learns.
+- "rate x 1000" moves the activities 1000 times as far. Newton's step is the same, but d is larger
+  than bias and than float32's rounding, which removes most of the small moves. Now the hidden layer
+  learns: on the bump faster than with backprop, on digits more slowly.
+- "resized" is backprop with the first layer's gradient as long as activity propagation would make
+  it. On the bump it is about as fast, so the gain was a longer step: a larger learning rate. On
+  digits, where the lengths are similar, it is like backprop.
 
     python examples/activity_propagation.py [directory with MNIST's files]
 """

@@ -1,14 +1,14 @@
 """Fits a noisy bump with a 1-20-1 network: backprop, feedback alignment and sign synchronisation.
 
-The smallest problem on which one can watch feedback alignment work. The error reaches the hidden
-layer through fixed random weights B that know nothing of W (Lillicrap et al., 2016), and yet the
-fit is as good as backprop's in the end: W turns towards B, as the last column shows. Where B gets
-the signs of W at every step (Liao et al., 2016) its lengths matter: raw signs are longer than W and
-make the hidden layer's steps larger, so that the loss falls faster than backprop's; with the
-lengths of B0 it does not.
+This is the smallest problem that shows how feedback alignment works. The error reaches the hidden
+layer through fixed random weights B, which do not depend on W (Lillicrap et al., 2016). In the end
+the fit is as good as backprop's: W turns towards B, as the last column shows. If B gets the signs
+of W at every step (Liao et al., 2016), its size matters. Raw signs are larger than W and make the
+hidden layer's steps larger, so the loss falls faster than with backprop. With signs of the size of
+B0, it does not.
 
-Mind what this does not show: one seed and one learning rate, at which larger steps help.
-`sign_sync_sweep.py` looks at several of both.
+This program has only one seed and one learning rate, at which larger steps help.
+`sign_sync_sweep.py` has several of both.
 
     python examples/bump_regression.py [figure.png]
 """
@@ -35,7 +35,7 @@ optimizer = optax.sgd(0.05)
 
 
 def apply_fn(params, feedback, x):
-    """What `soap_jax.training` needs to know of a model."""
+    """The model as `soap_jax.training` needs it."""
     return model.apply({"params": params, "feedback": feedback}, x)
 
 

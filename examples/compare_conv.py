@@ -1,15 +1,15 @@
 """Your model in the study: a Flax conv net with batch norm and dropout, and a rule of your own.
 
-Batch norm has running statistics and dropout draws, so this task has an `init_state`, and its loss
-takes the state and a key and returns the new state. The study finds which kernels get feedback.
+Batch norm has running statistics, and dropout draws. So this task has an `init_state`, and its loss
+takes the state and a key and returns the new state. The study finds the kernels that get feedback.
 
-The question: does feedback have to know every sign of W? `FlipSigns` is a rule of ten lines that
-corrects a few signs at each step. It stands beside the library's own methods: same learning rates,
-same seeds (initial weights, feedback and order of examples), same measures, intervals and figures.
+The question: does feedback need every sign of W? `FlipSigns` is a rule of ten lines that corrects a
+few signs at each step. It is compared with the library's methods: same learning rates, same seeds
+(initial weights, feedback and order of examples), same measurements, intervals and figures.
 
-What to see (three seeds, after six epochs): FA has 87.1% of the test digits right, backprop 93.7%,
-and 93.0% if feedback has all signs of W from the start. A tenth of the signs at each step makes
-90.2%, and takes 0.76 of FA's steps to the same loss (95 % interval 0.61 to 0.94).
+What to see (three seeds, after six epochs): FA has 87.1% of the test digits right, backprop has
+93.7%, and feedback with all signs of W from the start has 93.0%. With a tenth of the signs at each
+step it is 90.2%, with 0.76 of FA's steps to the same loss (95 % interval 0.61 to 0.94).
 
     python examples/compare_conv.py
 """
@@ -26,7 +26,7 @@ from soap_jax import study
 
 
 class FlipSigns(soap_jax.Rule):
-    """Gives a share of the feedback weights, drawn anew at every sync, the signs of W."""
+    """Gives the signs of W to a share of the feedback weights, drawn anew at every sync."""
 
     share: float = 0.1
 
@@ -62,13 +62,13 @@ def loss(params, state, batch, key):
 
 
 def accuracy(params, state, batch):
-    """The share of images whose largest logit is their label's."""
+    """The share of images classified correctly."""
     logits = model.apply({"params": params, "batch_stats": state}, batch[0], train=False)
     return jnp.mean(logits.argmax(-1) == batch[1])
 
 
 def make_task():
-    """Digits, of which 300 are kept apart to choose learning rates by."""
+    """Digits; 300 of them are kept apart to choose learning rates."""
     digits = soap_jax.data.load("digits")
     (x, labels), test = (
         (part.images.astype("float32") / digits.max_value, part.labels)
@@ -96,7 +96,7 @@ METHODS = {
 
 
 def main(seeds=3, epochs=6, out=None):
-    """Compares the methods; with `out` the results stay there, and a second call goes on."""
+    """Compares the methods; `out` saves the results, and a second call continues."""
     result = study.compare(
         make_task(),
         METHODS,

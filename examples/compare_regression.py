@@ -1,14 +1,15 @@
-"""Methods of your own in the study: direct feedback and Kolen-Pollack, with claims made before.
+"""Your own methods in the study: direct feedback and Kolen-Pollack, with claims stored first.
 
-The task is a regression by an Equinox MLP. `study.Method` says what is new about a method: another
-loss and its own feedback (direct feedback alignment), or feedback that the optimiser learns beside
-the weights (Kolen-Pollack). Everything else is the same for all: the seeds, the rates, the data.
+The task is a regression by an Equinox MLP. `study.Method` defines only the differences of a method:
+another loss and its own feedback (direct feedback alignment), or feedback that the optimiser learns
+with the weights (Kolen-Pollack). Seeds, rates and data are the same for all methods.
 
-Claims are values: a ratio of steps with the bounds within which it must lie. `compare` stores them
-before the first run, and `judge` says of each: holds, fails, undecided, or not testable here.
+Claims are values: a ratio of steps with its bounds. `compare` stores them before the first run.
+`judge` gives a verdict for each: holds, fails, undecided, or not testable here.
 
 What to see (six seeds): FA takes 1.67 times backprop's steps to a loss of 0.02 (95 % interval 1.58
-to 1.76), Kolen-Pollack 0.53 of FA's (0.45 to 0.61): both claims hold. DFA does not always arrive.
+to 1.76). Kolen-Pollack takes 0.53 of FA's steps (0.45 to 0.61). Both claims hold. Some runs of DFA
+do not reach the loss.
 
     python examples/compare_regression.py
 """
@@ -39,7 +40,7 @@ def loss(params, batch):
 
 
 def direct_loss(params, projections, batch):
-    """The same; backwards, the output's error goes straight to both hidden layers."""
+    """The same, but the output's error goes directly to both hidden layers."""
     x, y = batch
     first, second, last = (jax.vmap(layer) for layer in eqx.combine(params, static).layers)
     a = jnp.tanh(first(x))
@@ -80,12 +81,12 @@ CLAIMS = [
 
 
 def optimizer(rate):
-    """Weight decay, by which Kolen-Pollack feedback meets the weights."""
+    """Weight decay, so that Kolen-Pollack feedback converges to the weights."""
     return optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(rate, momentum=0.9))
 
 
 def main(seeds=6, steps=600, out=None, report=None):
-    """Compares the methods; with `out` the results stay there, and a second call goes on."""
+    """Compares the methods; `out` saves the results, and a second call continues."""
     result = study.compare(
         make_task(),
         METHODS,
@@ -94,7 +95,7 @@ def main(seeds=6, steps=600, out=None, report=None):
         steps=steps,
         batch_size=64,
         optimizer=optimizer,
-        target_loss=0.02,  # below the plateau on which all of them start
+        target_loss=0.02,  # below the initial plateau of all methods
         claims=CLAIMS,
         out=out,
     )

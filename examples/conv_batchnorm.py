@@ -1,17 +1,18 @@
 """Your model, two lines changed: convolutions with batch norm, and a rule for each kind of layer.
 
-An ordinary Flax loss that returns the new running statistics beside its value, for
-`jax.grad(..., has_aux=True)`. Convolutions go through feedback as dense layers do; batch norm has
-no kernel, so its derivative stays exact, that of its means and variances included.
+The loss is an ordinary Flax loss that returns its value and the new running statistics, for
+`jax.grad(..., has_aux=True)`. Convolutions use feedback like dense layers. Batch norm has no
+kernel, so its derivative stays exact, including the derivatives of means and variances.
 
-The question: of which layers does feedback have to know the signs of W? `init_feedback` takes a
-mapping from path patterns to rules, of which the first that matches a kernel counts.
+The question: which layers need the signs of W as feedback? `init_feedback` takes a mapping from
+path patterns to rules. The first pattern that matches a kernel is used.
 
-What to see (means over ten seeds, `main(seeds=10)`): after one epoch FA is far behind, 64.5% of the
-test digits right against 92.7% by backprop, and after ten it still is, 95.2% against 97.8%. Signs
-of the two dense layers, which come first on the error's way back, make up for most of that (86.7%,
-97.0%); those of the convolutions for less (75.7%, 96.2%), and both together for a little more than
-the dense ones alone (89.8%, 97.4%). After one epoch this order holds in nine seeds of ten or more.
+What to see (means over ten seeds, `main(seeds=10)`): after one epoch, FA is far behind: it has
+64.5% of the test digits right, and backprop 92.7%. After ten epochs, FA has 95.2% and backprop
+97.8%. Signs in the two dense layers, which come first on the error's way back, close most of the
+gap (86.7%, 97.0%). Signs in the convolutions close less (75.7%, 96.2%). Both together close a
+little more than the dense layers alone (89.8%, 97.4%). After one epoch, this order holds in at
+least nine of ten seeds.
 
     python examples/conv_batchnorm.py
 """
@@ -28,7 +29,7 @@ import optax
 import soap_jax
 from soap_jax import Fixed, SignSync
 
-SIGNS = SignSync(magnitude="norm")  # of W, at every step; B stays as long as it was
+SIGNS = SignSync(magnitude="norm")  # of W, at every step; B keeps its norm
 METHODS = {"backprop": None, "FA": Fixed(), "signs everywhere": SIGNS}
 METHODS["signs in dense"] = {"Dense_*": SIGNS, "*": Fixed()}
 METHODS["signs in conv"] = {"Conv_*": SIGNS, "*": Fixed()}
@@ -65,7 +66,7 @@ loss_fa = soap_jax.with_feedback(loss)  # the first line: (params, feedback, bat
 
 @functools.partial(jax.jit, donate_argnums=0)
 def train_step(carry, x, labels):
-    """One update: sync feedback, take the gradient, hand it to Optax."""
+    """One update: sync feedback, compute the gradient, pass it to Optax."""
     params, state, stats, opt_state, step = carry
     if state is not None:  # with None in its place, `loss_fa` is `loss`: backprop
         state = soap_jax.sync_feedback(params, state, step)  # for a rule other than Fixed
@@ -77,7 +78,7 @@ def train_step(carry, x, labels):
 
 @jax.jit
 def accuracy(params, batch_stats, x, labels):
-    """The share of images whose largest logit is their label's, by the running statistics."""
+    """The share of images classified correctly, with the running statistics."""
     logits = model.apply({"params": params, "batch_stats": batch_stats}, x, train=False)
     return jnp.mean(jnp.argmax(logits, -1) == labels)
 

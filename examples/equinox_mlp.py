@@ -1,21 +1,21 @@
 """Your model, two lines changed: an Equinox MLP that learns by feedback alignment.
 
-Nothing here is made for `soap_jax`: an `eqx.nn.MLP`, a loss, an Optax step under `eqx.filter_jit`.
-The two lines are marked. `with_feedback` gives the loss a second argument, the feedback tree, which
-mirrors the model; `init_feedback` draws that tree. `explain` reads off the loss which weights get
-feedback. It finds that the first layer needs none (its input is the data, and the gradient by the
-data is not computed), and that the kernels are called `weight` and stand left of their input.
-A third line, `sync_feedback`, is needed only by rules that change feedback while training.
+The program is ordinary Equinox: an `eqx.nn.MLP`, a loss, an Optax step under `eqx.filter_jit`. The
+two lines are marked. `with_feedback` gives the loss a second argument, the feedback tree, which has
+the structure of the model. `init_feedback` draws this tree. `explain` finds the weights that get
+feedback. The first layer needs none, since its input is the data, and the gradient by the data is
+not computed. The kernels are called `weight` and are the left factors of their products. A third
+line, `sync_feedback`, is needed only for rules that change feedback during training.
 
-`initializer="matched"` makes feedback as large as the kernels. Equinox draws them smaller than the
-default initialiser, Glorot's; with that, feedback is 1.7 times as long as the weights it stands for
-and more, the hidden layers' learning rate is larger by as much, and sign sync seems to beat
-backprop in the first epochs (see `sign_sync_sweep.py` for that effect).
+`initializer="matched"` makes feedback as large as the kernels. Equinox draws them smaller than
+Glorot's initialiser would. With Glorot's initialiser, the norm of feedback is at least 1.7 times
+that of the weights. The hidden layers' learning rate is larger by the same factor, and sign sync
+seems to beat backprop in the first epochs (see `sign_sync_sweep.py` for this effect).
 
 What to see (means over ten seeds, `main(seeds=10)`): random fixed feedback, FA, starts slower
-(63.0% of the test digits right after one epoch, backprop 75.9%) and is behind after twenty, 92.8%
-against 96.2%. Signs of the weights close the gap at the start (76.5%) and less than half of it in
-the end (94.2%). In the end this order holds in all ten seeds.
+(63.0% of the test digits right after one epoch, backprop 75.9%) and is behind after twenty epochs
+(92.8%, backprop 96.2%). Signs of the weights close the gap at the start (76.5%), and less than half
+of it at the end (94.2%). At the end, this order holds in all ten seeds.
 
     python examples/equinox_mlp.py
 """
@@ -46,7 +46,7 @@ loss_fa = soap_jax.with_feedback(loss)  # the first line: (model, feedback, x, l
 
 @eqx.filter_jit(donate="all-except-first")
 def train_step(batch, model, state, opt_state, step):
-    """One update. `eqx.filter_grad` is by the model alone, so feedback gets no gradient."""
+    """One update. `eqx.filter_grad` is only by the model, so feedback gets no gradient."""
     if state is not None:  # with None in its place, `loss_fa` is `loss`: backprop
         state = soap_jax.sync_feedback(model, state, step)  # for a rule other than Fixed
     feedback = state and state.feedback
@@ -57,7 +57,7 @@ def train_step(batch, model, state, opt_state, step):
 
 @eqx.filter_jit
 def accuracy(model, x, labels):
-    """The share of images whose largest logit is their label's."""
+    """The share of images classified correctly."""
     return jnp.mean(jnp.argmax(jax.vmap(model)(x), -1) == labels)
 
 

@@ -1,13 +1,13 @@
-"""One's own Optax loop around a Linen model that learns by sign-synchronised feedback.
+"""Your own Optax loop for a Linen model that learns by sign-synchronised feedback.
 
-Against a plain Flax loop three things are new: `FeedbackDense` in the model, a feedback state
-beside the parameters, and one call of `sync_feedback` before the gradient.
+Three things are new, compared with a plain Flax loop: `FeedbackDense` in the model, a feedback
+state next to the parameters, and one call of `sync_feedback` before the gradient.
 
 The first layer is plain. Feedback carries the error to a layer's input. The input of the first
 layer is the data, and the gradient by the data is not computed.
 
-The state is donated to the jitted step. Between two syncs feedback passes through the step
-unchanged, and an undonated array that passes through is copied at every step.
+The state is donated to the jitted step. Between two syncs, feedback passes through the step
+unchanged. Without donation, JAX would copy it at every step.
 
     python examples/linen_loop.py
 """
@@ -47,19 +47,19 @@ def loss_fn(params, feedback, x, labels):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def train_step(carry, x, labels):
-    """One update: sync feedback, take the pseudo-gradient, hand it to Optax."""
+    """One update: sync feedback, compute the pseudo-gradient, pass it to Optax."""
     params, state, opt_state, step = carry
-    # Before the gradient, so that the very first update already uses the signs of W.
+    # Before the gradient, so that the first update already uses the signs of W.
     state = sync_feedback(params, state, step)
     loss, gradient = jax.value_and_grad(loss_fn)(params, state.feedback, x, labels)
-    # Optax sees the parameters alone; weight decay, say, never touches feedback.
+    # Optax gets only the parameters, so weight decay, for example, does not change feedback.
     updates, opt_state = optimizer.update(gradient, opt_state, params)
     return (optax.apply_updates(params, updates), state, opt_state, step + 1), loss
 
 
 @jax.jit
 def measure(params, feedback, x, labels):
-    """Accuracy; and how far feedback and the pseudo-gradient are from the true ones, in degrees."""
+    """Accuracy, and angles of feedback to W and of the pseudo-gradient to the true gradient."""
     logits = model.apply({"params": params, "feedback": feedback}, x)
 
     def gradient(params, feedback):
@@ -82,12 +82,12 @@ def main(steps=500, report_every=100, batch_size=64):
         for split in (digits.train, digits.test)
     )
 
-    # Kernels and feedback are drawn from streams of their own. With the same "params" key a plain
-    # Flax model of these names has the same kernels, so that runs with and without FA are paired.
+    # Kernels and feedback have separate random streams. With the same "params" key, a plain Flax
+    # model with the same names has the same kernels, so runs with and without FA are paired.
     keys = jax.random.split(jax.random.key(0), 3)
     variables = model.init({"params": keys[0], "feedback": keys[1]}, x[:1])
-    # Every 10 updates B takes the signs of W and keeps its own norm. Raw signs, "unit", are several
-    # times as long as W. Adam cancels that, but SGD does not: see `sign_sync_sweep.py`.
+    # Every 10 updates, B gets the signs of W and keeps its own norm. Raw signs ("unit") are several
+    # times as large as W. Adam cancels this factor, but SGD does not: see `sign_sync_sweep.py`.
     rule = SignSync(period=10, magnitude="norm")
     state = init_feedback(keys[2], variables["params"], rule, feedback=variables["feedback"])
     params = variables["params"]

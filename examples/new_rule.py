@@ -2,9 +2,9 @@
 
     python examples/new_rule.py
 
-Copy this file and fill in the places marked 1 to 4. What a rule must keep to is stated there; the
-battery of tests that every rule of soap_jax passes, tests/test_contract.py, runs this one as well,
-and takes yours if you add it to the methods there.
+Copy this file and fill in the places marked 1 to 4. They state the requirements for a rule. The
+tests that every rule of soap_jax passes, tests/test_contract.py, also run this rule. They test your
+rule if you add it to the methods there.
 """
 
 import dataclasses
@@ -17,16 +17,16 @@ import soap_jax
 from soap_jax import data, metrics, models, training
 
 
-# 1. Name it by a noun and say in its first line what it does, as an equation.
+# 1. The name is a noun. The docstring says what the rule does, as an equation.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SignTransport(soap_jax.Rule):
-    """Feedback creeps towards the signs of its kernel, at its own size.
+    """Feedback moves slowly towards the signs of its kernel, and keeps its size.
 
     B <- (1 - rate) B + rate * rms(B) * sign(W)
     """
 
     # 2. Hyperparameters: numbers and strings, never arrays or functions, since a rule is static.
-    #    `period` is there already. Check them when the rule is made.
+    #    `period` exists already. Check them when the rule is made.
     rate: float = 0.1
 
     def __post_init__(self):
@@ -34,9 +34,9 @@ class SignTransport(soap_jax.Rule):
         if not 0 < self.rate <= 1:
             raise ValueError(f"SignTransport: rate is {self.rate!r}; expected a number in (0, 1].")
 
-    # 3. The rule itself: arrays of one layer in, new feedback of the same shape out. Pure and
-    #    traceable, called where `step % period == 0`. Draw from `key` alone: it differs from layer
-    #    to layer and step to step, and repeats itself in a resumed run.
+    # 3. The rule: it gets the arrays of one layer and returns new feedback of the same shape. It is
+    #    pure and traceable, and is called if `step % period == 0`. Draw only from `key`. The key
+    #    differs between layers and steps, and is the same in a resumed run.
     def __call__(self, kernel, feedback, key):
         """Returns the new feedback."""
         del key
@@ -47,7 +47,7 @@ class SignTransport(soap_jax.Rule):
 RULE = SignTransport(period=1, rate=0.1)
 
 
-# 4. Try it on something real, beside what it must beat.
+# 4. Try it on real data, and compare it with fixed feedback.
 def main(epochs=20):
     """Trains a small network on digits by the rule and by fixed feedback."""
     digits = data.load("digits")

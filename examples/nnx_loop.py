@@ -1,15 +1,15 @@
-"""One's own Optax loop around an NNX model that learns by sign-synchronised feedback.
+"""Your own Optax loop for an NNX model that learns by sign-synchronised feedback.
 
-The twin of `linen_loop.py`. In NNX feedback lies in the model, as a variable of a type of its own:
+This is `linen_loop.py` in NNX. Here feedback is in the model, as a variable with its own type:
 
     nnx.state(model, nnx.Param)      what the optimiser trains
-    nnx.state(model, Feedback)       what `sync_feedback` changes and the optimiser never sees
+    nnx.state(model, Feedback)       what `sync_feedback` changes, and not the optimiser
 
 `sync_feedback` takes one `nnx.State` and returns the other, ready for `nnx.update`.
 
 The first layer is plain: the gradient by the data is not computed. Model, optimiser and feedback
-state are donated: feedback passes through the jitted step unchanged between two syncs, and an
-undonated array that passes through is copied at every step.
+state are donated. Between two syncs, feedback passes through the jitted step unchanged. Without
+donation, JAX would copy it at every step.
 
     python examples/nnx_loop.py
 """
@@ -46,19 +46,19 @@ def loss_fn(model, x, labels):
 
 @functools.partial(nnx.jit, donate_argnums=(0, 1, 2))
 def train_step(model, optimizer, state, x, labels):
-    """One update: sync feedback, take the pseudo-gradient, hand it to Optax."""
-    # Before the gradient, so that the very first update already uses the signs of W. The
-    # optimiser counts its updates, which is the clock that the sync period refers to.
+    """One update: sync feedback, compute the pseudo-gradient, pass it to Optax."""
+    # Before the gradient, so that the first update already uses the signs of W. The optimiser
+    # counts its updates; the sync period refers to this count.
     state = sync_feedback(nnx.state(model, nnx.Param), state, optimizer.step[...])
     nnx.update(model, state.feedback)
-    loss, gradient = nnx.value_and_grad(loss_fn)(model, x, labels)  # by nnx.Param alone
+    loss, gradient = nnx.value_and_grad(loss_fn)(model, x, labels)  # only by nnx.Param
     optimizer.update(model, gradient)
     return state, loss
 
 
 @nnx.jit
 def measure(model, x, labels):
-    """Accuracy; and how far feedback and the pseudo-gradient are from the true ones, in degrees."""
+    """Accuracy, and angles of feedback to W and of the pseudo-gradient to the true gradient."""
     graph, params, feedback = nnx.split(model, nnx.Param, Feedback)
 
     def gradient(params, feedback):
@@ -81,11 +81,11 @@ def main(steps=500, report_every=100, batch_size=64):
         for split in (digits.train, digits.test)
     )
 
-    # With a stream of its own for feedback, or without, the kernels are those of plain nnx.Linear.
+    # With or without a separate stream for feedback, the kernels are those of plain nnx.Linear.
     model = Net(nnx.Rngs(params=0, feedback=1))
     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
-    # Every 10 updates B takes the signs of W and keeps its own norm. Raw signs, "unit", are several
-    # times as long as W. Adam cancels that, but SGD does not: see `sign_sync_sweep.py`.
+    # Every 10 updates, B gets the signs of W and keeps its own norm. Raw signs ("unit") are several
+    # times as large as W. Adam cancels this factor, but SGD does not: see `sign_sync_sweep.py`.
     state = init_feedback(
         jax.random.key(0),
         nnx.state(model, nnx.Param),

@@ -1,8 +1,9 @@
-"""Differential privacy: clipped and noised gradients of direct feedback alignment, and of backprop.
+"""Differential privacy: clipped and noised gradients of direct feedback alignment and of backprop.
 
-`optax.contrib.differentially_private_aggregate` cuts an example's gradient, which `vmap` gives, to
-a norm of 1 and adds noise to the sum. Noise of 0, 1 and 2 leaves DFA 90, 90 and 86% right, backprop
-93, 93 and 91% (ten seeds). Lee and Kifer (2020, arXiv:2010.03701) gain by DFA, clipping otherwise.
+`vmap` computes the gradient of each example. `optax.contrib.differentially_private_aggregate` clips
+it to a norm of 1 and adds noise to the sum. With noise of 0, 1 and 2, DFA has 90, 90 and 86% right,
+and backprop 93, 93 and 91% (ten seeds). Lee and Kifer (2020, arXiv:2010.03701) gain by DFA with
+another kind of clipping.
 
     python examples/private_feedback.py
 """
@@ -16,7 +17,7 @@ from soap_jax.ops import detach
 
 
 def loss(params, projections, x, label):
-    """Loss and logits of an example, or of many; without projections for backprop."""
+    """Loss and logits of one or many examples; without projections it is backprop."""
     cut = detach if projections else lambda h: h
     h1 = jnp.tanh(x @ params[0])
     h2 = jnp.tanh(cut(h1) @ params[1])

@@ -1,10 +1,11 @@
 """Learning in time without going back in time: RFLO, for a recurrent cell of your own.
 
 Fifty tanh units without input learn to draw three sines (Murray 2019). You write one step of the
-cell and one of the loss. `temporal.value_and_grad` runs them forwards only: traces keep what each
-weight did to its unit, and the present error, sent back by random feedback, multiplies them. Memory
-does not grow with time. What to see: RFLO learns about as backpropagation through time does, and
-by its recurrent weights: the readout alone stays at several times the loss.
+cell and one step of the loss. `temporal.value_and_grad` runs them only forward in time. Traces
+store the effect of each weight on its unit, and are multiplied by the current error, which random
+feedback sends back. Memory does not grow with time. What to see: RFLO learns about as well as
+backpropagation through time. Its recurrent weights matter: with only the readout, the loss is
+several times as large.
 
     python examples/rflo.py
 """
@@ -32,7 +33,7 @@ def loss(params, h, target):
 
 
 def whole(params):
-    """The loss of all steps, to go back through."""
+    """The loss of all steps, for backpropagation through time."""
     _, hs = jax.lax.scan(lambda h, _: (cell(params, h, None),) * 2, H0, None, TIME)
     return jnp.mean((hs @ params["readout"] - TARGETS) ** 2)
 

@@ -1,17 +1,17 @@
 """Does sign-synchronised feedback learn faster than backprop? A sweep over learning rates.
 
-Feedback B that has only the signs of W is enough to learn well (Liao et al., 2016). With raw signs
-it even seems to beat backprop: at small learning rates it needs a fraction of the updates. The last
-row of the table says why. Raw signs are longer than W, so that the hidden layer receives a larger
-error, which multiplies its learning rate and leaves the output layer's as it is. Hence
+Feedback B with only the signs of W is enough to learn well (Liao et al., 2016). With raw signs, it
+even seems to beat backprop: at small learning rates it needs a fraction of the updates. The last
+row of the table explains this. Raw signs are larger than W, so the hidden layer gets a larger
+error. This multiplies its learning rate, but not the output layer's. Hence
 
-- the gain belongs to small rates, where more speed helps, and becomes a loss at large ones; at the
-  best rate of each method nothing is left of it here;
-- signs that keep the norm of B, "norm", know as much about W and gain nothing.
+- there is a gain at small rates, where larger steps help, and a loss at large rates; at the best
+  rate of each method, there is no gain here;
+- signs that keep the norm of B, "norm", have the same information about W and gain nothing.
 
-Fixed random feedback, FA (Lillicrap et al., 2016), knows nothing of W at the start and is slower.
-At the largest rates the order turns round: there it is an advantage to be slow. (In the figure,
-lines are means over seeds and bands reach from the fastest seed to the slowest.)
+Fixed random feedback, FA (Lillicrap et al., 2016), has no information about W at the start, and is
+slower. At the largest rates, the order is reversed: there it is an advantage to be slow. (In the
+figure, lines are means over seeds, and bands reach from the fastest to the slowest seed.)
 
     python examples/sign_sync_sweep.py [figure.png]
 """
@@ -42,12 +42,12 @@ model = models.MLP((256, 10))  # tanh; the first layer has no feedback and needs
 
 
 def apply_fn(params, feedback, x):
-    """What `soap_jax.training` needs to know of a model."""
+    """The model as `soap_jax.training` needs it."""
     return model.apply({"params": params, "feedback": feedback}, x)
 
 
 def make_run(rule, epochs):
-    """Makes one run: a pure function, which `sweep` compiles once for all rates and seeds."""
+    """Makes one run: a pure function that `sweep` compiles once for all rates and seeds."""
 
     def run(seed, learning_rate, period, x, labels):
         del period  # every rule here syncs at every step

@@ -1,16 +1,16 @@
 """Your model, two lines changed: an NNX transformer whose attention learns by feedback alignment.
 
-The task is associative recall: eight pairs of a key and a value in random order, then a key alone;
-the answer is its value. Without attention one knows which values occur, not which is meant.
+The task is associative recall: eight pairs of a key and a value in random order, then only a key.
+The answer is its value. Without attention, the model knows the values, but not the right one.
 
-Feedback takes the kernels' place where the error goes back through a projection. Inside attention
-queries meet keys, and weights meet values: products of activations, which stay exact. "no credit"
-is the control: B = 0 at attention's kernels, which stay as they were; all else learns by FA.
+The error goes back through feedback in the projections. Inside attention, the products of queries
+and keys, and of weights and values, are products of activations, which stay exact. "no credit" is
+the control: B = 0 at attention's kernels, so they do not change. All other kernels learn by FA.
 
-What to see (means over five seeds, `main(seeds=5)`): after 80 updates backprop finds the value in
-100.0% of new sequences, feedback with the signs of W in 99.8%, FA in 26.4%. So FA is slower, but
-it does teach attention: 88.0% after 160 updates and 99.8% after 240, in no seed less than 99%.
-Without credit for attention 32.8% is all that is learnt by then.
+What to see (means over five seeds, `main(seeds=5)`): after 80 updates, backprop finds the value in
+100.0% of new sequences, feedback with the signs of W in 99.8%, and FA in 26.4%. FA is slower, but
+attention does learn: 88.0% after 160 updates and 99.8% after 240, at least 99% in every seed.
+Without credit for attention, it is only 32.8% after 240 updates.
 
     python examples/transformer.py
 """
@@ -35,7 +35,7 @@ class Zero(soap_jax.Rule):
         return jnp.zeros_like(feedback)
 
 
-SIGNS = SignSync(magnitude="norm")  # of W, at every step; B stays as long as it was
+SIGNS = SignSync(magnitude="norm")  # of W, at every step; B keeps its norm
 NO_CREDIT = {"attention/*": Zero(), "*": Fixed()}
 METHODS = {"backprop": None, "sign sync": SIGNS, "FA": Fixed(), "no credit": NO_CREDIT}
 
@@ -48,7 +48,7 @@ class Transformer(nnx.Module):
         linear = functools.partial(nnx.Linear, rngs=rngs)
         attend = nnx.MultiHeadAttention(4, 32, decode=False, rngs=rngs)
         self.keys = nnx.Embed(8, 32, rngs=rngs)
-        self.values = nnx.Embed(9, 32, rngs=rngs)  # the ninth: a value not given
+        self.values = nnx.Embed(9, 32, rngs=rngs)  # the ninth: no value given
         self.attention = nnx.Sequential(norm(), attend)
         self.mlp = nnx.Sequential(norm(), linear(32, 64), nnx.gelu, linear(64, 32))
         self.readout = nnx.Sequential(norm(), linear(32, 8))
@@ -75,7 +75,7 @@ loss_fa = soap_jax.with_feedback(loss)  # the first line: (params, feedback, key
 
 @functools.partial(jax.jit, donate_argnums=0)
 def train_step(carry, batch):
-    """One update: sync feedback, take the gradient, hand it to Optax."""
+    """One update: sync feedback, compute the gradient, pass it to Optax."""
     params, state, opt_state, step = carry
     if state is not None:  # else `loss_fa` is `loss`: backprop
         state = soap_jax.sync_feedback(params, state, step)  # for a rule other than Fixed

@@ -2,7 +2,7 @@
 
     SOAP_JAX_DATA_DIR=DIR soap-jax study studies/claims_small_conv.py
 
-MNIST at 14 x 14 pixels, SGD. `bp_scaled_live` tests whether the gain of raw signs is their size
+MNIST at 14 x 14 pixels, SGD. `bp_scaled_live` tests whether the size of raw signs causes their gain
 here, too.
 """
 

@@ -2,9 +2,9 @@
 
     SOAP_JAX_DATA_DIR=DIR soap-jax study studies/conv_cifar10.py
 
-Their architecture 1, Adam, batches of 128, on what there is of CIFAR-10 in DIR/cifar10. A step is
-slow on a CPU (`python -m benchmarks.convolutions`), so this is short: compare its gaps, not its
-accuracies, with the paper's.
+The paper's architecture 1, Adam, batches of 128, on the files of CIFAR-10 in DIR/cifar10. A step is
+slow on a CPU (`python -m benchmarks.convolutions`), so training is short. Compare the gaps with the
+paper's gaps, not the accuracies.
 """
 
 import math

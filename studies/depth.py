@@ -2,7 +2,7 @@
 
     SOAP_JAX_DATA_DIR=DIR soap-jax study studies/depth.py
 
-MNIST by networks of 1 to 8 hidden layers of 128 tanh units, one epoch of SGD.
+MNIST, networks with 1 to 8 hidden layers of 128 tanh units, one epoch of SGD.
 """
 
 import math

@@ -2,8 +2,8 @@
 
     soap-jax study studies/output_size.py
 
-A student learns the classes of a random teacher network, 2 to 1,000 of them. DFA sends an error
-with one entry for each class through one random matrix to every layer.
+A student learns the 2 to 1,000 classes of a random teacher network. DFA sends an error with one
+entry per class to every layer, through one random matrix.
 """
 
 import math

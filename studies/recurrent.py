@@ -2,8 +2,8 @@
 
     soap-jax study studies/recurrent.py
 
-"cue": one cue, asked for 64 steps later. "parity": two cues, eight steps apart; the answer is
-whether they differ, so one error for all steps does not suit it.
+"cue": one cue; the answer is due 64 steps later. "parity": two cues, eight steps apart. The answer
+is whether they differ, so the same error for all steps does not fit this task.
 """
 
 import optax

@@ -2,7 +2,7 @@
 
     soap-jax study studies/sines.py
 
-Fifty tanh units draw a sum of three sines. "frozen" learns the readout alone.
+Fifty tanh units draw a sum of three sines. "frozen" learns only the readout.
 """
 
 import jax

@@ -3,8 +3,8 @@
     soap-jax study studies/transformer.py
 
 Two blocks read the text of Python's help, character by character. "dfa" cuts the residual stream
-between blocks and leaves each block to backpropagation; "dfa_layers" sends the output's error to
-every layer, to queries, keys and values as well.
+between blocks and uses backpropagation inside each block. "dfa_layers" sends the output's error to
+every layer, including queries, keys and values.
 """
 
 import math

@@ -1,9 +1,9 @@
 # %% [markdown]
-# # How a learning rate passes for a better method
+# # How a learning rate is mistaken for a better method
 #
-# Feedback that has only the signs of the weights, sign(W), seems to learn several times faster
-# than backprop. This notebook shows that the same happens to backprop itself, once its hidden
-# layer's learning rate is multiplied as raw signs multiply it.
+# With only the signs of the weights, sign(W), as feedback, a network seems to learn several times
+# faster than with backprop. This notebook shows that backprop does the same if its hidden layer's
+# learning rate is multiplied by the same factor.
 
 # %%
 import jax
@@ -37,9 +37,8 @@ def loss(params, batch):
 # %% [markdown]
 # ## The size of raw signs
 #
-# Entries of W are small, and entries of sign(W) are ±1. The error that reaches the hidden layer
-# is multiplied accordingly, and so is the learning rate of `w1`. The learning rate of `w2` is
-# not.
+# Entries of W are small, and entries of sign(W) are ±1. So the error that reaches the hidden layer
+# is larger. This multiplies the learning rate of `w1`, but not that of `w2`.
 
 # %%
 params = init(jax.random.key(0))
@@ -53,8 +52,8 @@ print("effective rate of w1:       ", metrics.effective_learning_rate(0.1, param
 #
 # - `sign` is B = sign(W).
 # - `sign_norm` has the same signs, scaled to the size that feedback had at the start.
-# - `bp_scaled_live` is backprop with W sent back as large as sign(W): the size of raw signs,
-#   without their direction.
+# - `bp_scaled_live` is backprop with W scaled to the size of sign(W) in the backward pass: the size
+#   of raw signs, without their direction.
 
 # %%
 task = study.Task(init=init, loss=loss, train=(x[300:], y[300:]), validation=(x[:300], y[:300]))
@@ -67,8 +66,8 @@ print(table[["method", "steps_to_target", "ratio", "ratio_low", "ratio_high"]].r
 print("sign / bp_scaled_live:", result.ratio("sign", "bp_scaled_live"))
 
 # %% [markdown]
-# At the shared learning rate raw signs need far fewer steps than backprop. Scaled backprop needs
-# as few, and signs of the right size gain nothing.
+# At the shared learning rate, raw signs need far fewer steps than backprop. Scaled backprop needs
+# as few steps as raw signs. Signs of the right size gain nothing.
 #
 # ## All learning rates
 
@@ -81,18 +80,18 @@ for method in methods:
     curve = rows.groupby("step")["validation_loss"].mean()
     left.plot(curve.index, curve, color=COLORS[method], label=result.label(method))
     steps = result.runs.query("method == @method").groupby("learning_rate")["steps_to_target"]
-    reached = steps.mean()[steps.count() == SEEDS]  # rates at which every run gets there
+    reached = steps.mean()[steps.count() == SEEDS]  # rates at which every run reaches the target
     right.loglog(reached.index, reached, "o-", color=COLORS[method])
 left.set(xlabel="steps", ylabel=f"validation loss at rate {rate}", ylim=(0, 2.4))
 right.set(xlabel="learning rate", ylabel=f"steps to loss {result.target_loss:.2f}")
 _ = left.legend(frameon=False, fontsize=8)
 
 # %% [markdown]
-# Left: at one small learning rate raw signs look like a better method. Right: over all rates the
-# gain only moves the curve to smaller rates. A comparison at one learning rate takes this for an
-# effect of the feedback. So does one global rate tuned for each method, since signs change the rate
-# of the hidden layer alone.
+# Left: at one small learning rate, raw signs look like a better method. Right: over all rates, the
+# gain only moves the curve to smaller rates. A comparison at one learning rate mistakes this for an
+# effect of the feedback. Tuning one global rate for each method does not solve this, since signs
+# change only the rate of the hidden layer.
 #
 # The remedy is a grid of learning rates, paired seeds, and controls such as `sign_norm` and
-# `bp_scaled_live`: [compare your own rule](own_rule.py), [the study on
+# `bp_scaled_live`. See [compare your own rule](own_rule.py), [the study on
 # MNIST](../../docs/guides/compare.md#on-mnist).

@@ -2,9 +2,9 @@
 # # Direct feedback, and why attention breaks it
 #
 # Direct feedback alignment (Nøkland 2016) sends the output's error e straight to a hidden layer, as
-# e · P with one fixed random P. That can work where one fixed matrix is a fair account of the way
-# from the layer to the output. Attention has no such matrix: its weights choose another way for
-# every example. Here we measure how much that costs.
+# e · P with one fixed random P. This can work if one fixed matrix describes the path from the layer
+# to the output well. For attention there is no such matrix: its weights choose another path for
+# every example. Here we measure the cost.
 
 # %%
 import functools
@@ -26,12 +26,12 @@ EPOCHS, SEEDS = 20, 2
 # %% [markdown]
 # ## A task that needs attention
 #
-# The network sees several digits at once and is asked for one of them, by its place. It encodes
-# every digit, attends to the place that was asked for, and classifies what it finds. With one digit
-# there is nothing to choose.
+# The network gets several digits at once, and the place of one of them. Its task is to classify
+# this digit. It encodes every digit, attends to the given place, and classifies the result. With
+# one digit, there is nothing to choose.
 #
-# The model names its hidden values by JAX's `checkpoint_name`. That is all that
-# `with_direct_feedback` needs.
+# The model names its hidden values with JAX's `checkpoint_name`. `with_direct_feedback` needs
+# nothing else.
 
 # %%
 UNITS, ITEMS = 64, (1, 2, 4, 8)
@@ -60,7 +60,7 @@ loss_dfa = soap_jax.with_direct_feedback(loss, ("items", "found"), "logits")
 
 
 def init(key, items):
-    """Params, and projections: one for all items, since they share an encoder."""
+    """Params and projections: one projection for all items, since they share an encoder."""
     keys = jax.random.split(key, 6)
     draw = jax.nn.initializers.glorot_normal()
     shapes = {"encoder": (64, UNITS), "query": (16, 16), "value": (UNITS, UNITS)}
@@ -72,7 +72,7 @@ def init(key, items):
 
 
 def batches(key, images, labels, items, size, number):
-    """Random digits, one of them asked for."""
+    """Random digits, and the place of one of them."""
     k1, k2 = jax.random.split(key)
     rows = jax.random.randint(k1, (number, size, items), 0, len(labels))
     asked = jax.random.randint(k2, (number, size), 0, items)
@@ -83,8 +83,8 @@ def batches(key, images, labels, items, size, number):
 # %% [markdown]
 # ## Training
 #
-# Backprop, direct feedback, and a control in which the encoder stays as it was drawn: a projection
-# of zeros.
+# We train with backprop, with direct feedback, and with a control: a projection of zeros, so that
+# the encoder does not change.
 
 # %%
 optimizer = optax.adam(3e-3)
@@ -130,15 +130,16 @@ for method, values in accuracy.items():
 # ## How good could any fixed projection be?
 #
 # We take the errors that backprop sends to the encoded digits in the trained network, and fit the
-# best projection of all to them by least squares. Its angle to the true errors is a limit for every
-# fixed projection. Beside it stands the angle of the random projection that DFA trained with.
+# best projection to them by least squares. The angle of its errors to the true errors is a limit
+# for every fixed projection. For comparison, we show the angle of the random projection that DFA
+# used.
 
 # %%
 errors = jax.jit(layer_errors(loss_dfa))
 
 
 def angles(items, seed):
-    """Of the best projection in the network by backprop; of DFA's own, in its network."""
+    """Angles of the best projection (network by backprop) and of DFA's own (DFA's network)."""
     rows, asked, y = batches(jax.random.key(8), images, labels, items, 2000, 1)
     batch = images[rows[0]], asked[0], y[0]
     params, _, _ = runs["backprop", items, seed]
@@ -178,20 +179,20 @@ _ = right.legend(frameon=False)
 # %% [markdown]
 # ## Why
 #
-# The true error reaches only the digit that was asked for. A fixed projection sends the same error
-# to all digits. If one of n digits gets a correct error, and n - 1 get one of the same size that
-# should be zero, the angle is arccos(1/√n). The best projection stays near that limit, however it
-# is found: learning projections does not help. DFA's random projection is worse still.
+# The true error reaches only the digit at the given place. A fixed projection sends the same error
+# to all digits. Suppose that one of n digits gets a correct error, and the other n - 1 get an error
+# of the same size that should be zero. Then the angle is arccos(1/√n). The best projection stays
+# near this limit, so learning projections does not help. DFA's random projection is even worse.
 #
-# With one digit DFA trains the encoder: it is better than the frozen one. With four or eight it is
-# worse, though attention and the layers above it still learn.
+# With one digit, DFA trains the encoder: it is better than the frozen encoder. With four or eight
+# digits, it is worse, although attention and the layers above it still learn.
 #
 # ## What to do
 #
-# - Cut between blocks and not through attention: a block's inside is exact, as in [the
-#   guide](../../docs/guides/direct.md).
-# - Give attention's own kernels feedback by `with_feedback`: its products of two activations stay
+# - Cut between blocks, not through attention. Inside a block, the backward pass is exact, as in
+#   [the guide](../../docs/guides/direct.md).
+# - Use `with_feedback` for attention's own kernels. Attention's products of two activations stay
 #   exact, so the error follows the attention weights. [The transformer example](../transformer.py)
-#   learns so.
-# - Compare with a frozen control, as here. High accuracy alone does not show that the layers
+#   does this.
+# - Compare with a frozen control, as we do here. High accuracy alone does not show that the layers
 #   attention learn.

@@ -20,8 +20,8 @@ EPOCHS = 8
 # %% [markdown]
 # ## The model and its loss
 #
-# Batch norm has running statistics, and dropout draws. The loss returns the new statistics beside
-# its value, as in any Flax program.
+# Batch norm has running statistics, and dropout draws random masks. The loss returns its value and
+# the new statistics, as in any Flax program.
 
 
 # %%
@@ -74,9 +74,9 @@ print(explanation)
 #
 # ## Two lines changed, and one for a rule
 #
-# `with_feedback` is the first line, `init_feedback` the second. A rule that changes feedback
-# needs `sync_feedback` at the start of each step; with `Fixed()` it does nothing. Rules may
-# differ by layer.
+# The two lines are `with_feedback` and `init_feedback`. A rule that changes feedback needs
+# `sync_feedback` at the start of each step; with `Fixed()` it does nothing. Layers can have
+# different rules.
 
 # %%
 loss_fa = soap_jax.with_feedback(loss)
@@ -116,7 +116,7 @@ def train(rule):
     return curve
 
 
-signs = SignSync(magnitude="norm")  # the signs of W at every step; the size of B stays
+signs = SignSync(magnitude="norm")  # the signs of W at every step; B keeps its size
 rules = {
     "backprop": None,
     "FA": Fixed(),
@@ -139,11 +139,11 @@ for name, curve in curves.items():
     print(f"{name:26} {curve[-1]:.1%}")
 
 # %% [markdown]
-# One seed shows a direction, not an effect. [A fair comparison](own_rule.py) takes several seeds,
+# One seed shows a direction, not an effect. [A fair comparison](own_rule.py) needs several seeds,
 # several learning rates and intervals.
 #
-# On CPU call a jitted step from Python for conv nets, as here: XLA runs their gradients ten times
-# slower within a loop. On accelerators a scanned epoch is as good.
+# For conv nets on CPU, call a jitted step from Python, as here: XLA runs the gradients of
+# convolutions ten times slower inside a loop. On accelerators, a scanned epoch is equally good.
 #
 # Next: [which gradients are
 # exact](../../docs/guides/any-model.md#which-gradients-are-exact-and-which-are-pseudo), [the

@@ -2,9 +2,9 @@
 # # Feedback alignment from scratch, then with the library
 #
 # Backpropagation sends the error of a layer y = x · W back as y_bar · Wᵀ. Feedback alignment
-# (Lillicrap et al. 2016) sends it back as y_bar · Bᵀ, with a fixed random B. First we write this
-# by hand, in 60 lines of plain JAX. Then two lines of `soap_jax` do the same to a function that
-# was written for backprop.
+# (Lillicrap et al. 2016) sends it back as y_bar · Bᵀ, with a fixed random B. First we write this by
+# hand, in 60 lines of plain JAX. Then two lines of `soap_jax` do the same for a function that was
+# written for backprop.
 
 # %%
 import jax
@@ -22,14 +22,14 @@ EPOCHS, SEEDS = 20, 5
 # %% [markdown]
 # ## By hand
 #
-# The forward pass is a matrix product. The backward pass computes the kernel's gradient as usual,
-# and replaces W by B where the error goes on to the layer below.
+# The forward pass is a matrix product. The backward pass computes the kernel's gradient as usual.
+# It uses B in place of W to send the error to the layer below.
 
 
 # %%
 @jax.custom_vjp
 def dense(x, w, b):
-    """x · w, whose error goes back through b."""
+    """x · w; the error goes back through b."""
     return x @ w
 
 
@@ -84,7 +84,7 @@ by_hand = float(
 print(f"test accuracy {by_hand:.1%}")
 
 # %% [markdown]
-# The network learns, though B knows nothing of W.
+# The network learns, although B does not depend on W.
 #
 # ## With the library
 #
@@ -106,7 +106,7 @@ difference = max(float(jnp.abs(ours[name] - hand[name]).max()) for name in param
 print(f"largest difference of the gradients: {difference:.1e}")
 
 # %% [markdown]
-# Both gradients agree. `w1` needs no feedback, since no error goes further back than its output.
+# Both gradients agree. `w1` needs no feedback, since no error goes back further than its output.
 #
 # ## Why it works: W aligns with B
 #
@@ -143,7 +143,8 @@ ax.set(xlabel="epochs", ylabel="angle in degrees", ylim=(0, 100))
 _ = ax.legend(frameon=False)
 
 # %% [markdown]
-# Both start near 90°, where an error is no better than a random one. Then W turns towards B, and
-# the pseudo-gradient towards the true gradient. Bands are the range over seeds.
+# Both angles start near 90°. An error at this angle is no better than a random error. Then W turns
+# towards B, and the pseudo-gradient turns towards the true gradient. Bands show the range over
+# seeds.
 #
 # Next: [your Flax CNN](flax_cnn.py), [the guide to any model](../../docs/guides/any-model.md).

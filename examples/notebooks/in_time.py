@@ -2,9 +2,9 @@
 # # Learning in time without going back in time
 #
 # Backpropagation through time (BPTT) stores every step and sends the error back through all of
-# them. RFLO (Murray 2019) and e-prop (Bellec et al. 2020) store nothing: a trace per weight runs
-# forward, and the present error multiplies it. Here a recurrent net reads the eight rows of a
-# digit, one after the other.
+# them. RFLO (Murray 2019) and e-prop (Bellec et al. 2020) do not store the steps. They compute one
+# trace per weight forward in time, and multiply it by the current error. Here a recurrent net reads
+# the eight rows of a digit, one after the other.
 
 # %%
 import functools
@@ -33,14 +33,14 @@ def sequences(part):
 
 
 (x, labels), (x_test, labels_test) = sequences(digits.train), sequences(digits.test)
-COUNTS = jnp.arange(8) == 7  # the loss counts at the last row alone
+COUNTS = jnp.arange(8) == 7  # only the last row counts for the loss
 
 
 # %% [markdown]
 # ## One step of the cell, one step of the loss
 #
-# `cell` is for one example, `loss` for a batch at one time. The target of a step is the labels
-# and whether they count.
+# `cell` is for one example, and `loss` is for a batch at one time step. The target of a step has
+# the labels and a flag for whether the step counts.
 
 
 # %%
@@ -58,7 +58,7 @@ rflo = temporal.value_and_grad(cell, loss)
 
 
 def whole(params, h, xs, targets):
-    """The loss of all steps, to go back through."""
+    """The loss of all steps, for BPTT."""
 
     def step(h, inputs):
         h = jax.vmap(cell, (None, 0, 0))(params, h, inputs[0])
@@ -82,8 +82,9 @@ def init(key):
 # %% [markdown]
 # ## How good is the gradient?
 #
-# `{}` in place of feedback sends the present error back through the readout itself. What remains
-# of the angle to BPTT is what the traces leave out: the paths through the recurrent weights.
+# With `{}` in place of feedback, the current error goes back through the readout itself. The
+# remaining angle to BPTT comes from the paths that the traces leave out: the paths through the
+# recurrent weights.
 
 # %%
 params, feedback = init(jax.random.key(0))
@@ -95,8 +96,8 @@ for name, b in {"exact readout": {}, "random feedback": feedback}.items():
     print(f"{name:16}", {k: f"{angle:.0f}°" for k, angle in angles.items()})
 
 # %% [markdown]
-# The readout's gradient is exact. With random feedback the rest starts near 90°, as for feedback
-# alignment in any network, and turns while the readout aligns.
+# The gradient of the readout is exact. With random feedback, the other angles start near 90°, as
+# for feedback alignment in any network. They fall while the readout aligns.
 #
 # ## Training
 
@@ -150,8 +151,8 @@ _ = ax.legend(frameon=False)
 # %% [markdown]
 # ## Memory
 #
-# BPTT keeps the activations of every step until the end. RFLO keeps one trace per weight,
-# whatever the length. The compiled programs say so:
+# BPTT stores the activations of every step until the end. RFLO stores one trace per weight, for any
+# length. The compiled programs show this:
 
 
 # %%
@@ -166,8 +167,8 @@ for length in (8, 80, 800):
     print(f"{length:4} steps:", {name: f"{size:.2f} MiB" for name, size in sizes.items()})
 
 # %% [markdown]
-# For short sequences the traces cost more than the stored activations. For long ones they do not
-# grow.
+# For short sequences, the traces take more memory than the stored activations. But they do not grow
+# with the length.
 #
 # Next: [the guide](../../docs/guides/time-local.md), [a net that draws three sines](../rflo.py),
-# and `soap_jax.temporal.online` for a step at a time.
+# and `soap_jax.temporal.online` for single steps.

@@ -2,8 +2,9 @@
 # # A fair comparison of your own rule
 #
 # Does feedback need every sign of W at every step? `FlipSigns` corrects a few signs at each step.
-# It stands beside the library's methods: same learning rates, same seeds (initial weights,
-# feedback and order of examples), intervals, and claims with bounds that are written down first.
+# We compare it with the library's methods: with the same learning rates, the same seeds (initial
+# weights, feedback and order of examples), intervals, and claims with bounds that are written down
+# first.
 
 # %%
 import dataclasses
@@ -29,7 +30,7 @@ SEEDS, EPOCHS, RATES = 5, 20, (0.1, 0.2, 0.5, 1.0, 2.0)
 # %%
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlipSigns(soap_jax.Rule):
-    """Gives a share of the feedback weights, drawn anew at every sync, the signs of W."""
+    """Gives the signs of W to a share of the feedback weights, drawn anew at every sync."""
 
     share: float = 0.01
 
@@ -41,8 +42,8 @@ class FlipSigns(soap_jax.Rule):
 # %% [markdown]
 # ## The task
 #
-# A task is how the model starts, its loss and its data. It knows nothing of feedback. Validation
-# data choose the learning rates; test data are looked at once.
+# A task consists of the model's initialisation, its loss and its data. It does not mention
+# feedback. Learning rates are chosen on validation data. Test data are used only once.
 
 # %%
 digits = soap_jax.data.load("digits")
@@ -85,8 +86,8 @@ task = study.Task(
 # %% [markdown]
 # ## The claims, first
 #
-# A ratio is of steps to a target loss, paired by seed. Below 1 is faster. Claims are stored
-# before the first run; a verdict on other bounds would be marked exploratory.
+# A ratio compares the steps to a target loss, paired by seed. A ratio below 1 means faster. Claims
+# are stored before the first run. A verdict on other bounds would be marked exploratory.
 
 # %%
 claims = [
@@ -98,7 +99,7 @@ methods = {
     "fa": "fa",
     "signs": "sign_preserve",  # all signs of W at every step
     "flip": study.Method(rule=FlipSigns(), label="a hundredth of the signs"),
-    "frozen": "frozen",  # only the last layer learns: what any method must beat
+    "frozen": "frozen",  # only the last layer learns: every method must beat this
 }
 result = study.compare(
     task,
@@ -121,16 +122,16 @@ for finding in result.judge():
 # %% [markdown]
 # ## What to read
 #
-# - `best_rate` is chosen on validation data, for each method by itself, and the test accuracy is
-#   read there.
-# - `ratio` is each method's steps divided by backprop's, at one learning rate that all methods
-#   share.
-# - A ratio between 0 and inf is a bound: some run never reached the target.
+# - `best_rate` is chosen for each method on validation data. The test accuracy is reported at this
+#   rate.
+# - `ratio` is the number of steps of a method divided by backprop's, at one learning rate for all
+#   methods.
+# - A ratio between 0 and inf is a bound: at least one run never reached the target.
 # - `frozen` shows how much the hidden layers matter for this task.
 #
-# `result.report("report.html")` writes all of it to one page that works offline, with figures and
-# how to repeat it. With `out="results/flip"` the runs are kept, an interrupted comparison goes
-# on, and methods can be added later.
+# `result.report("report.html")` writes all results to one page that works offline, with figures and
+# instructions to repeat the comparison. With `out="results/flip"` the runs are saved. Then an
+# interrupted comparison can continue, and methods can be added later.
 #
-# From the command line the same is `soap-jax study my_task.py`: [comparisons and
+# The command `soap-jax study my_task.py` does the same: see [comparisons and
 # studies](../../docs/guides/compare.md).
