@@ -554,8 +554,8 @@ def test_an_nnx_block_with_more_than_params_raises(make, kinds):
 @pytest.mark.parametrize(
     "block, length, message",
     [
-        (nn.Dense, 3, r"block is a class; expected an instance, such as nn.Dense\(64\)"),
-        (nn.tanh, 3, "block is a .*; expected an instance"),
+        (nn.Dense, 3, r"block is a class; expected a module instance, such as nn.Dense\(64\)"),
+        (nn.tanh, 3, "block is a .*; expected a module instance"),
         (12, Block(), r"length is a Block; expected an integer: DirectStack\(block, length\)"),
         (nn.Dropout(0.5, deterministic=True), 3, "a Dropout, has no params; expected params only"),
     ],

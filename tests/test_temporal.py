@@ -620,13 +620,13 @@ def refused(match, cell=leaky, of_loss=loss, feedback=FEEDBACK, state=H0, params
 
 
 def test_a_state_that_changes_its_type_is_refused():
-    refused(r"state \(one array\) went in as float32\[5\] and came out as float32\[2\]",
+    refused(r"state \(one array\) was float32\[5\] before the step and is float32\[2\] after it",
             lambda params, h, x: h @ params["out"])  # fmt: skip
-    refused(r"came out as bfloat16\[5\]", lambda params, h, x: h.astype(jnp.bfloat16))
+    refused(r"is bfloat16\[5\] after it", lambda params, h, x: h.astype(jnp.bfloat16))
     refused("the cell returned .*; expected a state of the structure",
             lambda params, h, x: {"h": h})  # fmt: skip
     refused(r"shape \(3, 5, 1\); expected \(batch, units\)", state=H0[..., None])
-    refused("one batch in all of them", state=(H0, H0[:2]), cell=lambda params, s, x: s)
+    refused("same batch size in all of them", state=(H0, H0[:2]), cell=lambda params, s, x: s)
     refused("is complex; expected its real", state=H0.astype(complex))
 
 
@@ -680,7 +680,7 @@ def test_feedback_that_does_not_fit_is_refused():
 
 
 def test_params_that_no_learning_signal_reaches_are_refused():
-    with pytest.raises(ValueError, match=r"no learning signal comes to the param 'first/.*`where`"):
+    with pytest.raises(ValueError, match=r"the param 'first/.* gets no learning signal.*`where`"):
         learn(stacked, of_second)(STACK, None, STACK0, XS, TARGETS)
 
     def reset_before(params, h, x):
