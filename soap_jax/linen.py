@@ -376,8 +376,9 @@ class DirectFeedback(_Projections):
     Attributes:
         error: "exact" (DFA) or "sign" (sDFA).
         features: the shape of the activation without its leading axes, an int or a tuple of ints;
-            or a tree of these, of the activations' structure. By default as many axes lead as in
-            the output. With fewer features all times, or all places, share one projection.
+            or a tree of these, of the activations' structure. By default the activation has as many
+            leading axes as the output. With fewer features all times, or all places, share one
+            projection.
         projection_init: initialiser of the projections, `(key, (out, features), dtype) -> array`.
         stored: whether to store projections. False stores keys instead, and every backward pass
             draws the same projections again, which saves memory and costs time. Not with
@@ -413,7 +414,7 @@ class DirectFeedback(_Projections):
         if self.features is not None and not self.stored:
             raise ValueError(
                 f"features are {self.features}, with stored=False; expected stored=True, since "
-                "keys cannot draw for chosen features: as many axes lead as in the output."
+                "keys draw for activations with as many leading axes as the output."
             )
         projection = self._projection(
             output, activations, stacked=self.stacked, features=self.features

@@ -310,8 +310,8 @@ class DirectFeedback(_Projections):
         error: "exact" (DFA) or "sign" (sDFA).
         projection_init: initialiser of the projections, `(key, (out, features), dtype) -> array`.
         stored: whether to store projections. False stores keys instead, and every backward pass
-            draws the same projections again, which saves memory and costs time. As many axes must
-            then lead as in the output, so `features` are all other axes.
+            draws the same projections again, which saves memory and costs time. The activations
+            must then have as many leading axes as the output.
         stacked: whether activations have a first axis of blocks, as from `DirectStack`; then their
             shapes in `features` begin with the number of blocks.
         rows: the divisor of signs, as in `direct_feedback`.
