@@ -601,7 +601,7 @@ def test_a_function_that_returns_something_else_is_refused(returned):
         ({"stacked": "layers"}, "'blocks' .* 'time'"),
         ({"stacked": -1}, "the output's axis"),
         ({"stacked": True}, "the output's axis"),
-        ({"stacked": {"other": "time"}}, "mapping of taps"),
+        ({"stacked": {"other": "time"}}, "mapping from taps"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(kwargs, message):
@@ -610,5 +610,5 @@ def test_bad_arguments_are_refused_at_once(kwargs, message):
 
 
 def test_projections_are_drawn_for_nothing_else():
-    with pytest.raises(ValueError, match="expected what with_direct_feedback"):
+    with pytest.raises(ValueError, match="expected the result of with_direct_feed"):
         init_projections(KEY, mlp, PARAMS, X, Y)
