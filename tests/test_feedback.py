@@ -887,7 +887,7 @@ def test_an_initialiser_that_is_none_raises():
 
 
 def test_a_leaf_that_cannot_be_drawn_is_named():
-    with pytest.raises(ValueError, match=r"shape \(8,\) for \['a'\]\['bias'\].*Say with `where`"):
+    with pytest.raises(ValueError, match=r"shape \(8,\) for \['a'\]\['bias'\].*select the kernels with"):
         init_feedback(KEY, PARAMS, where="a/*", initializer=jax.nn.initializers.glorot_normal())
 
 
@@ -1248,7 +1248,7 @@ def test_feedback_is_never_stored_in_more_bits_than_it_has():
 
 @pytest.mark.parametrize("where", [None, "*/kernel", lambda path, leaf: "kernel" in path])
 def test_how_it_is_used_only_an_explanation_says(where):
-    with pytest.raises(ValueError, match=r"dtype='used' .*; expected where=soap_jax.explain\(fun"):
+    with pytest.raises(ValueError, match=r"dtype='used' .*; expected also where=soap_jax.expl"):
         init_feedback(KEY, PARAMS, where=where, dtype="used")
 
 

@@ -623,7 +623,7 @@ def test_a_state_that_changes_its_type_is_refused():
     refused(r"state \(one array\) was float32\[5\] before the step and is float32\[2\] after it",
             lambda params, h, x: h @ params["out"])  # fmt: skip
     refused(r"is bfloat16\[5\] after it", lambda params, h, x: h.astype(jnp.bfloat16))
-    refused("the cell returned .*; expected a state of the structure",
+    refused("the cell returned .*; expected a state of the same structure",
             lambda params, h, x: {"h": h})  # fmt: skip
     refused(r"shape \(3, 5, 1\); expected \(batch, units\)", state=H0[..., None])
     refused("same batch size in all of them", state=(H0, H0[:2]), cell=lambda params, s, x: s)
@@ -632,7 +632,7 @@ def test_a_state_that_changes_its_type_is_refused():
 
 def test_a_jacobian_that_is_not_elementwise_is_refused():
     fixed = normal(18, UNITS, UNITS)
-    match = "state '' does not depend on '' unit by unit: in dot_general at .*test_temporal.py"
+    match = "state '' does not depend on '' unit by unit: dot_general at .*test_temporal.py"
     refused(match, lambda params, h, x: jnp.tanh(h @ fixed + x @ params["u"]))
     refused("unit by unit: in reduce_sum", lambda params, h, x: h / jnp.sum(h) + x @ params["u"])
     refused(r"not so: \['w'\] in dot_general at .*, after abs",
@@ -689,7 +689,7 @@ def test_params_that_no_learning_signal_reaches_are_refused():
         return 0.5 * h + jnp.tanh((gate * h) @ params["w"] + x @ params["u"])
 
     params = PARAMS | {"gate": normal(21, INPUTS, UNITS)}
-    refused("comes to the param 'gate'", reset_before, params=params)
+    refused("the param 'gate' gets no learning signal", reset_before, params=params)
     learn(
         lambda p, h, x: reset_before(p | {"gate": lax.stop_gradient(p["gate"])}, h, x)
     )(params, FEEDBACK, H0, XS, TARGETS)  # fmt: skip

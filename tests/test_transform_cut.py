@@ -248,7 +248,7 @@ LINE = r"test_transform_cut\.py:\d+"
         (by_cond, rf"the tap 'h' at .*{LINE}.* is inside cond at .*{LINE}.*Name its result"),
         (by_while, rf"the tap 'h' at .*{LINE}.* is inside while at .*{LINE}.*lax.scan"),
         (by_shard_map, rf"the tap 'h' at .*{LINE}.* inside shard_map at .*{LINE}.* inside shard_m"),
-        (by_with_feedback, rf"the tap 'h' at .*{LINE}.*with_feedback goes around"),
+        (by_with_feedback, rf"the tap 'h' at .*{LINE}.*call with_feedback on the result"),
         (by_loop, rf"the tap 'h' occurs 2 times, at .*{LINE}.*its own name"),
         (by_two_calls, rf"the tap 'h' occurs 2 times, at .*{LINE}.*its own name"),
         (by_a_tree, r"the tap 'h' occurs 2 times, .*In a tree, name each array separately"),
