@@ -35,12 +35,13 @@ the kernels themselves. The readout's own gradient is exact.
 
 Notes:
 
--   A spiking neuron's reset is a product with its spike, which e-prop leaves out of the trace: apply
-    `jax.lax.stop_gradient` to that spike.
+-   A spiking neuron's reset is a product with its spike, which e-prop leaves out of the trace:
+    apply `jax.lax.stop_gradient` to that spike.
 -   A leaky readout is not local. Instead keep leaky averages of the spikes in the cell's state, and
     read these out linearly. The output is the same, and the traces are e-prop's filtered traces.
--   Whether D is elementwise, and on which unit each entry of a param acts, is found from the program
-    of the step, not from values. If this is not possible, an exception names primitive and line.
+-   Whether D is elementwise, and on which unit each entry of a param acts, is found from the
+    program of the step, not from values. If this is not possible, an exception names primitive and
+    line.
 -   Feedback larger than the readout multiplies the recurrent weights' learning rate. In Murray's
     example RFLO is as good as backpropagation through time only for this reason: see
     `python -m benchmarks.temporal`.

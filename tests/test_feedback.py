@@ -887,7 +887,7 @@ def test_an_initialiser_that_is_none_raises():
 
 
 def test_a_leaf_that_cannot_be_drawn_is_named():
-    with pytest.raises(ValueError, match=r"shape \(8,\) for \['a'\]\['bias'\].*select the kernels with"):
+    with pytest.raises(ValueError, match=r"shape \(8,\) for \['a'\]\['bias'\].*select the kernels"):
         init_feedback(KEY, PARAMS, where="a/*", initializer=jax.nn.initializers.glorot_normal())
 
 

@@ -243,8 +243,8 @@ LINE = r"test_transform_cut\.py:\d+"
 @pytest.mark.parametrize(
     "block, message",
     [
-        (by_vjp, rf"the tap 'h' at .*{LINE}.* is inside custom_vjp_call at .*{LINE}.*Name what it"),
-        (by_jvp, rf"the tap 'h' at .*{LINE}.* is inside custom_jvp_call at .*{LINE}.*Name what it"),
+        (by_vjp, rf"the tap 'h' at .*{LINE}.* is inside custom_vjp_call at .*{LINE}.*Name its"),
+        (by_jvp, rf"the tap 'h' at .*{LINE}.* is inside custom_jvp_call at .*{LINE}.*Name its"),
         (by_cond, rf"the tap 'h' at .*{LINE}.* is inside cond at .*{LINE}.*Name its result"),
         (by_while, rf"the tap 'h' at .*{LINE}.* is inside while at .*{LINE}.*lax.scan"),
         (by_shard_map, rf"the tap 'h' at .*{LINE}.* inside shard_map at .*{LINE}.* inside shard_m"),
