@@ -716,8 +716,6 @@ def _check(name, sender, activation, projection, path, *, stacked):
 def check_length(length: int, call: str) -> None:
     """Raises ValueError unless `length` is an integer of at least 1; `call` is a correct call."""
     if not hasattr(length, "__index__"):
-        raise ValueError(
-            f"length is a {type(length).__name__}; expected an integer, as in {call}."
-        )
+        raise ValueError(f"length is a {type(length).__name__}; expected an integer, as in {call}.")
     if length < 1:
         raise ValueError(f"length is {length}; expected 1 or more.")

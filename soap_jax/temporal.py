@@ -33,7 +33,7 @@ The learning signal goes from the loss to the cell by `with_feedback`. At the re
 uses random feedback, feedback equal to the kernels ("symmetric"), learned feedback, or by default
 the kernels themselves. The readout's own gradient is exact.
 
-Notes:
+Points to note:
 
 -   A spiking neuron's reset is a product with its spike, which e-prop leaves out of the trace:
     apply `jax.lax.stop_gradient` to that spike.

@@ -788,9 +788,7 @@ def test_rows_that_are_no_positive_number_raise(rows):
 
 
 def test_a_projection_that_takes_the_batch_for_a_feature_raises():
-    with pytest.raises(
-        ValueError, match=r"has all axes of the activation \(4, 8\).* for a batch"
-    ):
+    with pytest.raises(ValueError, match=r"has all axes of the activation \(4, 8\).* for a batch"):
         direct_feedback(normal(0, 4, 3), normal(1, 4, 8), normal(2, 3, 4, 8))
     with pytest.raises(ValueError, match=r"as features, so no axis is left after the axis of blo"):
         direct_feedback(normal(0, 4, 3), normal(1, 2, 4), normal(2, 2, 3, 4), stacked=True)

@@ -1042,5 +1042,5 @@ def test_direct_feedback_works_through_both_bridges():
 def test_what_are_no_streams_of_keys_raises(rngs):
     with pytest.raises(ValueError, match=r"(?s)rngs is .*; expected an nnx.Rngs, such as"):
         soap_nnx.FeedbackLinear(3, 2, rngs=rngs)
-    with pytest.raises(ValueError, match="expected an nnx.Rngs"):
+    with pytest.raises(ValueError, match=r"expected an nnx\.Rngs"):
         soap_nnx.DirectFeedback(3, 2, rngs=rngs)

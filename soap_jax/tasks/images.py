@@ -168,7 +168,7 @@ class MoskovitzNet(nn.Module):
 
 
 def moskovitz_conv(dataset: data.Dataset) -> Task:
-    """Makes the task of image classification by `MoskovitzNet`, in the paper of CIFAR-10.
+    """Makes the task of image classification by `MoskovitzNet`, in the paper on CIFAR-10.
 
     The paper uses Adam with batches of 128 images.
 

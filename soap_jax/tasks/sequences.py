@@ -123,7 +123,7 @@ UNITS, TIME, TAU = 50, 100, 10.0
 
 
 def sines() -> Task:
-    """Makes the task of leaky tanh units that learn to generate a sum of three sines, without input.
+    """Makes the task of leaky tanh units that learn a sum of three sines, without input.
 
         h ← h + (tanh(W h) - h) / 10,    y = V h,    target = Σₖ sin(k φ) / k,  k = 1, 2, 4
 

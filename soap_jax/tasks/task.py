@@ -16,7 +16,7 @@ Data: TypeAlias = chex.ArrayTree
 
 
 class Taps(NamedTuple):
-    """The values that get direct feedback, by their names in the loss, and the sent error or target.
+    """The names of values that get direct feedback, and of the error or target that is sent.
 
     The loss names a value with `jax.ad_checkpoint.checkpoint_name(h, "h")`; see
     `soap_jax.with_direct_feedback`.
@@ -137,8 +137,7 @@ def _check_data(name, part):
     for keys, leaf in leaves.items():
         if not getattr(leaf, "shape", ()):
             raise ValueError(
-                f"{name} has {leaf!r} at {keys}; expected arrays with examples as their first "
-                "axis."
+                f"{name} has {leaf!r} at {keys}; expected arrays with examples as their first axis."
             )
         kinds = (np.number, np.bool_, jax.dtypes.prng_key)
         if isinstance(leaf, np.ma.MaskedArray) or not any(
