@@ -185,7 +185,7 @@ def content(name: str, paths: Sequence[os.PathLike[str]]) -> str:
         paths: as in `read`.
 
     Returns:
-        `sha256:...`; it says so if there is no published checksum of a file that is unpacked.
+        `sha256:...`, with a note if there is no published checksum of an unpacked file.
     """
     archive, local = ARCHIVES[name], [pathlib.Path(path) for path in paths]
     if all(

@@ -140,7 +140,7 @@ class Plan(NamedTuple):
         jacobian: pairs of state variables (new, old) whose D is not zero.
         direct: by state variable, the params whose M is not zero.
         axes: by state variable with traces, the params of its traces, with their axis of units.
-        cut: the kernels that are cut in the traces: no error passes through them.
+        cut: the kernels that are cut in the traces, through which no error passes.
         recurrent: the kernels that are cut in the learning signal too.
     """
 

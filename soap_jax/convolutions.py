@@ -44,11 +44,15 @@ def as_products(fun: Function) -> Function:
     """Returns the function with its convolutions replaced by matrix products on CPU.
 
     Results are equal up to rounding. On other devices the convolutions do not change. Convolutions
-    in loops, branches and calls are replaced too. Some convolutions are not replaced: those of
-    integers, those that need more than `MOST_COPIES` copies of their input or `MOST_BYTES` for the
-    copies, those sharded by an explicit mesh, and those in the derivatives of `jax.custom_vjp` and
-    `custom_jvp` functions if the returned function is differentiated. So wrap the function that
-    computes the gradient, such as a whole training step, and not the model.
+    in loops, branches and calls are replaced too. Not replaced are
+
+    -   convolutions of integers;
+    -   those that need more than `MOST_COPIES` copies of their input, or `MOST_BYTES` for these;
+    -   those that an explicit mesh shards;
+    -   those in the derivatives of `jax.custom_vjp` and `custom_jvp` functions, if the returned
+        function is differentiated.
+
+    So wrap the function that computes the gradient, such as a whole training step, not the model.
 
     Args:
         fun: a function from arrays to arrays, or from trees to trees of arrays.

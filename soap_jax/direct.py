@@ -170,7 +170,7 @@ def direct_feedback(
         raise ValueError(f"error is {error!r}; expected 'exact' (DFA) or 'sign' (sDFA).")
     if error == "sign" and target is not None:
         raise ValueError(
-            "got error='sign' and a target; expected one of them, since it is what is sent."
+            "got error='sign' and a target; expected one of them, since only one can be sent."
         )
     check_projection_bar(projection_bar, target)
     learns = projection_bar is not None

@@ -412,7 +412,7 @@ def _apply(rule, kernels, key, feedback, memory):
 
 
 def _with_memory(rule, args, memory, path):
-    """Calls a rule with a memory; ValueError unless it returns feedback and a like memory."""
+    """Calls a rule with a memory; checks that it returns feedback and a memory of the same type."""
     made = rule(*args, memory)
     if not (isinstance(made, tuple) and len(made) == 2):
         raise ValueError(

@@ -68,7 +68,7 @@ def check_count(name: str, value: int, *, most: int = MOST) -> None:
 
 
 def check_known(name: str, value: str, known: Collection[str], *, other: str = "") -> None:
-    """Raises ValueError unless the value is in `known`; `other` names further values, for messages.
+    """Raises ValueError unless the value is in `known`; `other` is appended to them in the message.
 
     Example:
         >>> check_known("model", "cnn", ["mlp", "conv"])

@@ -31,8 +31,8 @@ Initializer = jax.nn.initializers.Initializer
 def sparse(density: float, initializer: Initializer = glorot_normal, *, axis: int) -> Initializer:
     """Makes sparse draws: random entries of every row or column are kept, all others are zero.
 
-    Of the n entries of a row or column, exactly k = max(1, round(density * n)) are kept and
-    multiplied by sqrt(n / k), so its expected squared norm is the same as without sparsity.
+    Of the n entries of a row or column, exactly k = max(1, round(density * n)) are kept. They are
+    multiplied by sqrt(n / k), so the expected squared norm is the same as without sparsity.
 
     Args:
         density: share of the entries that are kept, in (0, 1].

@@ -453,8 +453,8 @@ def direct_weight_angle(
         angle(W_l, P_(l-1)ᵀ P_l)         hidden layers: F_l F_(l-1)ᵀ in the paper's layout
         angle(W_L, P_(L-1)ᵀ)             the output layer
 
-    If these angles are 0, backpropagation sends the same errors as the projections. There is no
-    angle for the first layer, which has no projection below it.
+    A network aligns in this way so that its errors by backpropagation would agree with those by the
+    projections. There is no angle for the first layer, which has no projection below it.
 
     Args:
         kernel: `(in, out of the layer)`.
@@ -573,7 +573,9 @@ def _input_cotangents(y_bar, kernel, feedback, op, x):
         exact = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
         return exact(y_bar, feedback.T), exact(y_bar, kernel.T)
     if x is None:
-        raise ValueError("`op` is given without `x`; expected also the layer's input, or its type.")
+        raise ValueError(
+            "`op` is given without `x`; expected also the layer's input, for its shape and dtype."
+        )
     x_type = jax.typeof(x.astype(y_bar.dtype))
     return tuple(
         jax.linear_transpose(lambda x, w=w: op(x, w), x_type)(y_bar)[0] for w in (feedback, kernel)

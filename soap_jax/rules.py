@@ -302,8 +302,8 @@ class WeightMirror(Rule):
 
         B <- (1 - decay) B + rate * xᵀ (x W) / batch_size,      x ~ Normal(0, scale²)
 
-    The mean of this update is `B <- (1 - decay) B + rate * scale² W`, so B converges to about
-    rate * scale² / decay times W, by default to W itself. It is noisy weight transport: after
+    The mean of this update is `B <- (1 - decay) B + rate * scale² W`. So B converges to about
+    rate * scale² / decay times W, by default to about W. It is noisy weight transport: after
     about 1 / decay syncs the angle between B and W is about
 
         atan √(decay * fan_in / (2 * batch_size))
@@ -373,8 +373,8 @@ class WeightMirror(Rule):
         """Returns `feedback` after one weight-mirror update."""
         if kernel.ndim < 2:
             raise ValueError(
-                f"a kernel of shape {kernel.shape} takes no noise; expected a shape (*window, in, "
-                "out). Use another rule for it."
+                f"WeightMirror: a kernel has shape {kernel.shape}; expected (*window, in, out). "
+                "Use another rule for it."
             )
         wide = dtypes.wide(kernel, feedback)  # half precision rounds 1 - decay
         matrix = replicated(kernel).reshape(-1, kernel.shape[-1]).astype(wide)

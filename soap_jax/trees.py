@@ -145,7 +145,7 @@ def at_kernels(params: chex.ArrayTree, feedback: chex.ArrayTree) -> chex.ArrayTr
             so kernels are not rounded.
 
     Returns:
-        A tree of feedback's structure that holds the kernels.
+        A tree of feedback's structure that contains the kernels.
 
     Raises:
         ValueError: as `map_pairs`.
@@ -159,11 +159,11 @@ def at_kernels(params: chex.ArrayTree, feedback: chex.ArrayTree) -> chex.ArrayTr
 
 
 def select(params: chex.ArrayTree, where: Where) -> set[Path]:
-    """The paths of the kernels that `where` names; floating point all of them.
+    """Returns the paths of the kernels that `where` selects.
 
     Raises:
-        ValueError: if a pattern matches nothing, if nothing at all is selected, or if what is
-            selected is not floating point or has no entries.
+        ValueError: if a pattern matches nothing, if nothing is selected, or if a selected leaf is
+            not floating point or is empty.
     """
     leaves = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
     if where is None:

@@ -257,7 +257,7 @@ TABLE = """\
  out                          feedback    dot_general   64×256 · 256×10     10.2 kB
 
 26 params: 1 no effect, 12 exact, 12 feedback, 1 backprop; 2.9 MB of feedback.
-Exact, since no error passes them: 12 bias (add)."""
+Exact, since no error passes through them: 12 bias (add)."""
 
 
 HALF = jnp.bfloat16

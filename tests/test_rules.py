@@ -554,7 +554,7 @@ def test_a_mirrors_decay_lies_in_the_unit_interval(options, shown):
 def test_a_kernel_of_one_axis_takes_no_noise(shape):
     kernel = jnp.ones(shape)
     with pytest.raises(
-        ValueError, match=rf"shape {re.escape(str(shape))} takes no noise; expected"
+        ValueError, match=rf"has shape {re.escape(str(shape))}; expected \(\*window"
     ):
         rules.WeightMirror()(kernel, kernel, KEY)
 

@@ -121,7 +121,7 @@ class Task:
 
 
 def _as_array(leaf):
-    """What is made of arrays as one, such as pandas' tables, in the machine's order of bytes."""
+    """Converts array-like leaves, such as pandas tables, to arrays in native byte order."""
     if isinstance(leaf, jax.Array) or not getattr(leaf, "shape", ()):
         return leaf
     array = np.asanyarray(leaf)

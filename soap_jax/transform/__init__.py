@@ -13,16 +13,16 @@ the factors, and there are no other factors. The rules are:
 
 1.  A value that is computed from kernels and from no activation is called *weights*. As long as
     only the layout of the kernels changes, the same layout of their feedback is computed too, as
-    the *form with feedback*. Layout operations are those that move elements (reshape, transpose,
-    cast, slice, concatenate, rows chosen by an index), products and selections with constants and
-    with arguments that have no tangent (masks), and sums along axes. After any other operation the
-    weights are *broken*, for example after a nonlinear function, or if another kernel or param is
-    mixed in.
-2.  An *activation* is the result of a product of weights and data (a `dot_general` that sums, a
-    convolution, `ragged_dot`), or of an elementwise product or sum of weights and an activation
-    with a tangent. Rows that an integer argument looks up are an embedding: weights in a product
-    with an activation, and an activation after any other operation. A value that `fun` closes over
-    is a constant.
+    the *form with feedback*. There are three kinds of layout operations: those that move elements
+    (reshape, transpose, cast, slice, concatenate, rows chosen by an index); products and selections
+    with constants or with arguments that have no tangent (masks); and sums along axes. After any
+    other operation the weights are *broken*, for example after a nonlinear function, or if another
+    kernel or param is mixed in.
+2.  The result of a product of weights and data (a `dot_general` that sums, a convolution,
+    `ragged_dot`) is an *activation*. So is the elementwise product or sum of weights and an
+    activation with a tangent. Rows that an integer argument looks up are an embedding: weights in a
+    product with an activation, and an activation after any other operation. A value that `fun`
+    closes over is a constant.
 3.  If a coefficient is weights, its form with feedback is used. Broken weights have no such form,
     so the error is refused.
 4.  A kernel's own tangent may be multiplied by that kernel, as in a penalty. Then two forms are

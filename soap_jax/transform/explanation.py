@@ -350,7 +350,7 @@ def _table(explanation: Explanation) -> str:
     )
     if exact:
         kinds = ", ".join(f"{times} {kind}" for kind, times in exact.items())
-        lines.append(f"Exact, since no error passes them: {kinds}.")
+        lines.append(f"Exact, since no error passes through them: {kinds}.")
     lines += _gradients(explanation)
     shown = [line.rstrip() for line in file.getvalue().splitlines() if line.strip()]
     shown = [*shown, ""] if groups else []

@@ -62,10 +62,10 @@ def with_direct_feedback(
     scan iterates over:
 
         stacked="blocks"    each iteration has its own projection: (blocks, out, *features)
-        stacked="time"      all share one projection and get the same error, as in a recurrent net
-                            with one output at the end
-        stacked=1           all share one projection, and each gets the error of its own step; the
-                            number is the output's axis of time, (batch, time, out)
+        stacked="time"      all iterations share one projection and get the same error, as in a
+                            recurrent net with one output at the end
+        stacked=1           all iterations share one projection, and each gets the error of its own
+                            step; the number is the output's axis of time, (batch, time, out)
 
     Args:
         fun: `(params, *args, **kwargs) -> outputs`, as for `with_feedback`; the only or first

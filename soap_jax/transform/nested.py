@@ -2,9 +2,9 @@
 
 First the labels of their outputs are computed from their bodies, without arrays; the body of a loop
 is read until its labels do not change. If kernels with feedback are involved, the equation is then
-rebuilt with the JAX function that made it (`jax.jit`, `jax.lax.scan`, ...), and its body is read
-with arrays and their forms with feedback. So the structure is kept: a scan stays one scan, which
-also scans over the feedback of its kernels.
+rebuilt with the JAX function that made it (`jax.jit`, `jax.lax.scan`, ...). Its body is read with
+arrays and their forms with feedback. So the structure is kept: a scan stays one scan, which also
+scans over the feedback of its kernels.
 """
 
 from __future__ import annotations

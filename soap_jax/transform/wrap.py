@@ -25,8 +25,8 @@ def with_feedback(
     """Adds a feedback argument to any function of a tree of params.
 
     With `fun_fa = with_feedback(fun)`, `fun_fa(params, feedback, *args)` equals
-    `fun(params, *args)`. In the backward pass of every product y = x · W (or elementwise,
-    y = x * W) of an activation x and a kernel W with a feedback leaf B,
+    `fun(params, *args)`. Let W be a kernel with a feedback leaf B, and y = x · W (or elementwise,
+    y = x * W) its product with an activation x. In the backward pass
 
         x_bar = y_bar · Bᵀ        with feedback: all layers below get a pseudo-gradient
         W_bar = xᵀ · y_bar        as in backpropagation
