@@ -340,8 +340,8 @@ def _sync(rule, kernels, feedback, memory, period, key, step, held_back):
 CONDITIONALS_IN_PLACE = jax.__version_info__ >= (0, 11)
 """Whether XLA for GPU passes arrays through a conditional without a copy, as on other devices.
 
-Before JAX 0.11 it copies them at every step, so that compiled for an H100 feedback is in memory
-twice. A loop with zero or one iteration works in place there, but copies its condition to the host,
+Before JAX 0.11 it copies them at every step: compiled for an H100, feedback is in memory twice. A
+loop with zero or one iteration works in place there, but copies its condition to the host,
 which takes longer (`python -m benchmarks.sync_time`, on a GPU)."""
 
 

@@ -3,7 +3,7 @@
 Backpropagation through time sends an error back through all earlier steps. The methods here do not:
 traces carry the past effect of each param on its unit forwards in time, and the current error
 multiplies them. Let D be the Jacobian of one step by the state before it, and M the Jacobian by the
-params. In both the recurrent kernels are cut: they have feedback of zeros (`with_feedback`).
+params. In both, the recurrent kernels are cut: they have feedback of zeros (`with_feedback`). Then
 
     E ← M + D E                     the trace, of every param and state variable
     gradient = Σ_t  L_t · E_t       L: the learning signal, dloss_t / dstate

@@ -407,7 +407,7 @@ def test_unpacked_files_without_a_published_checksum_are_said_not_to_be_checked(
 def test_unpacked_files_of_another_data_set_are_recognised(asked, unpack, tmp_path):
     unpack(asked, tmp_path / "own", known=asked == "mnist", seed=1)
     unpack("fashion_mnist", tmp_path / "other")
-    with pytest.raises(ValueError, match=r"wrong checksum: MD5 .* of that name of fashion_mnist"):
+    with pytest.raises(ValueError, match=r"wrong checksum: MD5 .* of this name of fashion_mnist"):
         data.load(asked, data_dir=tmp_path / "other")
 
 

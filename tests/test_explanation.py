@@ -549,7 +549,7 @@ def test_rows_are_found_by_name():
     explanation = explain(mlp, PARAMS, X)
     assert explanation["b"].path == ("b",) and explanation["b"].shape == (5, 5)
     assert [row.path for row in explanation] == [("a",), ("bias",), ("b",), ("c",)]
-    with pytest.raises(KeyError, match=r"'scale' is none.*a, bias, b, c"):
+    with pytest.raises(KeyError, match=r"'scale' is not a param.*a, bias, b, c"):
         explanation["scale"]
 
 

@@ -627,14 +627,14 @@ def test_a_state_that_changes_its_type_is_refused():
             lambda params, h, x: {"h": h})  # fmt: skip
     refused(r"shape \(3, 5, 1\); expected \(batch, units\)", state=H0[..., None])
     refused("same batch size in all of them", state=(H0, H0[:2]), cell=lambda params, s, x: s)
-    refused("is complex; expected its real", state=H0.astype(complex))
+    refused("is complex; expected two real", state=H0.astype(complex))
 
 
 def test_a_jacobian_that_is_not_elementwise_is_refused():
     fixed = normal(18, UNITS, UNITS)
     match = "state '' does not depend on '' unit by unit: dot_general at .*test_temporal.py"
     refused(match, lambda params, h, x: jnp.tanh(h @ fixed + x @ params["u"]))
-    refused("unit by unit: in reduce_sum", lambda params, h, x: h / jnp.sum(h) + x @ params["u"])
+    refused("unit by unit: reduce_sum", lambda params, h, x: h / jnp.sum(h) + x @ params["u"])
     refused(r"not so: \['w'\] in dot_general at .*, after abs",
             lambda params, h, x: jnp.tanh(h @ jnp.abs(params["w"]) + x @ params["u"]))  # fmt: skip
     refused("unit by unit: in rev", lambda params, h, x: h[::-1] + x @ params["u"])
@@ -696,5 +696,5 @@ def test_params_that_no_learning_signal_reaches_are_refused():
 
 
 def test_sequences_of_two_lengths_are_refused():
-    with pytest.raises(ValueError, match="expected a first axis of one length, time"):
+    with pytest.raises(ValueError, match="expected a first axis of one length, the time"):
         learn(leaky)(PARAMS, FEEDBACK, H0, XS, TARGETS[:-1])
