@@ -637,8 +637,8 @@ def test_a_jacobian_that_is_not_elementwise_is_refused():
     refused("unit by unit: reduce_sum", lambda params, h, x: h / jnp.sum(h) + x @ params["u"])
     refused(r"not so: \['w'\] in dot_general at .*, after abs",
             lambda params, h, x: jnp.tanh(h @ jnp.abs(params["w"]) + x @ params["u"]))  # fmt: skip
-    refused("unit by unit: in rev", lambda params, h, x: h[::-1] + x @ params["u"])
-    refused("unit by unit: in scan",
+    refused("unit by unit: rev", lambda params, h, x: h[::-1] + x @ params["u"])
+    refused("unit by unit: scan",
             lambda params, h, x: lax.fori_loop(0, 3, lambda i, h: 0.9 * h, h) + x @ params["u"],
             )  # fmt: skip
 
