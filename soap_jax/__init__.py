@@ -1,9 +1,10 @@
 """Feedback alignment for JAX and Flax.
 
-The public names below, and the modules `ops`, `direct`, `activity`, `rules`, `factors`, `local`,
-`optimizers`, `initializers`, `perturbation`, `trees`, `linen`, `nnx`, `metrics`, `recording`,
-`models`, `data`, `training`, `convolutions`, `transform`, `sweeps`, `tasks`, `temporal` and
-`study`. Everything loads on first use, so that `import soap_jax` and `soap-jax --help` are quick.
+The package has the public names below and the modules `ops`, `direct`, `activity`, `rules`,
+`factors`, `local`, `optimizers`, `initializers`, `perturbation`, `trees`, `linen`, `nnx`,
+`metrics`, `recording`, `models`, `data`, `training`, `convolutions`, `transform`, `sweeps`,
+`tasks`, `temporal` and `study`. Each loads on first use, so `import soap_jax` and
+`soap-jax --help` are fast.
 """
 
 import importlib
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_NAMES = {  # and the modules they come from; the other public names are modules
+_NAMES = {  # public name: its module; the other public names are modules
     "Explanation": "transform",
     "FeedbackState": "feedback",
     "direct_feedback": "direct",

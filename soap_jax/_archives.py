@@ -1,8 +1,8 @@
-"""The published files behind the image data sets: where they lie and how they are read.
+"""The published files of the image data sets: their addresses and checksums, and their readers.
 
-Every file is known by its size and SHA-256, so that whoever has the bytes, from whichever mirror,
-has the same data. IDX files may be unpacked, and are then known by their MD5. No more is read of a
-file than the published one holds. Reading is plain NumPy and the standard library.
+Every file is checked by its size and SHA-256, so files from any mirror give the same data. IDX
+files may be unpacked; then they are checked by their MD5. Of a longer file only the length of the
+published file is read. The readers use only NumPy and the standard library.
 """
 
 import gzip
@@ -23,11 +23,11 @@ class File(NamedTuple):
     """One published file.
 
     Attributes:
-        name: its name, the same in every mirror.
+        name: its name, the same on every mirror.
         size: its length in bytes.
         sha256: its SHA-256, in hexadecimal.
-        unpacked_size: the most bytes that it unpacks to.
-        unpacked_md5: the MD5 of what it unpacks to, as others have published it; empty if unknown.
+        unpacked_size: an upper bound of its unpacked length in bytes.
+        unpacked_md5: the published MD5 of its unpacked content; empty if unknown.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Archive(NamedTuple):
     """The published files of one data set.
 
     Attributes:
-        url: the folder they are published in, ending in a slash.
+        url: the address of their folder, ending in a slash.
         files: four IDX files (train images, train labels, test images, test labels), or one tar.gz.
         image_shape: `(height, width, channels)`.
     """
@@ -52,12 +52,12 @@ class Archive(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What the files are, in a word."""
+        """The kind of files, "idx" or "tar.gz"."""
         return "idx" if self.files[0].name in IDX_NAMES else "tar.gz"
 
     @property
     def sha256(self) -> str:
-        """One short name for the content of all files, in their order."""
+        """A short checksum of the content of all files, in their order."""
         return hashlib.sha256("".join(f.sha256 for f in self.files).encode()).hexdigest()[:16]
 
 
@@ -86,7 +86,7 @@ def _idx_archive(
     return Archive(url, files, (28, 28, 1))
 
 
-# Sizes and SHA-256 as TensorFlow Datasets registers them for the data sets of the same names.
+# Sizes and SHA-256 are those in TensorFlow Datasets for the data sets of the same names.
 ARCHIVES: dict[str, Archive] = {
     "mnist": _idx_archive(
         "https://storage.googleapis.com/cvdf-datasets/mnist/",
@@ -128,7 +128,7 @@ ARCHIVES: dict[str, Archive] = {
                 "cifar-10-binary.tar.gz",
                 170052171,
                 "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-                60000 * 3073 + 2**20,  # the records, and room for what a tar file has besides
+                60000 * 3073 + 2**20,  # the records, and the other content of the tar file
             ),
         ),
         (32, 32, 3),
@@ -141,15 +141,15 @@ def read(name: str, paths: Sequence[os.PathLike[str]]) -> dict[str, Arrays]:
 
     Args:
         name: a key of `ARCHIVES`.
-        paths: where each of its files lies, in the order of `Archive.files`; IDX files as
-            published, or unpacked, then by their name without `.gz`.
+        paths: the paths of its files, in the order of `Archive.files`; IDX files as published, or
+            unpacked, with names without `.gz`.
 
     Returns:
         `{"train": (images, labels), "test": (images, labels)}`: images uint8
         `(n, height, width, channels)`, labels int32 `(n,)`, in the published order.
 
     Raises:
-        ValueError: a file is damaged, is another file, or does not fit its sibling.
+        ValueError: if a file is damaged, is another file, or images and labels do not fit.
     """
     local = [pathlib.Path(path) for path in paths]
     if name == "cifar10":
@@ -164,28 +164,28 @@ def read(name: str, paths: Sequence[os.PathLike[str]]) -> dict[str, Arrays]:
         expected = ARCHIVES[name].image_shape
         if images.shape[1:] != expected:
             raise ValueError(
-                f"{local[0]} holds images of shape {images.shape[1:]}; expected {expected}, the "
-                f"shape of {name}'s."
+                f"{local[0]} has images of shape {images.shape[1:]}; expected {expected}, the "
+                f"shape for {name}."
             )
         if labels.size and labels.max() >= NUM_CLASSES:
             raise ValueError(
-                f"{local[0].parent} holds a label {labels.max()}; expected 0 to {NUM_CLASSES - 1}."
+                f"{local[0].parent} has a label {labels.max()}; expected 0 to {NUM_CLASSES - 1}."
             )
     for file, path in zip(ARCHIVES[name].files, local, strict=True):
-        # Last: a damaged file is better described by its damage.
+        # Checked last, since the errors above describe a damaged file better.
         (_check_md5 if _is_unpacked(path) else _check_sha256)(name, file, path)
     return arrays
 
 
 def content(name: str, paths: Sequence[os.PathLike[str]]) -> str:
-    """A short name for the content of files that `read` accepts, whether packed or unpacked.
+    """A short checksum of files that `read` accepts, the same for packed and unpacked files.
 
     Args:
         name: a key of `ARCHIVES`.
         paths: as in `read`.
 
     Returns:
-        `sha256:...`; it says so if there is no published checksum of a file that is unpacked.
+        `sha256:...`, with a note if there is no published checksum of an unpacked file.
     """
     archive, local = ARCHIVES[name], [pathlib.Path(path) for path in paths]
     if all(
@@ -197,7 +197,7 @@ def content(name: str, paths: Sequence[os.PathLike[str]]) -> str:
 
 
 def read_idx(path: pathlib.Path, *, ndim: int, most: int = 2**31) -> np.ndarray:
-    """Reads one IDX file of unsigned bytes, gzipped if its name ends so.
+    """Reads one IDX file of unsigned bytes, packed or unpacked.
 
     The format is two zero bytes, a type code (8: unsigned byte), the number of dimensions, each
     dimension as a big-endian 32-bit number, then the values in row-major order.
@@ -205,13 +205,14 @@ def read_idx(path: pathlib.Path, *, ndim: int, most: int = 2**31) -> np.ndarray:
     Args:
         path: the file.
         ndim: the number of dimensions it must have.
-        most: no file of more bytes, unpacked, is read.
+        most: the largest unpacked length in bytes that is accepted.
 
     Returns:
-        The values, uint8, of the shape that the file's header states.
+        The values, uint8, with the shape in the file's header.
 
     Raises:
-        ValueError: the file is not gzip, not IDX, of another type or rank, or of the wrong length.
+        ValueError: if the file is not gzip, not IDX, of another type or rank, or of the wrong
+            length.
     """
     content = _read_at_most(path, most)
     magic, expected = content[:4], bytes([0, 0, 8, ndim])
@@ -230,7 +231,7 @@ def read_idx(path: pathlib.Path, *, ndim: int, most: int = 2**31) -> np.ndarray:
     num_bytes = int(np.prod(shape, dtype=np.int64))
     if len(content) - header != num_bytes:
         raise ValueError(
-            f"{path} holds {len(content) - header} bytes of data; expected {num_bytes}, since its "
+            f"{path} has {len(content) - header} bytes of data; expected {num_bytes}, since its "
             f"header states the shape {shape}. Download it again."
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
@@ -241,13 +242,13 @@ def _is_unpacked(path: pathlib.Path) -> bool:
 
 
 def _read_at_most(path: pathlib.Path, most: int) -> bytes:
-    """The content of a file, unpacked; of one that holds more, no more than a byte too many."""
+    """Returns the unpacked content of a file; raises ValueError if it is longer than `most`."""
     size = path.stat().st_size
     too_large = ValueError(
-        f"{path} holds more than {most} bytes, the length of the published file when unpacked. "
+        f"{path} has more than {most} bytes, the unpacked length of the published file. "
         "Download it again."
     )
-    if size > most:  # as a packed file is shorter than unpacked
+    if size > most:  # a packed file is shorter than its content
         raise too_large
     if _is_unpacked(path):
         return path.read_bytes()
@@ -256,7 +257,7 @@ def _read_at_most(path: pathlib.Path, most: int) -> bytes:
     if start != b"\x1f\x8b":
         raise ValueError(
             f"{path} is not a gzip file: it starts with the bytes {start.hex() or 'none'}; "
-            "expected 1f8b. Use the original file, or give an unpacked one its name without .gz."
+            "expected 1f8b. Use the original file; or, if it is unpacked, remove .gz from its name."
         )
     try:
         with gzip.open(path) as unpacked:
@@ -279,8 +280,8 @@ def _read_idx_pair(paths: Sequence[pathlib.Path], most: Sequence[int]) -> Arrays
     labels = read_idx(labels_path, ndim=1, most=most[1])
     if len(images) != len(labels):
         raise ValueError(
-            f"{images_path} holds {len(images)} images but {labels_path.name} beside it holds "
-            f"{len(labels)} labels; expected as many labels as images. Use the files of one split."
+            f"{images_path} has {len(images)} images but {labels_path.name} next to it has "
+            f"{len(labels)} labels; expected the same number. Use the files of one split."
         )
     return images[..., np.newaxis], labels.astype(np.int32)
 
@@ -292,7 +293,7 @@ CIFAR10_MEMBERS = {
 
 
 class _AtMost:
-    """A stream that ends in a ValueError after so many bytes."""
+    """A stream that raises ValueError after `most` bytes."""
 
     def __init__(self, stream, most: int, path: pathlib.Path):
         self.stream, self.left, self.path = stream, most, path
@@ -302,7 +303,7 @@ class _AtMost:
         self.left -= len(content)
         if self.left < 0:
             raise ValueError(
-                f"{self.path} holds more when unpacked than the published file. Download it again."
+                f"{self.path} is longer, unpacked, than the published file. Download it again."
             )
         return content
 
@@ -315,7 +316,7 @@ def _read_cifar10(path: pathlib.Path, most: int) -> dict[str, Arrays]:
             gzip.open(path) as unpacked,
             tarfile.open(fileobj=_AtMost(unpacked, most, path), mode="r|") as tar,  # type: ignore[call-overload]
         ):
-            for member in tar:  # in the order of the file: seeking back would decompress again
+            for member in tar:  # in file order, since seeking back would decompress again
                 if member.name in wanted and (stream := tar.extractfile(member)) is not None:
                     records[member.name] = _cifar10_records(path, member.name, stream.read())
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
@@ -365,7 +366,7 @@ def _check_sha256(name: str, file: File, path: pathlib.Path) -> None:
 
 
 def _check_md5(name: str, file: File, path: pathlib.Path) -> None:
-    """Without a published checksum a file passes that is not known to be another data set's."""
+    """Raises ValueError for a wrong MD5; if none is published, for one of another data set."""
     found = _digest(path, "md5")
     others = {f.unpacked_md5 for archive in ARCHIVES.values() for f in archive.files}
     if found != file.unpacked_md5 and (file.unpacked_md5 or found in others):
@@ -376,8 +377,8 @@ def _check_md5(name: str, file: File, path: pathlib.Path) -> None:
 
 
 def _whose(found: str, checksum: str, name: str, file: File) -> str:
-    """What file it is, or where the right one is."""
+    """A hint: the data set that the file belongs to, or the address of the right file."""
     for other, archive in ARCHIVES.items():
         if any(getattr(f, checksum) == found for f in archive.files):
-            return f"It is the file of that name of {other}."
+            return f"It is the file of this name of {other}."
     return f"Download it again from {ARCHIVES[name].url}{file.name}."

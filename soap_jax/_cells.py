@@ -1,9 +1,9 @@
-"""A recurrent cell, and what its program says: which kernels are recurrent, which units meet.
+"""Analysis of a recurrent cell: its recurrent kernels, and its dependences between units.
 
-One step `(params, state, x) -> state` is traced, with its backward pass. What `soap_jax.transform`
-reads of it says which kernels an error of the state passes; what its `units` reads of the same,
-these kernels cut, says whether the step is elementwise in the units, and on which unit each entry
-of a param acts. `soap_jax.temporal` makes traces of that. Nothing is computed.
+One step `(params, state, x) -> state` is traced, with its backward pass, but not executed.
+`soap_jax.transform` finds the kernels through which an error of the state passes. With these
+kernels cut, its module `units` finds whether the step is elementwise in the units, and on which
+unit each entry of a param acts. `soap_jax.temporal` uses the result for its traces.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from soap_jax.transform import values as vals
 
 
 class State:
-    """Which leaves of a state are floating point, and what they are called."""
+    """The names of a state's leaves, and which of them are floating point."""
 
     def __init__(self, state):
         leaves, self.tree = jax.tree.flatten(state)
@@ -27,13 +27,13 @@ class State:
         self.floats = [vals.inexact(leaf) for leaf in leaves]
 
     def split(self, state) -> tuple[dict[str, Any], list[Any]]:
-        """Floating-point leaves by name, and the others."""
+        """Returns the floating-point leaves by name, and a list of the others."""
         leaves = list(zip(self.names, self.floats, jax.tree.leaves(state), strict=True))
         rest = [leaf for _, is_float, leaf in leaves if not is_float]
         return {name: leaf for name, is_float, leaf in leaves if is_float}, rest
 
     def join(self, floats, rest):
-        """The state again."""
+        """Puts the results of `split` together again."""
         left = iter(rest)
         pairs = zip(self.names, self.floats, strict=True)
         leaves = [floats[name] if is_float else next(left) for name, is_float in pairs]
@@ -41,7 +41,7 @@ class State:
 
 
 def called(cell, params, state, x):
-    """The cell's new state and its output; raises ValueError if the state changes its type."""
+    """Calls the cell; returns its new state and output, or raises if the state's type changes."""
     out = cell(params, state, x)
     tree: Any = jax.tree.structure(state)
     if jax.tree.structure(out) == tree:
@@ -50,8 +50,8 @@ def called(cell, params, state, x):
         new, output = out
     else:
         raise ValueError(
-            f"the cell returned {jax.tree.structure(out)}; expected a state of the structure that "
-            f"it was given, {tree}, or a pair of such a state and an output."
+            f"the cell returned {jax.tree.structure(out)}; expected a state of the same structure "
+            f"as its input state, {tree}, or a pair (state, output)."
         )
     for (keys, old), leaf in zip(
         jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(new), strict=True
@@ -59,8 +59,8 @@ def called(cell, params, state, x):
         types = [f"{jnp.result_type(a)}{list(jnp.shape(a))}" for a in (old, leaf)]
         if types[0] != types[1]:
             raise ValueError(
-                f"the cell's state {_shown(keys)} went in as {types[0]} and came out as "
-                f"{types[1]}; expected the same shape and dtype, of one example."
+                f"the cell's state {_shown(keys)} was {types[0]} before the step and is "
+                f"{types[1]} after it; expected the same shape and dtype, for one example."
             )
     return new, output
 
@@ -70,7 +70,7 @@ def _shown(keys) -> str:
 
 
 def _types(tree, axes=0):
-    """The types of a tree's arrays without their first axes, nor any sharding."""
+    """The types of a tree's arrays, without their first axes and without shardings."""
 
     def one(x):
         dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
@@ -85,18 +85,18 @@ def _check_state(state):
     if len(sizes) != 1 or () in sizes:
         raise ValueError(
             f"the state has leaves of shapes {[jnp.shape(leaf) for _, leaf in keyed]}; expected "
-            "(batch, units), with one batch in all of them."
+            "(batch, units), with the same batch size in all of them."
         )
     for keys, leaf in keyed:
         if vals.inexact(leaf) and jnp.ndim(leaf) != 2:
             raise ValueError(
                 f"the state {_shown(keys)} has shape {jnp.shape(leaf)}; expected (batch, "
-                "units). Flatten what has more axes inside the cell."
+                "units). Keep a state with more axes flat, and reshape it inside the cell."
             )
         if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
             raise ValueError(
-                f"the state {_shown(keys)} is complex; expected its real and its imaginary "
-                "part as two variables (jax.lax.complex puts them together)."
+                f"the state {_shown(keys)} is complex; expected two real states, its real and "
+                "imaginary parts (combine them in the cell with jax.lax.complex)."
             )
 
 
@@ -109,39 +109,39 @@ def _differentiated(params) -> dict[str, Any]:
 
 
 def replaced(params, leaves):
-    """Params with some of their leaves replaced, by name."""
+    """Returns params with the leaves in `leaves` replaced, by name."""
     return jax.tree_util.tree_map_with_path(
         lambda keys, leaf: leaves.get("/".join(trees.path_of(keys)), leaf), params
     )
 
 
 def placed(params, feedback):
-    """A feedback tree like params, of feedback by path."""
+    """Puts feedback by path into a tree like params."""
     return jax.tree_util.tree_map_with_path(
         lambda keys, _: feedback.get(trees.path_of(keys)), params
     )
 
 
 def zeros(params, paths):
-    """Feedback of zeros by path."""
+    """Makes feedback of zeros, by path."""
     keyed = jax.tree_util.tree_leaves_with_path(params)
     found = {trees.path_of(keys): leaf for keys, leaf in keyed}
     return {path: jnp.zeros_like(found[path]) for path in sorted(paths)}
 
 
-# What the program says
+# The analysis
 
 
 class Plan(NamedTuple):
-    """What the program of a step says of it.
+    """The result of the analysis of a cell's step.
 
     Attributes:
-        number: by state variable that has traces, its units.
-        jacobian: pairs of state variables, (new, old), whose D is not zero.
-        direct: by variable, the params whose M is not zero.
-        axes: by variable, the params that it has traces of, and their axis of units.
-        cut: the kernels that no error passes in a trace.
-        recurrent: those that none passes in the learning signal, either.
+        number: the number of units, by floating-point state variable.
+        jacobian: pairs of state variables (new, old) whose D is not zero.
+        direct: by state variable, the params whose M is not zero.
+        axes: by state variable with traces, the params of its traces, with their axis of units.
+        cut: the kernels that are cut in the traces, through which no error passes.
+        recurrent: the kernels that are cut in the learning signal too.
     """
 
     number: dict[str, int]
@@ -153,7 +153,7 @@ class Plan(NamedTuple):
 
 
 def read(cell, where, params, state, x) -> Plan:
-    """Reads the cell's program: its recurrent kernels, D and M."""
+    """Analyses the cell's program: finds its recurrent kernels, D and M."""
     _check_state(state)
     state, x = _types((state, x), 1)  # of one example
     passed, lost = _passed(cell, params, state, x)
@@ -209,7 +209,7 @@ def read(cell, where, params, state, x) -> Plan:
 
 
 class _Backward:
-    """The program of a function's vjp by its first and third argument, to be read with labels."""
+    """The program of a function's vjp by its first and third argument, to analyse with labels."""
 
     def __init__(self, fun, *args):
         def backward(args, bars):
@@ -223,14 +223,14 @@ class _Backward:
         self.out = jax.tree.structure(out)
 
     def read(self, beside, bars):
-        """The labels of params and floats, by those of `beside` and of the cotangents."""
+        """Returns the labels of params and floats, given labels of `beside` and the cotangents."""
         others = ["free"] * (len(self.args[0]) - 2)
         labels = jax.tree.broadcast((("free", beside, *others), bars), self.args)
         return jax.tree.unflatten(self.out, units.read(self.closed, jax.tree.leaves(labels)))
 
 
 def _passed(cell, params, state, x) -> tuple[frozenset[trees.Path], str]:
-    """The kernels that an error of the state passes in a product; and those that it cannot."""
+    """The kernels through which an error of the state passes in a product; and a broken use."""
 
     def step(params, state, x):
         return called(cell, params, state, x)[0]
@@ -241,7 +241,7 @@ def _passed(cell, params, state, x) -> tuple[frozenset[trees.Path], str]:
     active = [i in of_state for i in range(len(traced.paths))]
     kernels = [
         i for i in range(traced.num_hoisted, first) if vals.inexact(traced.operands[i])
-    ]  # every floating-point param, as if it had feedback
+    ]  # treat every floating-point param as if it had feedback
     found = explanation.read(traced, kernels, active)
     passed, lost = set(), []
     for i in kernels:
@@ -253,7 +253,7 @@ def _passed(cell, params, state, x) -> tuple[frozenset[trees.Path], str]:
 
 
 def check_wired(plan, signal, params, feedback, floats, others):
-    """Raises ValueError if params lack a learning signal only because it is cut."""
+    """Raises ValueError if a param has no learning signal only because kernels are cut."""
     if not plan.recurrent:
         return
 
@@ -274,30 +274,30 @@ def check_wired(plan, signal, params, feedback, floats, others):
     if silent:
         kernels = ", ".join(sorted(map(trees.show, plan.recurrent)))
         raise ValueError(
-            f"no learning signal comes to the param {silent[0]!r}: within one step its error would "
-            f"have to pass a recurrent kernel, one of {kernels}. Is one of them not recurrent, but "
-            "leads from one layer to the next? Then say with `where` which are recurrent. Else "
-            "jax.lax.stop_gradient says that the param does not learn."
+            f"the param {silent[0]!r} gets no learning signal: within one step its error would "
+            f"have to pass through a recurrent kernel, one of {kernels}. If one of them is not "
+            "recurrent, but leads from one layer to the next, select the recurrent kernels with "
+            "`where`. If the param should not learn, use jax.lax.stop_gradient."
         )
 
 
 def _not_elementwise(new, old, label, lost) -> str:
     where = f"{label}" if isinstance(label, units.Mixed) else "a change of layout"
     return (
-        f"the cell's state {new!r} does not depend on {old!r} unit by unit: in {where} several "
-        "units meet, so that a trace of each param's size cannot say what it did. Expected "
-        "recurrent kernels that are params, and go into a product as they are"
+        f"the cell's state {new!r} does not depend on {old!r} unit by unit: {where} combines "
+        "several units, so a trace of each param's size is not enough. Expected recurrent kernels "
+        "that are params and go directly into a product"
         + (f" (not so: {lost})" if lost else "")
         + "; and no op across units, such as a norm of the state."
     )
 
 
 def _not_local(name, variable, label) -> str:
-    where = f" (they meet in {label})" if label else ""
+    where = f" (combined by {label})" if label else ""
     return (
         f"an entry of the param {name!r} acts on several units of the state {variable!r}{where}, "
-        "so that it has no trace of its size. Expected one unit for each entry, along one axis of "
-        "`units`, or of several gates one after the other. Give each unit its own; take it out of "
-        "the cell (an encoder of the input, say); or stop its gradient in the cell "
-        "(jax.lax.stop_gradient)."
+        "so a trace of the param's size is not enough. Expected one unit for each entry, along one "
+        "axis of length units, or of several gates one after the other. Give each unit its own "
+        "entry; move the param out of the cell (such as an encoder of the input); or stop its "
+        "gradient in the cell (jax.lax.stop_gradient)."
     )

@@ -1,9 +1,9 @@
 """The image data sets through TensorFlow Datasets (TFDS), without TensorFlow.
 
-TFDS's own builders of these data sets need TensorFlow to prepare them. `SoapJax` does not: it
-downloads the published files through TFDS, with their checksums, reads them with NumPy and stores
-the examples as ArrayRecord files, unshuffled, under `soap_jax/<name>` in TFDS's data directory.
-Importing this module imports TFDS, so only `soap_jax.data` does, and only when it must.
+TFDS's own builders of these data sets need TensorFlow. `SoapJax` does not: it downloads the
+published files with TFDS, which checks their checksums, reads them with NumPy, and stores the
+examples as ArrayRecord files, unshuffled, in `soap_jax/<name>` in TFDS's data directory. Importing
+this module imports TFDS, so only `soap_jax.data` imports it, and only if needed.
 """
 
 import contextlib
@@ -27,19 +27,19 @@ CONNECT_TIMEOUT = 5.0  # seconds
 
 
 class SoapJax(tfds.core.GeneratorBasedBuilder):
-    """One config per data set of `soap_jax._archives.ARCHIVES`."""
+    """A TFDS builder with one config per data set of `soap_jax._archives.ARCHIVES`."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=name) for name in _archives.ARCHIVES]
 
     @property
     def archive(self) -> _archives.Archive:
-        """The published files that this config is made of."""
+        """The published files of this config."""
         return _archives.ARCHIVES[self.builder_config.name]
 
     @property
     def url_infos(self) -> dict[str, checksums.UrlInfo]:
-        """The checksums TFDS verifies; without this TFDS would look for a file beside us."""
+        """The checksums that TFDS verifies; by default it would read them from a file."""
         return {
             self.archive.url + file.name: checksums.UrlInfo(
                 tfds.core.utils.Size(file.size), file.sha256, file.name
@@ -74,7 +74,7 @@ class SoapJax(tfds.core.GeneratorBasedBuilder):
             yield i, {"image": image, "label": label}
 
     def _check_reachable(self, download_dir: pathlib.Path) -> None:
-        """Asks once for each file not downloaded yet: TFDS would ask for minutes, then give up."""
+        """Requests each missing file once, since TFDS would retry for minutes before it fails."""
         for url, info in self.url_infos.items():
             path = download_dir / self.name / resource.get_dl_fname(url, info.checksum)
             if not resource.is_locally_cached(path):
@@ -86,14 +86,14 @@ class SoapJax(tfds.core.GeneratorBasedBuilder):
         return ConnectionError(
             f"{self.builder_config.name} is not prepared in TFDS's directory "
             f"{self.data_dir_root}, and cannot be downloaded from {self.archive.url}. Connect to "
-            f"the network and call again; or put the original files ({files}) in a directory and "
-            "pass it as data_dir, or name it in the environment variable SOAP_JAX_DATA_DIR. "
+            f"the network and try again; or put the original files ({files}) in a directory and "
+            "pass it as data_dir, or set the environment variable SOAP_JAX_DATA_DIR to it. "
             f"(Cause: {error})"
         )
 
 
 def load(name: str) -> tuple[dict[str, _archives.Arrays], str]:
-    """Loads a data set, which is first downloaded and prepared unless it was before.
+    """Loads a data set; the first call downloads and prepares it.
 
     Args:
         name: a key of `soap_jax._archives.ARCHIVES`.
@@ -103,9 +103,9 @@ def load(name: str) -> tuple[dict[str, _archives.Arrays], str]:
         and the source.
 
     Raises:
-        ConnectionError: the data set is not prepared and its files cannot be downloaded.
-        OSError: the data set was prepared and has been damaged since.
-        ValueError: a downloaded file is not the published one.
+        ConnectionError: if the data set is not prepared and its files cannot be downloaded.
+        OSError: if the prepared data set is damaged.
+        ValueError: if a downloaded file is not the published one.
     """
     builder = _builder(name)
     if not builder.data_path.exists():
@@ -113,17 +113,17 @@ def load(name: str) -> tuple[dict[str, _archives.Arrays], str]:
         builder = _builder(name)
     try:
         splits = {split: _read_split(builder, split) for split in ("train", "test")}
-    except Exception as error:  # TFDS and ArrayRecord raise whatever they meet first
+    except Exception as error:  # TFDS and ArrayRecord may raise any exception
         raise OSError(
-            f"{builder.data_path}, where {name} was prepared before, cannot be read ({error}). "
-            "Delete that directory and call again."
+            f"{builder.data_path}, the prepared data set {name}, cannot be read ({error}). "
+            "Delete that directory and try again."
         ) from error
     source = f"tfds {tfds.__version__} {builder.info.full_name} sha256:{builder.archive.sha256}"
     return splits, source
 
 
 def _builder(name: str) -> SoapJax:
-    # TFDS reads its variable when it is imported; a later change should count as well.
+    # TFDS reads the variable at import; here a later change counts too.
     data_dir = os.environ.get("TFDS_DATA_DIR") or None
     return SoapJax(config=name, data_dir=data_dir, file_format="array_record")
 
@@ -133,16 +133,16 @@ def _prepare(builder: SoapJax) -> None:
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself there
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints a message
             builder.download_and_prepare(download_config=config)
     except download_manager.NonMatchingChecksumError as error:
         raise ValueError(
-            f"A file downloaded for {builder.builder_config.name} is not the published one: "
-            f"{error}\nIs there a proxy that answers in its place? Put the original files in a "
-            "directory and pass it as data_dir."
+            f"a file downloaded for {builder.builder_config.name} is not the published one: "
+            f"{error}\nA proxy may have replaced it. Put the original files in a directory and "
+            "pass it as data_dir."
         ) from error
     except OSError:
-        if not builder.data_path.exists():  # else another process prepared it meanwhile
+        if not builder.data_path.exists():  # otherwise another process has prepared it
             raise
 
 
@@ -150,7 +150,7 @@ def _read_split(builder: SoapJax, split: str) -> _archives.Arrays:
     source = builder.as_data_source(split)
     images = np.empty((len(source), *builder.archive.image_shape), np.uint8)
     labels = np.empty(len(source), np.int32)
-    batch = 4096  # bounds the memory that the decoded examples take beside the arrays
+    batch = 4096  # limits the memory of decoded examples
     for start in range(0, len(source), batch):
         indices = range(start, min(start + batch, len(source)))
         for i, example in zip(indices, source.__getitems__(indices), strict=True):

@@ -1,39 +1,40 @@
-"""Activity propagation: layers hand on a second-order step of their activities as the error.
+"""Activity propagation: layers send back a second-order step of their activities as the error.
 
     def loss(tap, params, x, y):
         h = tap("hidden", jnp.tanh(x @ params["in"]))
         return jnp.mean((h @ params["out"] - y) ** 2)
 
     grad_fn = activity.value_and_grad(loss, learning_rate=0.05)
-    value, gradients = grad_fn(params, x, y, step=step)     # pure; any optimiser takes it from here
+    value, gradients = grad_fn(params, x, y, step=step)     # pure; for any optimiser
     value = loss(activity.untapped, params, x, y)       # evaluation
 
-Two passes are made over one batch, of which only the second one's gradients reach the weights. For
-each tapped activation a, of n elements in the whole batch,
+The method makes two passes over one batch. Only the gradients of the second pass update the
+weights. For each tapped activation a, with n elements in the whole batch,
 
-    1.  g     = dL/da                   backprop, the taps doing nothing
-    2.  a     ← a - (lr / n) g          every tap moves its activation; then, backwards,
-        g'    = the cotangent that arrives: the taps above have already replaced theirs
-        a_bar = (lr / n) g² / d'        what is handed on in place of g', where
+    1.  g     = dL/da                   backprop, with taps that do nothing
+    2.  a     ← a - (lr / n) g          every tap shifts its activation; in the backward pass
+        g'    = the cotangent that arrives, after the taps above have replaced theirs
+        a_bar = (lr / n) g² / d'        the cotangent that is sent back instead of g', where
                 d = g - g',  d' = d + 2 bias sign(d),  d' = bias where d = 0
 
-This is the secant estimate of a Newton step: where L is quadratic in a, with a diagonal Hessian h,
-and without bias, `a_bar` is g / h. What lies between taps is differentiated as it is, so there may
-be feedback alignment in it; both passes then go through feedback.
+This is the secant estimate of a Newton step: if L is quadratic in a, with a diagonal Hessian h, and
+without bias, `a_bar` is g / h. Operations between taps are differentiated as usual, and may include
+feedback alignment; both passes then use feedback.
 
-Before using it, know three things, all measured by `python -m benchmarks.activity`:
+Three limitations, all measured by `python -m benchmarks.activity`:
 
--   `bias` is an absolute number, while d shrinks as lr / n. Where bias is much larger than d, the
-    error is merely `(lr / n) g² sign(d) / (2 bias)`. On MNIST, with the original's rate, the
-    default and batches of 64, that is so small that the hidden layer does not learn.
--   In float32 the shift (lr / n) g is often below the rounding of a, so that d is zero or noise,
-    which a small bias amplifies. Let `learning_rate` be 1000 times the weights', with a bias as
-    many times larger than it would be: Newton's step is the same, and float32 suffices.
--   A tap below another one sees g' made of the other's step, not of a gradient, so that d is no
-    second difference there. Layers below the topmost tap hardly learn.
+-   `bias` is an absolute number, while d is proportional to lr / n. If bias is much larger than d,
+    the error is only `(lr / n) g² sign(d) / (2 bias)`. On MNIST, with the learning rate of the
+    original, the default bias and batches of 64, it is so small that the hidden layer does not
+    learn.
+-   In float32 the shift (lr / n) g is often below the rounding error of a. Then d is zero or noise,
+    which a small bias amplifies. To avoid this, use a `learning_rate` of 1000 times the weights',
+    and multiply the bias by 1000 too: the Newton step is the same, and float32 is accurate enough.
+-   For a tap below another tap, g' comes from the step of the other tap, not from a gradient, so d
+    is not a second difference. Layers below the topmost tap hardly learn.
 
-The method comes from SOAP, the PyTorch package that this one grew from. There it was slower than
-backprop, and so it is here.
+The method comes from SOAP, the PyTorch predecessor of this package. It was slower than backprop
+there, and it is slower here.
 """
 
 from __future__ import annotations
@@ -53,23 +54,23 @@ from jax.extend import core
 from jax.typing import ArrayLike, DTypeLike
 
 Tap = Callable[[str, jax.Array], jax.Array]
-"""`(name, activation) -> activation`."""
+"""A function `(name, activation) -> activation`."""
 
 Loss = Callable[..., Any]
-"""`(tap, params, *args) -> loss`, a scalar, or `(loss, aux)`."""
+"""A function `(tap, params, *args) -> loss`, a scalar, or `(loss, aux)`."""
 
 ValueAndGrad = Callable[..., tuple[Any, chex.ArrayTree]]
-"""`(params, *args, step) -> (value, gradients)`, with `step` the number of completed updates.
+"""A function `(params, *args, step) -> (value, gradients)`; `step` counts completed updates.
 
-For `soap_jax.training.make_gradient_step` `*args` are the feedback weights (None without) and the
+In `soap_jax.training.make_gradient_step` `*args` are the feedback weights (or None) and the
 batch."""
 
-_MARK = "soap_jax.activity:"  # before a tap's number, in the jaxpr that `types_of_taps` reads
+_MARK = "soap_jax.activity:"  # prefix of a tap's number in the jaxpr of `types_of_taps`
 _TRANSPARENT = ("jit", "pjit", "checkpoint", "remat", "remat2")  # primitives that a tap may be in
 
 
 def untapped(name: str, activation: jax.Array) -> jax.Array:
-    """The tap that does nothing, for evaluation and plain backprop.
+    """Returns the activation: the tap for evaluation and plain backprop.
 
     Args:
         name: any.
@@ -99,24 +100,24 @@ def value_and_grad(
 
         a_bar = (lr / n) g² / d',   d = g - g',   d' = d + 2 bias sign(d)  (bias where d = 0)
 
-    at each tapped activation; see the module's docstring. As in `jax.value_and_grad` the value is
-    the loss before the update: the first pass's, with activations as they are. So is `aux`.
+    at each tapped activation; see the module's docstring. As in `jax.value_and_grad`, the value is
+    the loss before the update, from the first pass, with unshifted activations. So is `aux`.
 
-    The loss takes a `tap` as its first argument and calls it on each activation to be tapped, by a
-    name of its own: `h = tap("hidden", h)`. Any model will do that hands `tap` on: a plain
-    function, a Linen module (`model.apply(variables, x, tap)`), an NNX one. Tap whole batches,
-    outside `vmap`, `scan` and the like; `jit` and `checkpoint` may be around a tap. The result
-    works under `jit`, `vmap`, `scan` and, by each device's share of the batch, `shard_map`. The
-    loss is traced three times, with a warm-up once more.
+    The loss takes a `tap` as its first argument and calls it on each activation with a different
+    name: `h = tap("hidden", h)`. The model may be anything that passes `tap` on: a plain function,
+    a Linen module (`model.apply(variables, x, tap)`) or an NNX module. Tap whole batches, outside
+    `vmap`, `scan` and similar transformations; a tap may be inside `jit` and `checkpoint`. The
+    result works under `jit`, `vmap`, `scan` and `shard_map` (on each device's part of the batch).
+    The loss is traced three times, and once more with a warm-up.
 
     Args:
         loss: `(tap, params, *args) -> scalar`, the mean over a batch.
-        learning_rate: positive scalar, lr above: how far the activities move, in the original as
-            far as the weights. May be traced.
-        bias: positive scalar, which keeps the step finite where g hardly changes. With the default
-            the original's result is repeated: on MNIST, after 0.2 epoch at the original's rate,
-            the training loss is 0.93 (there 0.92), backprop's 0.38 (0.37).
-        warmup: number of first updates that are plain backprop; the original has 5.
+        learning_rate: positive scalar, the step size lr of the activities above; the original uses
+            that of the weights. May be traced.
+        bias: positive scalar, which keeps the step finite where g hardly changes. The default
+            repeats the result of the original: on MNIST, after 0.2 epoch with the original's
+            learning rate, the training loss is 0.93 (there 0.92), with backprop 0.38 (0.37).
+        warmup: number of first updates that use plain backprop; 5 in the original.
         has_aux: whether `loss` returns `(loss, aux)`.
 
     Returns:
@@ -125,9 +126,10 @@ def value_and_grad(
         `((value, aux), gradients)`.
 
     Raises:
-        ValueError: if a number is out of range; and from the returned function if `step` is no
-            integer scalar, if nothing is tapped, if a name is used twice or is no string, if what
-            is tapped is not floating point, or if a tap lies inside `vmap`, `scan` and the like.
+        ValueError: if a number is out of range; and from the returned function, if `step` is not an
+            integer scalar, if nothing is tapped, if a name is used twice or is not a string, if a
+            tapped activation is not floating point, or if a tap is inside `vmap`, `scan` or a
+            similar transformation.
 
     Example:
         >>> import jax.numpy as jnp
@@ -140,7 +142,7 @@ def value_and_grad(
         (18.0, 3.0)
 
     References:
-        SOAP, the PyTorch package that this one grew from; there is no paper.
+        SOAP, the PyTorch predecessor of this package; there is no paper.
     """
     check_positive("learning_rate", learning_rate)
     check_positive("bias", bias)
@@ -168,7 +170,7 @@ def value_and_grad(
         _check_step(step)
         if warmup == 0:
             return propagate(params, args)
-        # Closed over, not passed: arguments may be anything, not arrays alone.
+        # A closure, since arguments of `cond` must be arrays.
         is_warm = jnp.asarray(step) >= warmup
         return lax.cond(is_warm, lambda: propagate(params, args), lambda: backprop(params, args))
 
@@ -176,10 +178,10 @@ def value_and_grad(
 
 
 def types_of_taps(run: Callable[[Tap], Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """The type of each tapped activation, by name; computes nothing.
+    """Returns the type of each tapped activation by name, without computing anything.
 
-    A tap in a mapped or repeated part of the loss sees one example, or many in turn. It could not
-    know its activation as a whole, so the jaxpr is searched for where taps have ended up.
+    In a mapped or repeated part of the loss, a tap would get only one example, or several in turn,
+    but it needs the whole activation. So the jaxpr is searched for the places of taps.
     """
     calls: list[tuple[str, jax.ShapeDtypeStruct]] = []
 
@@ -193,7 +195,7 @@ def types_of_taps(run: Callable[[Tap], Any]) -> dict[str, jax.ShapeDtypeStruct]:
     if not calls:
         raise ValueError(
             "the loss taps nothing; expected at least one `h = tap(name, h)`, with the `tap` that "
-            "the loss gets as its first argument. (Is it handed on to the model?)"
+            "the loss gets as its first argument. Pass it on to the model."
         )
     types: dict[str, jax.ShapeDtypeStruct] = {}
     for call, shape, inside in _marks(jaxpr):
@@ -202,26 +204,26 @@ def types_of_taps(run: Callable[[Tap], Any]) -> dict[str, jax.ShapeDtypeStruct]:
             inside = "vmap"
         if inside:
             raise ValueError(
-                f"tap {name!r} lies inside {inside}, where it is not called once on a whole "
+                f"tap {name!r} is inside {inside}, so it is not called once on a whole "
                 "activation; expected it outside, as in tap(name, jax.vmap(layer)(x)) or "
-                "tap(name, jax.lax.scan(...)[1]). `jit` and `checkpoint` may be around a tap."
+                "tap(name, jax.lax.scan(...)[1]). A tap may be inside `jit` and `checkpoint`."
             )
         if name in types:
             raise ValueError(
-                f"the tap's name {name!r} is used twice; expected a name of its own for each "
+                f"the tap's name {name!r} is used twice; expected a different name for each "
                 "tapped activation."
             )
         types[name] = type_
     if lost := [name for name, _ in calls if name not in types]:
         raise ValueError(
-            f"tap {lost[0]!r} is called, but not by the loss: its jaxpr lacks it; expected each "
-            "tap to be called once whenever the loss is evaluated."
+            f"tap {lost[0]!r} was called, but is not in the jaxpr of the loss; expected each tap "
+            "to be called once in every evaluation of the loss."
         )
     return types
 
 
 def check_positive(name: str, value: ArrayLike) -> None:
-    """Raises ValueError unless the value is a positive number, or one that is traced."""
+    """Raises ValueError unless the value is a positive number; traced values pass."""
     if isinstance(value, jax.core.Tracer):
         return
     try:
@@ -235,7 +237,7 @@ def check_positive(name: str, value: ArrayLike) -> None:
 
 @jax.custom_vjp
 def _move(a, g, rate, bias):
-    """The second pass's tap: shifts `a`, and hands on the secant step."""
+    """The tap of the second pass: shifts `a`, and sends back the secant step."""
     return _move_fwd(a, g, rate, bias)[0]
 
 
@@ -251,7 +253,7 @@ def _move_bwd(residuals, arrived):
     rate, bias = jnp.asarray(rate, wide), jnp.asarray(bias, wide)
     difference = g.astype(wide) - arrived.astype(wide)
     biased = jnp.where(difference == 0, bias, difference + 2 * bias * jnp.sign(difference))
-    # Not g² first: of an error of 1e-20 it is zero in float32.
+    # Do not compute g² first: for an error of 1e-20 it underflows in float32.
     a_bar = g.astype(wide) * (rate * g.astype(wide) / biased)
     return a_bar.astype(g.dtype), None, None, None
 
@@ -264,7 +266,7 @@ def _at_least_float32(dtype: DTypeLike):
 
 
 def _marks(jaxpr, inside: str = "") -> Iterator[tuple[int, tuple[int, ...], str]]:
-    """Finds `(call, shape, primitive that it is inside of)` of the taps in a jaxpr."""
+    """Finds the taps in a jaxpr: `(call, shape, name of the primitive around it)`."""
     for eqn in jaxpr.eqns:
         kind = eqn.primitive.name
         if kind == "name" and eqn.params["name"].startswith(_MARK):
@@ -276,7 +278,7 @@ def _marks(jaxpr, inside: str = "") -> Iterator[tuple[int, tuple[int, ...], str]
 
 
 def _is_transparent(eqn) -> bool:
-    """Whether a tap may be in it: it is called as it stands, as what `with_feedback` returns is."""
+    """Whether a tap may be inside an equation that calls its jaxpr once, or `with_feedback`."""
     name = eqn.primitive.name
     return name in _TRANSPARENT or (
         name == "custom_vjp_call"
@@ -290,12 +292,14 @@ def _is_jaxpr(value) -> bool:
 
 def _check_tap(name, activation):
     if not isinstance(name, str):
-        raise ValueError(f"a tap's name is {name!r}; expected a string: tap(name, activation).")
+        raise ValueError(
+            f"a tap's name is {name!r}; expected a string, as in tap(name, activation)."
+        )
     dtype = jnp.result_type(activation)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"the activation at tap {name!r} has dtype {dtype}; expected a floating-point dtype, "
-            "since only such an activation has a gradient. Tap it before it is cast, or after."
+            "since other activations have no gradient. Tap it before or after the cast."
         )
 
 

@@ -1,13 +1,13 @@
-"""Convolutions as matrix products on CPU, since XLA runs their gradients slowly in loops.
+"""Convolutions as matrix products on CPU, where XLA computes their gradients slowly in loops.
 
-Inside a loop XLA for CPU computes the gradient by a convolution's kernel up to a hundred times
-slower than outside (https://github.com/jax-ml/jax/issues/12868). Matrix products are fast
-everywhere. So `as_products` replaces the convolutions of a function, those of its gradients too,
-by shifted copies of their input and one matrix product:
+Inside a loop, XLA for CPU computes the gradient by a convolution's kernel up to a hundred times
+slower than outside (https://github.com/jax-ml/jax/issues/12868). Matrix products are equally fast
+inside. So `as_products` replaces the convolutions of a function, also those of its gradients, by
+shifted copies of their input and one matrix product:
 
     y[n, i, o] = sum over w, c of x[n, i + w, c] kernel[w, c, o]
 
-`soap_jax.training.train_epoch` and, on CPU, `soap_jax.sweeps` do so on their own.
+`soap_jax.training.train_epoch` and, on CPU, `soap_jax.sweeps` use it automatically.
 """
 
 from __future__ import annotations
@@ -27,34 +27,38 @@ Function = TypeVar("Function", bound=Callable)
 Program = core.Jaxpr | core.ClosedJaxpr
 
 MOST_COPIES = 256
-"""The largest number of shifted copies."""
+"""The largest number of shifted copies of one input."""
 
 MOST_BYTES = 2**30
-"""The largest size of all copies together."""
+"""The largest total size of these copies in bytes."""
 
 NAME = "convolution_as_product"
-"""The name of the call that a convolution becomes."""
+"""The name of the call that replaces a convolution."""
 
 
 class Unsuitable(ValueError):
-    """Says why a convolution stays what it is."""
+    """The reason why a convolution is not replaced."""
 
 
 def as_products(fun: Function) -> Function:
-    """The same function, whose convolutions are matrix products where it is compiled for CPU.
+    """Returns the function with its convolutions replaced by matrix products on CPU.
 
-    Results are equal to rounding. Other devices get the convolutions as they are. Convolutions in
-    loops, branches and calls are replaced too. What stays: convolutions of integers, those that
-    would need more than `MOST_COPIES` copies of their input or `MOST_BYTES` for them, those that
-    an explicit mesh shards, and what `jax.custom_vjp` and `custom_jvp` functions do when the result
-    is differentiated. So wrap what takes the gradient, such as a whole training step, and not the
-    model.
+    Results are equal up to rounding. On other devices the convolutions do not change. Convolutions
+    in loops, branches and calls are replaced too. Not replaced are
+
+    -   convolutions of integers;
+    -   those that need more than `MOST_COPIES` copies of their input, or `MOST_BYTES` for these;
+    -   those that an explicit mesh shards;
+    -   those in the derivatives of `jax.custom_vjp` and `custom_jvp` functions, if the returned
+        function is differentiated.
+
+    So wrap the function that computes the gradient, such as a whole training step, not the model.
 
     Args:
-        fun: a function of arrays to arrays, or of trees of these.
+        fun: a function from arrays to arrays, or from trees to trees of arrays.
 
     Returns:
-        A function to be scanned or compiled.
+        A function to scan or compile.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -77,7 +81,7 @@ def as_products(fun: Function) -> Function:
 
 
 def convolves(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> bool:
-    """Whether there is a convolution in a jaxpr, however deep."""
+    """Whether a jaxpr contains a convolution, also in nested jaxprs."""
     return any(
         eqn.primitive.name == "conv_general_dilated"
         or any(map(convolves, filter(_is_jaxpr, jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr))))
@@ -86,15 +90,16 @@ def convolves(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> bool:
 
 
 def convolution(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
-    """What a `conv_general_dilated` equation with these parameters computes, by a matrix product.
+    """Computes `conv_general_dilated` with these parameters by a matrix product.
 
-    It is the product of shifted copies of the input, or the sum of shifted copies of the input's
-    product, whichever multiplies less. The second is for gradients by the input of strided or
-    unpadded convolutions, since their result has more positions than their input.
+    There are two ways: the product of shifted copies of the input, or the sum of shifted copies of
+    the product of the input. The one with fewer multiplications is used. The second way is for
+    gradients by the input of strided or unpadded convolutions, whose result has more positions than
+    their input.
 
     Raises:
-        Unsuitable: if it has more than three spatial dimensions, or none; or needs more
-            than `MOST_COPIES` or `MOST_BYTES`.
+        Unsuitable: if the number of spatial dimensions is not 1, 2 or 3, or if more than
+            `MOST_COPIES` or `MOST_BYTES` are needed.
     """
     conv = _Convolution(lhs.shape, rhs.shape, params)
     batch_groups = params["batch_group_count"]
@@ -114,7 +119,7 @@ def convolution(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
 
 
 INPUT, WINDOW, OUT = "XYZ", "uvw", "xyz"
-"""Names of spatial axes; the others are n, c, o (batch, input and output features) and
+"""The names of spatial axes; the other axes are n, c, o (batch, input and output features) and
 g (groups)."""
 
 
@@ -123,9 +128,9 @@ class _Convolution:
 
     Attributes:
         rank: the number of spatial dimensions.
-        axes: names of the axes of the input, the kernel and the result.
-        window, size: the spatial shape of the kernel and of the result.
-        product_first: whether the product comes before the copies.
+        axes: the names of the axes of the input, the kernel and the result.
+        window, size: the spatial shapes of the kernel and the result.
+        product_first: whether the product is computed before the copies.
         out_shape: the result's shape.
     """
 
@@ -172,9 +177,10 @@ class _Convolution:
             raise Unsuitable(f"its copies need more than {MOST_BYTES} bytes.")
 
     def copies(self, x, axes):
-        """Copies of the input, as many as the window or the result has positions if fewer.
+        """Makes shifted copies of the input.
 
-        Both give the same array: with an axis for each dimension of the window and of the result.
+        There is one copy per position of the window or of the result, whichever are fewer. Both
+        give the same array, with an axis for each dimension of the window and of the result.
         """
         spatial = [axes.index(name) for name in INPUT[: self.rank]]
         config = [(0, 0, 0)] * x.ndim
@@ -195,7 +201,7 @@ class _Convolution:
                 stride[d] = width
             parts.append(lax.slice(x, start, stop, stride))
         found = _beside(axes, INPUT, along[0], over[0], self.rank)
-        # One copy after the other along the next axis: XLA's code for it is faster than a stack's.
+        # Concatenate along an existing axis: XLA's code for this is faster than for a stack.
         joined = lax.concatenate(parts, found.index(over[0][0]))
         lengths = dict(zip(axes, x.shape, strict=True))
         lengths |= dict(zip(over[0], over[1], strict=False))
@@ -203,7 +209,7 @@ class _Convolution:
         return joined.reshape([lengths[name] for name in found]), found
 
     def summed(self, y, axes):
-        """The sum of the products at each position of the window, shifted to where it belongs."""
+        """Shifts the product at each position of the window to its place, and sums them."""
         first = axes.index(WINDOW[0])
         length = y.shape[first + self.rank]
         y = y.reshape(*y.shape[:first], -1, *y.shape[first + self.rank + 1 :])
@@ -224,12 +230,12 @@ class _Convolution:
 
 
 def _named(spec, names):
-    """Names of axes, in the array's order."""
+    """The names of the axes, in the array's order."""
     return "".join(name for _, name in sorted(zip(spec, names, strict=False)))
 
 
 def _grouped(array, axes, name, groups):
-    """Splits an axis into groups, if there are some."""
+    """Splits an axis into groups, if there are several."""
     if groups == 1:
         return array, axes
     d = axes.index(name)
@@ -238,9 +244,9 @@ def _grouped(array, axes, name, groups):
 
 
 def _product(x, x_axes, *, kernel, kernel_axes, out_axes, dtype, params):
-    """The product over all axes that both have but the result does not, as one of matrices.
+    """Sums the product over all shared axes that the result lacks, by one matrix product.
 
-    It is written out, since XLA would transpose the copies if several axes were summed over.
+    It does not use one `dot_general` over several axes, for which XLA would transpose the copies.
     """
     summed = "".join(a for a in x_axes if a in kernel_axes and a not in out_axes)
     grouped = "g" in out_axes
@@ -261,7 +267,7 @@ def _product(x, x_axes, *, kernel, kernel_axes, out_axes, dtype, params):
 
 
 def _as_matrix(array, axes, summed):
-    """A matrix, or one for each group, with the lengths of its free axes and which is summed."""
+    """Reshapes to one matrix per group; returns it, its free axes' lengths and the summed axis."""
     lengths = dict(zip(axes, array.shape, strict=True))
     first = "g" if "g" in axes else ""
     free = "".join(name for name in axes if name not in summed + first)
@@ -275,9 +281,9 @@ def _as_matrix(array, axes, summed):
 
 
 def _beside(axes, spatial, instead, more, rank):
-    """Names other spatial axes, and puts more of them before, if spatial ones are last, or after.
+    """Renames the spatial axes, and inserts `more` after them, or before them if they are last.
 
-    So features that are last stay last, and copies are of whole rows.
+    So if features are the last axis, they stay last, and whole rows are copied.
     """
     names = spatial[:rank]
     renamed = axes.translate(str.maketrans(names, instead[:rank]))
@@ -291,9 +297,9 @@ def _positions(shape):
 
 
 def _replaced(jaxpr: Program, known: dict[int, tuple[Program, Program]]) -> Program:
-    """The program with products; `known` are those of jaxprs that several equations share.
+    """Replaces convolutions in a program; `known` caches jaxprs that several equations share.
 
-    They are known by their address, and kept, so that no other gets it meanwhile.
+    The cache is by `id`, and keeps each jaxpr, so that its `id` is not used again.
     """
     if id(jaxpr) not in known:
         new = jaxpr
@@ -307,7 +313,7 @@ def _replaced(jaxpr: Program, known: dict[int, tuple[Program, Program]]) -> Prog
 
 
 def _equation(eqn: core.JaxprEqn, known: dict[int, tuple[Program, Program]]) -> core.JaxprEqn:
-    """An equation with products: of a convolution a call, of what has jaxprs its own."""
+    """Replaces a convolution by a call, and the convolutions in an equation's jaxprs."""
     if eqn.primitive.name == "conv_general_dilated":
         return _call(eqn)
     if eqn.params.get("name") == NAME:  # done before
@@ -326,7 +332,7 @@ def _equation(eqn: core.JaxprEqn, known: dict[int, tuple[Program, Program]]) -> 
 
 
 def _call(eqn: core.JaxprEqn) -> core.JaxprEqn:
-    """A convolution's equation as a call of a function that knows for what it is compiled."""
+    """Replaces a convolution's equation by a call that chooses by the platform of compilation."""
     as_it_is = functools.partial(_bind, eqn.primitive, eqn.params)
     types: list[Any] = [v.aval for v in eqn.invars]
     if any(map(any, (aval.sharding.spec for aval in types))):  # an explicit mesh shards it
@@ -344,7 +350,7 @@ def _call(eqn: core.JaxprEqn) -> core.JaxprEqn:
     except Unsuitable:
         return eqn
     theirs, ours = ([_type(v.aval) for v in (*e.invars, *e.outvars)] for e in (eqn, call))
-    if theirs != ours:  # it is sharded, or varies over a mesh, otherwise
+    if theirs != ours:  # another sharding, or other varying mesh axes
         return eqn
     return eqn.replace(primitive=call.primitive, params=call.params, effects=call.effects)
 

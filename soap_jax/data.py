@@ -1,12 +1,12 @@
 """Named image data sets as NumPy arrays.
 
-    dataset = load("digits")                         # comes with scikit-learn: needs no network
+    dataset = load("digits")                         # part of scikit-learn: needs no network
     dataset = load("mnist", data_dir="~/mnist")      # the published files, in a directory
-    dataset = load("mnist")                          # through TensorFlow Datasets
+    dataset = load("mnist")                          # from TensorFlow Datasets
 
-Whichever way a data set comes, its arrays are the same, in the published order. Images stay uint8,
-as they are stored; divide by `Dataset.max_value` for values from 0 to 1. Importing this module
-loads neither scikit-learn nor TensorFlow Datasets.
+The arrays are the same for all sources, in the published order. Images are uint8, as stored; divide
+by `Dataset.max_value` for values from 0 to 1. Importing this module does not import scikit-learn or
+TensorFlow Datasets.
 """
 
 import operator
@@ -36,15 +36,15 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A data set and where it came from.
+    """A data set and its source.
 
     Attributes:
-        name: one of `NAMES`.
-        train: the examples to learn from.
-        test: the examples to judge by.
-        num_classes: labels are `0 .. num_classes - 1`.
+        name: one of `NAMES`, or a file's name for data from `soap_jax.tasks.read`.
+        train: the training examples.
+        test: the test examples.
+        num_classes: the number of classes; labels are `0 .. num_classes - 1`.
         max_value: the pixel value that means 1.0: 255, or 16 for digits.
-        source: which way the arrays came and which content they have, to be recorded with a result.
+        source: the source and a checksum or version of the arrays, to record with a result.
     """
 
     name: str
@@ -58,27 +58,29 @@ class Dataset(NamedTuple):
 def load(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     """Loads a data set by name.
 
-    `digits` are the 8 x 8 digits that come with scikit-learn, a fifth of each class (seeded, always
-    the same) for testing. The others are looked for in this order:
+    `digits` are the 8 x 8 digits of scikit-learn; a fifth of each class, always the same examples,
+    is for testing. The other data sets are searched in this order:
 
-    1. the published files, in `data_dir` or else in the directory that the environment variable
-       `SOAP_JAX_DATA_DIR` names: four IDX files, `.gz` or unpacked, or `cifar-10-binary.tar.gz`;
-       directly, in a sub-folder called `name`, or where torchvision leaves them (`MNIST/raw`);
-    2. TensorFlow Datasets' data directory (`TFDS_DATA_DIR`), where they are prepared at the first
-       call, which downloads them, and read from then on. TensorFlow is not needed.
+    1. The published files in `data_dir`, or else in the directory in the environment variable
+       `SOAP_JAX_DATA_DIR`: four IDX files, `.gz` or unpacked, or `cifar-10-binary.tar.gz`. They may
+       be in the directory itself, in a subfolder called `name`, or in torchvision's subfolders
+       (`MNIST/raw`).
+    2. The data directory of TensorFlow Datasets (`TFDS_DATA_DIR`). The first call downloads and
+       prepares the data there; later calls only read them. TensorFlow is not needed.
 
     Args:
         name: one of `NAMES`.
-        data_dir: directory with the published files. If given, it must have them; digits need none.
+        data_dir: directory with the published files. If given, it must contain them; not needed for
+            digits.
 
     Returns:
-        The data set; the arrays are the same whichever way they came.
+        The data set; the arrays are the same for all sources.
 
     Raises:
-        ValueError: the name is unknown, or a file is damaged or not the published one.
-        FileNotFoundError: the directory is not there, or lacks files.
-        ConnectionError: there is no directory, and no network either.
-        ModuleNotFoundError: the extra `study` is not installed.
+        ValueError: if the name is unknown, or a file is damaged or not the published one.
+        FileNotFoundError: if the directory does not exist, or lacks files.
+        ConnectionError: if the data must be downloaded, and there is no network.
+        ModuleNotFoundError: if the extra `study` is not installed.
 
     Example:
         >>> dataset = load("digits")
@@ -86,7 +88,7 @@ def load(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Datase
         ((1438, 8, 8, 1), (359, 8, 8, 1))
     """
     if name not in NAMES:
-        raise ValueError(f"Unknown data set {name!r}; expected one of {', '.join(NAMES)}.")
+        raise ValueError(f"unknown data set {name!r}; expected one of {', '.join(NAMES)}.")
     if name == "digits":
         return _load_digits()
     archive = _archives.ARCHIVES[name]
@@ -105,18 +107,18 @@ def load(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Datase
 
 
 def split_validation(split: Split, num: int, *, seed: int = 0) -> tuple[Split, Split]:
-    """Sets a random part of a split aside for validation, the same part at every call.
+    """Splits off a random part for validation, the same part at every call.
 
     Args:
-        split: the examples to divide, `n` of them.
-        num: how many go to validation, `0 < num < n`.
-        seed: which examples they are.
+        split: the `n` examples to divide.
+        num: the number of validation examples, `0 < num < n`.
+        seed: the seed of the random choice.
 
     Returns:
-        `(rest, validation)`, of `n - num` and `num` examples, each in the order they had.
+        `(rest, validation)`, with `n - num` and `num` examples, in their previous order.
 
     Raises:
-        ValueError: `num` is out of range.
+        ValueError: if `num` is out of range.
 
     Example:
         >>> rest, validation = split_validation(load("digits").train, 200)
@@ -126,8 +128,8 @@ def split_validation(split: Split, num: int, *, seed: int = 0) -> tuple[Split, S
     n, num = len(split.labels), operator.index(num)
     if not 0 < num < n:
         raise ValueError(
-            f"num is {num}; expected 1 to {n - 1}, so that both parts of the split's {n} examples "
-            "have some."
+            f"num is {num}; expected 1 to {n - 1}, so that both parts of the {n} examples are not "
+            "empty."
         )
     chosen = np.zeros(n, bool)
     chosen[_permutation(n, seed)[:num]] = True
@@ -139,13 +141,13 @@ def _take(split: Split, which: np.ndarray) -> Split:
 
 
 def _permutation(n: int, seed: int) -> np.ndarray:
-    # RandomState, not default_rng: NumPy promises that its stream never changes.
+    # RandomState, not default_rng, since NumPy guarantees that its stream never changes.
     return np.random.RandomState(seed).permutation(n)
 
 
 def _needs_extra(name: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
     return ModuleNotFoundError(
-        f"The data set {name} needs the module {error.name}: pip install 'soap_jax[study]'.",
+        f"the data set {name} needs the module {error.name}: pip install 'soap_jax[study]'.",
         name=error.name,
     )
 
@@ -174,18 +176,18 @@ def _load_digits() -> Dataset:
 
 
 TORCHVISION_NAMES = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
-"""What torchvision calls the folders of the data sets."""
+"""The names of torchvision's folders of the data sets."""
 
 
 def _find_files(name: str, data_dir: str | os.PathLike[str] | None) -> list[pathlib.Path] | None:
-    """Returns all published files of a data set, or None if TFDS is to be asked."""
+    """Returns all published files of a data set, or None to use TFDS."""
     directory = data_dir if data_dir is not None else os.environ.get(DATA_DIR_VARIABLE) or None
     if directory is None:
         return None
-    said = "data_dir" if data_dir is not None else f"The environment variable {DATA_DIR_VARIABLE}"
+    said = "data_dir" if data_dir is not None else f"the environment variable {DATA_DIR_VARIABLE}"
     root = pathlib.Path(directory).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(f"{said} is {str(root)!r}, which is not a directory.")
+        raise FileNotFoundError(f"{said} is {str(root)!r}; expected a directory.")
     names = [file.name for file in _archives.ARCHIVES[name].files]
     folders = [root / name, root]
     if name in TORCHVISION_NAMES:
@@ -198,13 +200,13 @@ def _find_files(name: str, data_dir: str | os.PathLike[str] | None) -> list[path
             return [path for path in found if path is not None]
         if len(missing) < len(names):
             raise FileNotFoundError(
-                f"{folder} has some of the files of {name} but lacks {', '.join(missing)}; "
-                "expected all of them in one folder."
+                f"{folder} has some files of {name} but lacks {', '.join(missing)}; expected all "
+                "of them in one folder."
             )
     if data_dir is not None:
         raise FileNotFoundError(
             f"{said} is {str(root)!r}, which lacks the files of {name}: {', '.join(names)}; "
-            f"expected them (IDX files also unpacked) there, in its sub-folder {name!r} or where "
-            "torchvision leaves them. Without data_dir they are downloaded."
+            f"expected them (IDX files packed or unpacked) there, in its subfolder {name!r} or in "
+            "torchvision's subfolders. Without data_dir they are downloaded."
         )
     return None

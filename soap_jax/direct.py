@@ -1,54 +1,59 @@
-"""Direct feedback: the output's error, or the target, straight to every block.
+"""Direct feedback: sends the output's error, or the target, directly to every block.
 
-Direct feedback alignment (DFA) sends no error from block to block. Each hidden activation a gets
-the cotangent e of the network's output through a fixed random `projection` P of its own,
+Direct feedback alignment (DFA) does not send errors from block to block. Instead each hidden
+activation a gets its cotangent from the cotangent e of the network's output, through a fixed random
+`projection` P of its own:
 
     a_bar = e · P            P: (out, *features) for an activation (batch, *features)
 
-and hands nothing on to the block below. One writes the network as it is, stops the ordinary path
-with `soap_jax.ops.detach`, and joins the activations to the output:
+No error goes on to the block below. Write the network as usual, stop the ordinary path with
+`soap_jax.ops.detach`, and connect the activations to the output:
 
     h1 = block1(x)                                  # anything: dense, convolution, attention
     h2 = block2(detach(h1))
     output = head(detach(h2))
     output = direct_feedback(output, (h1, h2), (p1, p2))
 
-The output stays as it was; only derivatives change. Without `detach` both errors add up.
+The value of the output does not change, only derivatives do. Without `detach` the activation gets
+the sum of both errors.
 
 **Time and space.** P has the shape (out, *features), where features are the last axes of the
-activation, as many as P has. All other axes of the activation, and all but the last of the output,
-lead, and are aligned from the left. The error is that of a connection from the activation straight
-to the output, `output + a · Pᵀ`, in which surplus axes of the activation are summed, and missing
-ones broadcast:
+activation. All other axes of the activation, and all but the last axis of the output, are leading
+axes, which are aligned from the left. The error is that of a direct connection from the activation
+to the output, `output + a · Pᵀ`. This connection sums over leading axes that the output lacks, and
+broadcasts over leading axes that the activation lacks:
 
     output          activation         P               error
-    (batch, out)    (batch, F)         (out, F)        each example its own
+    (batch, out)    (batch, F)         (out, F)        one per example
     (batch, out)    (batch, T, F)      (out, F)        the same at every time
     (batch, out)    (batch, T, F)      (out, T, F)     through another P at every time
-    (batch, T, out) (batch, T, F)      (out, F)        each time its own
+    (batch, T, out) (batch, T, F)      (out, F)        one per example and time
     (batch, T, out) (batch, F)         (out, F)        summed over time
-    (batch, out)    (batch, H, W, C)   (out, H, W, C)  as Nøkland has it for convolutions
+    (batch, out)    (batch, H, W, C)   (out, H, W, C)  Nøkland's choice for convolutions
 
-**Scale.** e is the cotangent, so it carries the loss's 1/batch, as every gradient does. Signs and
-targets lose it, so sDFA and DRTP divide by the number of output rows themselves. A projection may
-have any floating-point or integer dtype (signs in int8, say), and is cast to the activation's.
+**Scale.** e is a cotangent, so it contains the factor 1/batch of the loss, like every gradient.
+Signs and targets do not contain it, so sDFA and DRTP divide by the number of output rows. A
+projection may have any floating-point or integer dtype (such as int8 for signs), and is cast to the
+activation's dtype.
 
-**Learning.** With `projection_bar="kernel"` a projection has the cotangent that the weights of that
-direct connection would have, the product of what is sent and the activation:
+**Learning.** With `projection_bar="kernel"` the cotangent of a projection is that of the weights of
+the direct connection, the product of the sent error and the activation:
 
     P_bar = eᵀ · a           summed over leading axes: direct Kolen-Pollack (DKP)
 
-An optimiser over (params, projections) learns both, with weight decay as in Kolen-Pollack learning.
+An optimiser over (params, projections) updates both, with weight decay as in Kolen-Pollack
+learning.
 
-**Devices.** In place of an array a function `(error, shape, key) -> x_bar` may stand: a projection
-that is noisy or quantised, or that an analog or optical device computes (`jax.pure_callback`). It
-gets what is sent, `(*leading, out)`, and returns the cotangent of an activation of that shape:
+**Devices.** A projection may also be a function `(error, shape, key) -> x_bar`: a noisy or
+quantised projection, or one that an analog or optical device computes (`jax.pure_callback`). It
+gets the sent error, `(*leading, out)`, and returns the cotangent of an activation of the given
+shape:
 
     def noisy(error, shape, key):
         return (error @ p + 0.1 * jax.random.normal(key, shape)).reshape(shape)
 
-Functions are no arguments for `jax.jit`; with its arrays a function is one as
-`jax.tree_util.Partial(project, p)`, which is called as `project(p, error, shape, key)`.
+A function cannot be an argument of a `jax.jit` function, but `jax.tree_util.Partial(project, p)`,
+which contains its arrays, can. It is called as `project(p, error, shape, key)`.
 
 References:
     Arild Nøkland. Direct feedback alignment provides learning in deep neural networks. NeurIPS,
@@ -81,16 +86,16 @@ from soap_jax import draws, dtypes, ops, trees
 from soap_jax.feedback import glorot_normal
 
 ProjectFn = Callable[[jax.Array, tuple[int, ...], chex.PRNGKey | None], jax.Array]
-"""`(error, shape, key) -> x_bar`, of this shape: a projection as a device computes it."""
+"""A projection computed by a device: `(error, shape, key) -> x_bar`, with x_bar of this shape."""
 
 Error = Literal["exact", "sign"]
-"""What is sent: the output's cotangent (DFA), or its signs (sDFA)."""
+"""The error that is sent: the output's cotangent (DFA), or its signs (sDFA)."""
 
 ProjectionBar = Literal["kernel"] | None
-"""A projection's own cotangent: zeros, or a kernel's in its place (direct Kolen-Pollack)."""
+"""The cotangent of a projection: zeros (None), or a kernel's (direct Kolen-Pollack)."""
 
 Block = Callable[[chex.ArrayTree, jax.Array], jax.Array]
-"""`(params, x) -> y`, y of x's shape and dtype."""
+"""A function `(params, x) -> y`, with y of x's shape and dtype."""
 
 
 def direct_feedback(
@@ -106,7 +111,7 @@ def direct_feedback(
     key: chex.PRNGKey | None = None,
     projection_bar: ProjectionBar = None,
 ) -> jax.Array:
-    """Direct feedback alignment: hands the output's error to activations.
+    """Direct feedback alignment: sends the output's error to activations; returns the output.
 
     With e the cotangent of the output,
 
@@ -114,39 +119,40 @@ def direct_feedback(
         a_bar = sign(e) · P / rows     error="sign": sDFA
         a_bar = t · P / rows           with a target t: DRTP, see also `direct_target`
 
-    e itself goes on to what made the output. The activation's ordinary path must be stopped with
-    `soap_jax.ops.detach` where it goes on to the next block. With one hidden layer, and P the
-    transpose of its feedback, this is feedback alignment.
+    The layers that compute the output get e itself. Stop the ordinary path from the activation to
+    the next block with `soap_jax.ops.detach`. With one hidden layer, and P the transpose of its
+    feedback, this is feedback alignment.
 
     Args:
-        output: `(*leading, out)`; with a target any array on which the loss depends.
-        activation: `(*leading', *features)`, or a tree of such.
-        projection: `(out, *features)`, or a tree of such, of activation's structure; see
-            `draw_projections`. A typed PRNG key stands for `draw_projection(key, out, features)`,
-            features being all axes but as many as the output leads with (the last at least):
-            nothing is stored, and the backward pass draws it again. A function
-            `(error, shape, key) -> x_bar` stands for a device, see the module's docstring.
+        output: `(*leading, out)`; with a target, any array on which the loss depends.
+        activation: `(*leading', *features)`, or a tree of such arrays.
+        projection: `(out, *features)`, or a tree of projections, of activation's structure; see
+            `draw_projections`. A typed PRNG key means `draw_projection(key, out, features)`: the
+            projection is not stored, and the backward pass draws it again. The activation then has
+            as many leading axes as the output, and at least its last axis is a feature axis. A
+            function `(error, shape, key) -> x_bar` means a device; see the module's docstring.
         error: "exact" or "sign".
-        target: `(*leading, out)`, floating point: what is sent in place of the output's error.
-        stacked: whether activations and projections (or keys) have a first axis of blocks, as
-            `scan_blocks` gives them: one matrix product then serves all blocks. A function is
+        target: `(*leading, out)`, floating point; sent instead of the output's error.
+        stacked: whether activations and projections (or keys) have a first axis of blocks, as in
+            the result of `scan_blocks`. All blocks then use one matrix product; a function is
             called once for all of them.
-        rows: with "sign" and with a target, how many rows the loss is a mean of; by default the
-            product of the output's (the target's) axes but the last. Give it where `vmap` or
-            `shard_map` splits the batch.
-        initializer: with which keys draw, as in `draw_projection`.
-        key: a PRNG key for projections that are functions, each of which gets a key of its own
-            made of it (None without one): fresh noise takes a fresh key at every step.
-        projection_bar: the projections' own cotangent. None: none, it reads as zeros. "kernel":
-            what is sent, times the activation, as direct Kolen-Pollack asks; for floating-point
-            arrays, and not with a target.
+        rows: with "sign" or a target, the number of rows over which the loss is a mean; by default
+            the product of all axes but the last of the output (or of the target). Give it if `vmap`
+            or `shard_map` splits the batch.
+        initializer: draws projections from keys, as in `draw_projection`.
+        key: a PRNG key for projections that are functions, from which each of them gets its own key
+            (None if no key is given). For fresh noise give a fresh key at every step.
+        projection_bar: the cotangent of the projections. None: zeros. "kernel": the product of the
+            sent error and the activation, for direct Kolen-Pollack; only for floating-point arrays,
+            and not with a target.
 
     Returns:
         `output`.
 
     Raises:
         ValueError: at trace time, if structures or shapes do not fit, if `error` or
-            `projection_bar` is unknown, or what is to learn is no floating-point array.
+            `projection_bar` is unknown, or if a projection that should learn is not a
+            floating-point array.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -163,7 +169,9 @@ def direct_feedback(
     if error not in ("exact", "sign"):
         raise ValueError(f"error is {error!r}; expected 'exact' (DFA) or 'sign' (sDFA).")
     if error == "sign" and target is not None:
-        raise ValueError("error='sign' and a target; expected one of them: what is sent.")
+        raise ValueError(
+            "got error='sign' and a target; expected one of them, since only one can be sent."
+        )
     check_projection_bar(projection_bar, target)
     learns = projection_bar is not None
     name, sender = ("output", output) if target is None else ("target", target)
@@ -176,7 +184,7 @@ def direct_feedback(
             what = "a function" if callable(p) else f"of dtype {jnp.result_type(p)}"
             raise ValueError(
                 f"the projection{_at(path)} is {what}; expected a floating-point array, since "
-                f"projection_bar is {projection_bar!r}: an optimiser learns it."
+                f"projection_bar is {projection_bar!r}: an optimiser updates it."
             )
     types = [jax.typeof(a) for a in activations]
     keys = [None if key is None else jax.random.fold_in(draws.typed(key), _number(path))
@@ -199,7 +207,7 @@ def direct_feedback(
         project = functools.partial(_project, sent, stacked=stacked, initializer=initializer)
 
         def send(projections):
-            """The activations' cotangents, linear in the projections."""
+            """Computes the activations' cotangents, which are linear in the projections."""
             return list(map(project, types, projections, keys, paths))
 
         bars = send(projections)
@@ -215,7 +223,7 @@ def direct_feedback(
 
 
 def check_projection_bar(projection_bar: ProjectionBar, target: Any = None) -> None:
-    """Raises ValueError for what is no cotangent of a projection, or for one beside a target."""
+    """Raises ValueError unless `projection_bar` is a valid option, and None with a target."""
     if projection_bar not in (None, "kernel"):
         raise ValueError(
             f"projection_bar is {projection_bar!r}; expected None, or 'kernel' (direct "
@@ -237,24 +245,24 @@ def direct_target(
     initializer: jax.nn.initializers.Initializer = glorot_normal,
     key: chex.PRNGKey | None = None,
 ) -> jax.Array:
-    """Direct random target projection (DRTP): the target in place of an error.
+    """Direct random target projection (DRTP): sends the target to an activation, which it returns.
 
         a_bar = t · P / rows
 
-    with t the one-hot target (the original leaves the division out, which multiplies the hidden
-    layers' learning rate by the batch size). It does
-    not depend on the output, so a block could learn before the next one has computed anything. Go
-    on with what is returned, not detached: a block is trained only if a cotangent reaches it,
-    though whatever arrives is dropped, and XLA removes what computes it.
+    with t the one-hot target. (The original does not divide, which multiplies the hidden layers'
+    learning rate by the batch size.) a_bar does not depend on the output, so a block could learn
+    before the next one runs. Give the returned activation to the next layer, without `detach`: a
+    block learns only if a cotangent reaches it. The value of that cotangent is ignored, and XLA
+    removes its computation.
 
     Args:
         activation: `(*leading', *features)`.
         target: `(*leading, out)`, floating point, such as `jax.nn.one_hot(labels, classes)`; its
             leading axes are aligned with the activation's as in `direct_feedback`.
         projection: `(out, *features)`, a typed PRNG key or a function, as in `direct_feedback`.
-        rows: how many targets the loss is a mean of; by default the product of the target's axes
-            but the last. Give it where `vmap` or `shard_map` splits the batch.
-        initializer: with which a key draws, as in `draw_projection`.
+        rows: the number of targets over which the loss is a mean; by default the product of all
+            axes of the target but the last. Give it if `vmap` or `shard_map` splits the batch.
+        initializer: draws the projection from a key, as in `draw_projection`.
         key: as in `direct_feedback`.
 
     Returns:
@@ -294,25 +302,26 @@ def draw_projection(
     *,
     initializer: jax.nn.initializers.Initializer = glorot_normal,
 ) -> jax.Array:
-    """Draws a projection as one matrix from the output's error to all features.
+    """Draws a projection from the output's error to all features of an activation.
 
-    An initialiser given `(out, height, width, channels)` itself would take it for a convolution.
+    It draws one matrix and reshapes it, since an initialiser would treat a shape
+    `(out, height, width, channels)` as a convolution.
 
     Args:
         key: a PRNG key.
         out: size of the output.
         features: shape of the activation without its leading axes.
-        dtype: floating point.
-        initializer: `(key, (out, size of the features), dtype) -> array`; by default Glorot's
-            normal one, as large as a product of Glorot's kernels from there to the output. See also
-            `soap_jax.initializers`.
+        dtype: a floating-point dtype.
+        initializer: `(key, (out, size of the features), dtype) -> array`; by default Glorot normal,
+            which is as large as the product of Glorot kernels from the activation to the output.
+            See also `soap_jax.initializers`.
 
     Returns:
         `(out, *features)`.
 
     Raises:
         ValueError: if `key` is not one key, if `out` or `features` are not positive integers, or if
-            the initialiser returns no array of that shape.
+            the initialiser does not return an array of the matrix's shape.
 
     Example:
         >>> import jax
@@ -326,17 +335,17 @@ def draw_projection(
         shape = ()
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(
-            f"out is {out!r} and features are {features!r}; expected a positive integer, and one "
-            "or several: the size of the output, and the shape of the activation without its "
-            "leading axes."
+            f"out is {out!r} and features are {features!r}; expected a positive integer, the size "
+            "of the output, and one or several positive integers, the shape of the activation "
+            "without its leading axes."
         )
     matrix = shape[0], math.prod(shape[1:])
     drawn = initializer(key, matrix, dtype)
     if getattr(drawn, "shape", None) != matrix:
         got = type(drawn).__name__ if not hasattr(drawn, "shape") else f"shape {drawn.shape}"
         raise ValueError(
-            f"the initializer returned {got}; expected an array of shape {matrix}: (out, size of "
-            "the features)."
+            f"the initializer returned {got}; expected an array of shape {matrix}, that is (out, "
+            "size of the features)."
         )
     return drawn.reshape(shape)
 
@@ -352,22 +361,22 @@ def draw_projections(
 ) -> chex.ArrayTree:
     """Draws a float32 projection for every activation of a tree.
 
-    A draw depends on `key` and the activation's place in the tree alone. Of a stack, every block
-    has its own.
+    A draw depends only on `key` and the activation's path in the tree. In a stack, every block has
+    its own draw.
 
     Args:
         key: a PRNG key.
-        output: `(*leading, out)`; only its shape counts, here and below.
-        activation: `(*leading', *features)`, or a tree of such; features are all axes but as many
-            as the output leads with (the last at least). With `stacked`, `(blocks, ...)`.
+        output: `(*leading, out)`; only the shapes of output and activation are used.
+        activation: `(*leading', *features)`, or a tree of such arrays, with as many leading axes as
+            the output; at least the last axis is a feature axis. With `stacked`, `(blocks, ...)`.
         stacked: as in `direct_feedback`.
-        stored: False returns the keys of these projections instead, which draw the same numbers in
-            every backward pass: less memory for more arithmetic.
-        initializer: as in `draw_projection`; with keys, give it to `direct_feedback` as well.
+        stored: whether to return projections. False returns their keys, from which every backward
+            pass draws the same projections, which saves memory and costs time.
+        initializer: as in `draw_projection`; with keys, give it to `direct_feedback` too.
 
     Returns:
-        A tree of activation's structure; leaves are `(out, *features)`, or typed keys; with
-        `stacked`, `(blocks, ...)` of these.
+        A tree of activation's structure, whose leaves are projections `(out, *features)` or typed
+        keys; with `stacked`, `(blocks, ...)` of these.
 
     Raises:
         ValueError: as `draw_projection`, or if an activation's shape does not fit the output's.
@@ -395,35 +404,36 @@ def draw_projections(
 def scan_blocks(
     block: Block, params: chex.ArrayTree, x: jax.Array, *, parallel: bool = True
 ) -> jax.Array:
-    """Runs a stack of equal blocks, each cut off from the next, for direct feedback.
+    """Runs a stack of equal blocks with `detach` between them, for direct feedback.
 
         a_0 = block(params[0], detach(x)),   a_l = block(params[l], detach(a_(l-1)))
 
-    No block's error waits for another's, so the backward pass has no order:
+    No block's error depends on another's, so the backward pass may run in any order:
 
         parallel=True     forward as a scan; backward as one batched (vmapped) computation
         parallel=False    both as scans
 
-    The gradients are the same. Join the result to the output:
+    The gradients are the same. Connect the result to the output:
 
         activations = scan_blocks(block, params, x)
         output = head(detach(activations[-1]))
         output = direct_feedback(output, activations, projections, stacked=True)
 
     Args:
-        block: a pure function `(params, x) -> y`, y of x's shape and dtype.
-        params: params of all blocks, every leaf with a first axis `(blocks, ...)`.
-        x: the first block's input. No cotangent goes back to it: what made it needs direct feedback
-            of its own.
-        parallel: see above; True was measured to be the faster on CPU (`benchmarks/README.md`) and
-            is expected to be so elsewhere. `soap_jax.with_feedback` reaches a block's kernels only
-            with False.
+        block: a pure function `(params, x) -> y`, with y of x's shape and dtype.
+        params: params of all blocks, every leaf `(blocks, ...)`.
+        x: the first block's input. It gets no cotangent: layers before the stack need direct
+            feedback of their own.
+        parallel: see above; True was faster in measurements on CPU (`benchmarks/README.md`), and is
+            expected to be faster on other devices. `soap_jax.with_feedback` finds the kernels of a
+            block only with False.
 
     Returns:
         `(blocks, *y.shape)`, the activations after every block.
 
     Raises:
-        ValueError: if the leaves' first axes differ, or a block's output is unlike its input.
+        ValueError: if the leaves' first axes differ, or a block's output does not have its input's
+            shape and dtype.
 
     Example:
         >>> import jax.numpy as jnp
@@ -439,13 +449,13 @@ def scan_blocks(
     if len(lengths) != 1 or lengths == {()}:
         raise ValueError(
             f"the leaves of params have the shapes {jax.tree.map(jnp.shape, params)}; expected a "
-            "first axis of one length, that of the stack, in all of them."
+            "first axis of one length, the number of blocks, in all of them."
         )
     y = jax.eval_shape(lambda params, x: block(_first(params), x), params, x)
     if (y.shape, y.dtype) != (jnp.shape(x), jnp.result_type(x)):
         raise ValueError(
             f"block maps {jnp.result_type(x)}{list(jnp.shape(x))} to {y.dtype}{list(y.shape)}; "
-            "expected the same shape and dtype, since the next block takes what this one gives."
+            "expected the same shape and dtype, since its output is the next block's input."
         )
     return (_scan_then_vmap if parallel else _scan_both_ways)(block, params, ops.detach(x))
 
@@ -467,7 +477,7 @@ def _scan_both_ways(block, params, x):
 
 
 def _scan_then_vmap(block, params, x):
-    # What the block closes over must be an argument of a custom derivative.
+    # Traced values in the block's closure must be arguments of the custom derivative.
     jaxpr = jax.make_jaxpr(block)(_first(params), x)
     constants = jaxpr.consts
 
@@ -499,7 +509,7 @@ def _scan_then_vmap(block, params, x):
 
 
 def _project(error, activation_type, projection, key, path, *, stacked, initializer):
-    """The error's way through a projection, with axes aligned: see the module's docstring."""
+    """Computes an activation's cotangent from the error; see the module's docstring for axes."""
     shape, dtype = activation_type.shape[stacked:], activation_type.dtype
     if callable(projection):
         return _called(projection, error, activation_type, key, path)
@@ -511,8 +521,8 @@ def _project(error, activation_type, projection, key, path, *, stacked, initiali
         error = error.sum(range(lead, error.ndim - 1))
     shared = error.ndim - 1
 
-    # The product: (*leading, out) by (out, *features), or by (blocks, out, *features). Where
-    # shardings are part of the types, the activation's is the one to give.
+    # The product of (*leading, out) and (out, *features) or (blocks, out, *features). If shardings
+    # are part of the types, the result has the activation's.
     split = activation_type.sharding.spec
     blocks, split = split[:stacked], split[stacked:]
     y = lax.dot_general(
@@ -529,22 +539,22 @@ def _project(error, activation_type, projection, key, path, *, stacked, initiali
 
 
 def _called(projection, error, activation_type, key, path):
-    """What a function makes of the error."""
+    """Computes an activation's cotangent with a projection that is a function."""
     shape, dtype = activation_type.shape, activation_type.dtype
     bar = projection(error, shape, key)
     found = getattr(bar, "shape", None), getattr(bar, "dtype", None)
     if found[0] != shape or not dtypes.holds(dtype, found[1]):
         got = f"{found[1]}{list(found[0])}" if found[0] is not None else type(bar).__name__
         raise ValueError(
-            f"the projection{_at(path)}, a function, returned {got}; expected an array of shape "
-            f"{shape} that can be cast to {dtype}: the activation's cotangent. It got an error of "
-            f"shape {error.shape}."
+            f"the projection{_at(path)}, a function, returned {got}; expected the activation's "
+            f"cotangent, an array of shape {shape} that can be cast to {dtype}. The function was "
+            f"called with an error of shape {error.shape}."
         )
     return bar.astype(dtype)
 
 
 def _sharding(of, *split):
-    """A sharding by these axes of the mesh, or None where none are part of the types."""
+    """The sharding by these axes of the mesh; None if shardings are not part of the types."""
     mesh = of.sharding.mesh
     if jax.sharding.AxisType.Explicit not in (mesh.axis_types or ()):
         return None
@@ -552,7 +562,7 @@ def _sharding(of, *split):
 
 
 def _draw(key, output_shape, shape, *, stacked, initializer):
-    """What a key stands for: a draw for an activation of this shape, or one for every block."""
+    """Draws the projection of a key for an activation of this shape, or one for every block."""
     draw = functools.partial(
         draw_projection,
         out=output_shape[-1],
@@ -563,18 +573,18 @@ def _draw(key, output_shape, shape, *, stacked, initializer):
 
 
 def _features(output_shape, shape):
-    """All axes of an activation but as many as the output leads with."""
+    """The feature axes of an activation that has as many leading axes as the output."""
     if len(output_shape) == 1 and len(shape) > 1:
         raise ValueError(
             f"the output has shape {output_shape} and an activation {shape}; expected an output "
-            "(*leading, out) with the batch among its leading axes: for one number per example "
-            "give y[:, None]. (For a single example draw with draw_projection(key, out, features).)"
+            "(*leading, out) with the batch among its leading axes. For one number per example "
+            "give y[:, None]. For a single example use draw_projection(key, out, features)."
         )
     return shape[min(len(output_shape) - 1, len(shape) - 1) :]
 
 
 def _rows(rows, sender):
-    """How many rows the loss is a mean of."""
+    """The number of rows over which the loss is a mean."""
     if rows is None:
         return math.prod(jnp.shape(sender)[:-1])
     is_number = isinstance(rows, numbers.Real) and not isinstance(rows, bool)
@@ -589,12 +599,12 @@ def _check_array(name, array):
 
 
 def _number(path) -> int:
-    """A number that stands for a place in a tree."""
+    """A number for a path in a tree, to fold into a key."""
     return zlib.crc32("/".join(trees.path_of(path)).encode())
 
 
 def _arrays(tree):
-    """A tree's arrays, and how to put them back beside its functions and their other constants."""
+    """A tree's arrays, and a function that puts arrays back among the tree's other leaves."""
     leaves, structure = jax.tree.flatten(tree)
     is_array = [isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in leaves]
 
@@ -617,20 +627,20 @@ def _is_key(projection) -> bool:
 
 
 def _sketch(tree):
-    """A tree's structure with its leaves' shapes."""
+    """The shapes of a tree's leaves, for error messages."""
     return jax.tree.map(
         lambda x: "function" if callable(x) else jnp.shape(x), tree, is_leaf=callable
     )
 
 
 def _pairs(activation, projection):
-    """Paths, activations and projections, as lists of leaves that belong together."""
+    """The paths, activations and projections, as lists in the same order."""
     flat, structure = jax.tree_util.tree_flatten_with_path(activation)
     projections, projection_structure = jax.tree.flatten(projection, is_leaf=callable)
     if structure != projection_structure or not flat:  # type: ignore[operator]
         raise ValueError(
             f"activations are {_sketch(activation)}, projections {_sketch(projection)}; expected "
-            "one projection for each activation, in trees of one structure."
+            "one projection for each activation, in trees of the same structure."
         )
     paths, activations = zip(*flat, strict=True)
     return paths, list(activations), projections
@@ -646,12 +656,12 @@ def _check(name, sender, activation, projection, path, *, stacked):
                 f"the {what} has dtype {jnp.result_type(array)}; expected floating point{hint}."
             )
     if jnp.ndim(sender) < 1:
-        raise ValueError(f"the {name} is a scalar; expected (*leading, out): a row per example.")
+        raise ValueError(f"the {name} is a scalar; expected (*leading, out), a row per example.")
     if jnp.ndim(activation) < 1 + stacked:
         expected = "(blocks, *leading, *features)" if stacked else "(*leading, *features)"
         raise ValueError(f"the activation{at} has shape {shape}; expected {expected}.")
     if callable(projection):
-        return  # it may do what it likes
+        return  # its result is checked when it is called
     of = jnp.shape(projection)
     if not _is_key(projection) and not dtypes.holds(
         jnp.result_type(activation), jnp.result_type(projection)
@@ -662,22 +672,23 @@ def _check(name, sender, activation, projection, path, *, stacked):
         )
     if of == (2,) and jnp.result_type(projection) == jnp.uint32:
         raise ValueError(
-            f"the projection{at} is a raw key, as jax.random.PRNGKey makes; expected a projection "
-            "or a typed key, as jax.random.key makes."
+            f"the projection{at} is a raw key from jax.random.PRNGKey; expected a projection or a "
+            "typed key from jax.random.key."
         )
     if stacked:
         if shape[:1] != of[:1]:
             raise ValueError(
-                f"stacked: the activation{at} has shape {shape} and its projection {of}; expected "
-                "(blocks, *leading, *features) and (blocks, out, *features), or (blocks,) keys."
+                f"with stacked=True the activation{at} has shape {shape} and its projection {of}; "
+                "expected (blocks, *leading, *features) and (blocks, out, *features), or (blocks,) "
+                "keys."
             )
         shape, of = shape[1:], of[1:]
     sender_shape = jnp.shape(sender)
     if _is_key(projection):
         if of:
             raise ValueError(
-                f"the projection{at} is {jnp.shape(projection)} keys; expected one key per "
-                "activation, or (blocks,) of them with stacked=True."
+                f"the projection{at} is an array of keys of shape {jnp.shape(projection)}; "
+                "expected one key per activation, or (blocks,) keys with stacked=True."
             )
         of = (*sender_shape[-1:], *_features(sender_shape, shape))
     leading = shape[: max(len(shape) - len(of) + 1, 0)]
@@ -685,26 +696,26 @@ def _check(name, sender, activation, projection, path, *, stacked):
     if len(sender_shape) > 1 and shape == of[1:] and no_batch:
         what = "after the axis of blocks" if stacked else "for a batch"
         raise ValueError(
-            f"the projection{at} has shape {of} and takes all axes of the activation {shape} for "
-            f"features, which leaves none {what}, as the {name} {sender_shape} has; expected (out, "
-            "*features) for an activation (batch, *features): draw_projection(key, out, "
-            "activation.shape[1:])."
-            + (" For a list of ordinary activations leave `stacked` out." if stacked else "")
+            f"the projection{at} of shape {of} has all axes of the activation {shape} as features, "
+            f"so no axis is left {what}, as in the {name} {sender_shape}; expected a projection "
+            "(out, *features) for an activation (batch, *features), as drawn by "
+            "draw_projection(key, out, activation.shape[1:])."
+            + (" For a list of ordinary activations leave out `stacked`." if stacked else "")
         )
     shared = min(len(leading), len(sender_shape) - 1)
     fits = of[:1] == sender_shape[-1:] and len(of) > 1 and shape[len(leading) :] == of[1:]
     if not fits or leading[:shared] != sender_shape[:shared]:
         raise ValueError(
             f"the projection{at} has shape {of}, the activation {shape} and the {name} "
-            f"{sender_shape}; expected a projection (out, *features), where out is the last "
-            f"axis of the {name} and features are the last axes of the activation, whose other "
-            f"axes begin as those of the {name} do."
+            f"{sender_shape}; expected a projection (out, *features), where out is the last axis "
+            f"of the {name} and features are the last axes of the activation. The other axes of "
+            f"the activation must agree, from the left, with the leading axes of the {name}."
         )
 
 
 def check_length(length: int, call: str) -> None:
-    """Raises ValueError unless there can be so many blocks; `call` shows what was meant."""
+    """Raises ValueError unless `length` is an integer of at least 1; `call` is a correct call."""
     if not hasattr(length, "__index__"):
-        raise ValueError(f"length is a {type(length).__name__}; expected an integer: {call}.")
+        raise ValueError(f"length is a {type(length).__name__}; expected an integer, as in {call}.")
     if length < 1:
         raise ValueError(f"length is {length}; expected 1 or more.")

@@ -1,8 +1,8 @@
-"""Uniform and normal numbers, the same as `jax.random`'s, and signs, drawn fast on CPU too.
+"""Uniform and normal numbers, the same as `jax.random`'s, and signs, fast also on CPU.
 
-JAX compiles its generator for CPU as a loop over arrays in memory, to compile sooner. At every step
-of training that is most of what a rule with fresh numbers costs. Here the rounds of the generator
-are written one after the other, and XLA fuses them with what uses the numbers.
+To save compile time, JAX compiles its generator for CPU as a loop over arrays in memory. For a rule
+that draws at every training step, this loop is most of the run time. Here the rounds of the
+generator are unrolled, and XLA fuses them with the code that uses the numbers.
 
 References:
     John K. Salmon, Mark A. Moraes, Ron O. Dror, David E. Shaw. Parallel random numbers: as easy as
@@ -24,7 +24,7 @@ _PARITY = 0x1BD11BDA
 
 
 def uniform(key: chex.PRNGKey, shape: tuple[int, ...]) -> jax.Array:
-    """Draws float32 numbers from [0, 1): `jax.random.uniform(key, shape)`, bit for bit.
+    """Draws float32 numbers from [0, 1), bit-identical to `jax.random.uniform(key, shape)`.
 
     Example:
         >>> import jax
@@ -36,7 +36,7 @@ def uniform(key: chex.PRNGKey, shape: tuple[int, ...]) -> jax.Array:
 
 
 def normal(key: chex.PRNGKey, shape: tuple[int, ...]) -> jax.Array:
-    """Draws float32 standard normal numbers: `jax.random.normal(key, shape)`, to rounding.
+    """Draws float32 standard normal numbers, equal up to rounding to `jax.random.normal`'s.
 
     Example:
         >>> import jax
@@ -60,10 +60,10 @@ def signs(key: chex.PRNGKey, shape: tuple[int, ...]) -> jax.Array:
 
 
 def typed(key: chex.PRNGKey) -> chex.PRNGKey:
-    """The key, typed where it is raw.
+    """Returns the key as a typed key.
 
     Raises:
-        ValueError: if it is not one key, as `jax.random.key` or `jax.random.PRNGKey` makes it.
+        ValueError: if it is not one key from `jax.random.key` or `jax.random.PRNGKey`.
 
     Example:
         >>> import jax
@@ -78,24 +78,25 @@ def typed(key: chex.PRNGKey) -> chex.PRNGKey:
         if isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32 and key.ndim == 1:
             try:
                 return jax.random.wrap_key_data(jnp.asarray(key))
-            except TypeError:  # another generator's
+            except TypeError:  # raw data of another generator
                 pass
         is_array = isinstance(key, jax.Array | np.ndarray)
         got = f"{key.dtype}{list(key.shape)}" if is_array else repr(key)
     raise ValueError(
         f"key is {got}; expected one PRNG key, such as jax.random.key(0). Under `vmap` or `scan` "
-        "each run has one."
+        "give each run its own key."
     )
 
 
 def _bits(key, shape):
-    """32 random bits for each number: Threefry-2x32 of twenty rounds, at the number's index."""
+    """Draws 32 random bits per number: Threefry-2x32 with twenty rounds, at the number's index."""
     size = math.prod(shape)
     if str(jax.random.key_impl(key)) != "threefry2x32" or size >= 2**32:
         return jax.random.bits(key, shape)
     data = jax.random.key_data(key)
     keys = data[0], data[1], data[0] ^ data[1] ^ np.uint32(_PARITY)
-    # Or XLA would take the indices, which are always alike, out of a loop that seldom draws.
+    # The indices are constant. Without the barrier XLA would move them out of a loop that draws
+    # only at some steps.
     strides = [np.uint32(math.prod(shape[axis + 1 :])) for axis in range(len(shape))]
     strides = lax.optimization_barrier((data, strides))[1]
     high = jnp.full(shape, keys[0])  # an index has 64 bits; the upper half is 0

@@ -1,9 +1,9 @@
-"""Explicit dtypes where weights of several kinds meet.
+"""Explicit dtypes for arithmetic on arrays of different dtypes.
 
-Feedback may be stored in other bits than its kernel: bfloat16, signs in int8, int4 or int2, 8-bit
-floats. JAX promotes some of these pairs implicitly, others never, and none at all under
-`jax_numpy_dtype_promotion="strict"`. So every sum, difference or comparison of such arrays in this
-library is taken in the dtype that these functions give.
+Feedback may have another dtype than its kernel: bfloat16, an 8-bit float, or int8, int4 or int2 for
+signs. JAX promotes some of these pairs implicitly, others never, and none under
+`jax_numpy_dtype_promotion="strict"`. So this library casts the arrays to the dtype that these
+functions give before every sum, difference or comparison.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from jax.typing import DTypeLike
 
 
 def wide(*arrays: Any) -> np.dtype:
-    """The dtype for arithmetic on all of the arrays: float32, or the widest that is wider.
+    """Returns the dtype for arithmetic on the arrays: float32, or the widest of them if wider.
 
     Args:
-        arrays: arrays or dtypes, of numbers of any kind.
+        arrays: arrays or dtypes of any kind of number.
 
     Example:
         >>> import jax.numpy as jnp
@@ -36,7 +36,7 @@ def wide(*arrays: Any) -> np.dtype:
 
 
 def widen(*arrays: Any) -> list[jax.Array]:
-    """The arrays, all as `wide` of them.
+    """Casts all arrays to the dtype `wide(*arrays)`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -48,7 +48,7 @@ def widen(*arrays: Any) -> list[jax.Array]:
 
 
 def of(leaf: Any) -> np.dtype | None:
-    """The dtype of an array or a number; None of anything else, such as a model's function.
+    """Returns the dtype of an array or a number; None for anything else, such as a function.
 
     Example:
         >>> of(1.0), of(None), of(print)
@@ -56,12 +56,12 @@ def of(leaf: Any) -> np.dtype | None:
     """
     try:
         return None if leaf is None else np.dtype(jnp.result_type(leaf))
-    except TypeError:  # no number, or no dtype of numbers, as that of a key
+    except TypeError:  # not a number, or a dtype that is not numeric, such as a key's
         return None
 
 
 def holds(dtype: Any, other: Any) -> bool:
-    """Whether numbers of `other` dtype may be cast to the floating-point `dtype`.
+    """Whether numbers of the dtype `other` may be cast to the floating-point `dtype`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -77,8 +77,8 @@ def check_stored(dtype: DTypeLike | None, name: str = "dtype") -> None:
     """Raises ValueError unless feedback can be stored in the dtype.
 
     Args:
-        dtype: a floating-point dtype that holds both signs, a signed integer one, or None.
-        name: of the argument, for the message.
+        dtype: a floating-point dtype with both signs, a signed integer dtype, or None.
+        name: the name of the argument, for the message.
     """
     if dtype is None:
         return
@@ -86,21 +86,21 @@ def check_stored(dtype: DTypeLike | None, name: str = "dtype") -> None:
         dtype = np.dtype(dtype)
         if jnp.issubdtype(dtype, jnp.signedinteger):
             serves = jnp.iinfo(dtype).max >= 1
-        else:  # XLA makes no arrays of 6 bits
+        else:  # XLA does not support 6-bit arrays
             info = jnp.finfo(dtype) if jnp.issubdtype(dtype, jnp.floating) else None
             serves = info is not None and bool(info.min < 0) and info.bits != 6
-    except (TypeError, ValueError):  # no dtype at all, or no number's
+    except (TypeError, ValueError):  # not a dtype, or not of numbers
         serves = False
     if not serves:
         raise ValueError(
-            f"{name} is {dtype!r}; expected a floating-point dtype of jax.numpy that holds both "
-            "signs, such as jax.numpy.bfloat16, a signed integer one such as jax.numpy.int8 for "
-            "signs, or None for the kernel's."
+            f"{name} is {dtype!r}; expected a floating-point dtype of jax.numpy with both signs, "
+            "such as jax.numpy.bfloat16; a signed integer dtype, such as jax.numpy.int8, to store "
+            "signs; or None for the kernel's dtype."
         )
 
 
 def stored(feedback: jax.Array, dtype: DTypeLike | None) -> jax.Array:
-    """Feedback as it is stored in the dtype: rounded, or of an integer one its signs.
+    """Casts feedback to the dtype for storage: rounded, or its signs for an integer dtype.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,11 +1,11 @@
-"""Feedback weights as a state: made by `init_feedback`, changed by `sync_feedback`.
+"""Feedback weights as a state, which `init_feedback` creates and `sync_feedback` updates.
 
     state = init_feedback(key, params, SignSync(period=10))
     state = sync_feedback(params, state, step)      # pure; call it before taking the gradient
     state.feedback                                  # what the model uses
 
-The state is an ordinary pytree of arrays beside `params`, and the optimiser never sees it. Its
-rule is static and its periods are leaves, so nothing retraces when steps or periods change.
+The state is a pytree of arrays, separate from `params`, and the optimiser does not update it. Its
+rule is static and its periods are leaves, so a new step or period does not cause a retrace.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jax.typing import ArrayLike, DTypeLike
 from soap_jax import draws, dtypes, factors, rules, trees
 
 Initializer = jax.nn.initializers.Initializer | Literal["matched"]
-"""`(key, shape, dtype) -> array`, or "matched": as large as the kernel."""
+"""A function `(key, shape, dtype) -> array`, or "matched": as large as the kernel."""
 
 glorot_normal = jax.nn.initializers.glorot_normal()
 
@@ -39,19 +39,19 @@ RulesByPattern = tuple[tuple[str, rules.Rule], ...]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FeedbackState:
-    """Feedback weights and what is needed to sync them.
+    """Feedback weights, with the rule, period, memory and key that syncs need.
 
     Attributes:
         feedback: the feedback tree, which the model uses; see `soap_jax.trees`.
-        period: int32 scalar, the number of updates from one sync to the next; with a mapping of
-            rules, a dict of such scalars by pattern.
-        memory: what rules remember, by path ("Dense_1/kernel"), of the rules that do (`Rule.init`).
-            It belongs to the feedback: put other feedback in its place by
+        period: int32 scalar, the number of updates from one sync to the next; for a mapping of
+            rules, a dict from pattern to such a scalar.
+        memory: the memories of rules that have one (`Rule.init`), by path ("Dense_1/kernel"). A
+            memory belongs to its feedback: to use other feedback, call
             `init_feedback(feedback=...)`.
-        key_data: uint32, the data of `key`. A typed key among its leaves would keep JAX off its
-            fast path whenever a jitted function returns the state.
-        rule: static: the rule with its period set to 1, or `(pattern, rule)` pairs.
-        key_impl: static: which generator `key_data` is for.
+        key_data: uint32, the data of `key`. With a typed key among its leaves, JAX would not use
+            its fast path when a jitted function returns the state.
+        rule: static, the rule with its period set to 1, or `(pattern, rule)` pairs.
+        key_impl: static, the random generator of `key_data`.
     """
 
     feedback: chex.ArrayTree
@@ -63,7 +63,7 @@ class FeedbackState:
 
     @property
     def key(self) -> chex.PRNGKey:
-        """The key from which random rules derive theirs."""
+        """The PRNG key from which random rules derive their keys."""
         return jax.random.wrap_key_data(self.key_data, impl=self.key_impl)
 
 
@@ -78,9 +78,9 @@ def _from_state_dict(state, content):
     if set(content) != set(_ARRAYS):
         raise ValueError(
             f"the content of a FeedbackState has the entries {sorted(content)}; expected "
-            f"{', '.join(_ARRAYS)}, as flax.serialization.to_state_dict gives them. Adopt the "
-            "weights of an older state: init_feedback(key, params, rule, "
-            "feedback=content['feedback']) also makes what the rule remembers."
+            f"{', '.join(_ARRAYS)}, as flax.serialization.to_state_dict gives them. To adopt the "
+            "weights of an older state, call init_feedback(key, params, rule, "
+            "feedback=content['feedback']), which also makes the rule's memory."
         )
     arrays = {
         name: serialization.from_state_dict(getattr(state, name), content[name], name)
@@ -89,8 +89,8 @@ def _from_state_dict(state, content):
     return dataclasses.replace(state, **arrays)
 
 
-# `to_bytes` and `from_bytes` of a FeedbackState, and of whatever holds one. Rule and generator are
-# static: they come from the state that is restored into, as with flax.struct.
+# For `to_bytes` and `from_bytes` of a FeedbackState, or of a tree that contains one. The rule and
+# the generator are static: they come from the target of the restore, as with flax.struct.
 serialization.register_serialization_state(FeedbackState, _to_state_dict, _from_state_dict)
 
 
@@ -104,66 +104,66 @@ def init_feedback(
     feedback: chex.ArrayTree | None = None,
     dtype: DTypeLike | Literal["used"] | None = None,
 ) -> FeedbackState:
-    """Makes feedback weights for a model's kernels, or adopts the model's own.
+    """Draws feedback weights for a model's kernels, or adopts the model's own.
 
-    Drawn feedback is for `soap_jax.with_feedback`, whose models know nothing of it, and for
-    functions that hand it to `soap_jax.ops`. A model of `soap_jax.linen` or `soap_jax.nnx` layers
-    has feedback of its own: adopt it with `feedback=`.
+    Drawn feedback is for `soap_jax.with_feedback`, which works with any model, and for functions
+    that pass it to `soap_jax.ops`. A model with layers of `soap_jax.linen` or `soap_jax.nnx`
+    already has feedback: adopt it with `feedback=`.
 
-    A layer's draw depends on `key` and its path alone, so that runs with different rules, or with
-    feedback on different layers, are paired. Feedback has its kernel's shape and sharding.
-    The first layer needs none: the gradient by the input is not computed.
+    A layer's draw depends only on `key` and the layer's path, so runs with different rules, or with
+    feedback on different layers, are paired. Feedback has its kernel's shape and sharding. The
+    first layer needs no feedback, since the gradient by the input is not computed.
 
     Args:
-        key: for the feedback weights, and for rules that draw; use a stream of its own.
+        key: a PRNG key for the feedback weights and for rules that draw; do not use it elsewhere.
         params: the model's parameters: any pytree, such as Linen's `variables["params"]` or
             `nnx.state(model, nnx.Param)`.
-        rule: how feedback changes; or a mapping from path patterns to rules, of which the first
-            that matches a leaf counts: `{"Dense_1/*": SignSync(), "*": Fixed()}`.
-        where: which leaves of `params` get feedback: what `soap_jax.explain` returned; glob
+        rule: how feedback changes; or a mapping from path patterns to rules, such as
+            `{"Dense_1/*": SignSync(), "*": Fixed()}`. The first pattern that matches a leaf counts.
+        where: the leaves of `params` that get feedback: the result of `soap_jax.explain`; glob
             patterns over paths such as "Dense_1/kernel"; or a predicate `(path, leaf) -> bool`. By
-            default the leaves named kernel, w or weight that have two axes or more.
-        initializer: "matched", the default: normal, of each kernel's own root mean square, whatever
-            its library and layout. A kernel of zeros has no size to match, and feedback of zeros
-            would keep all layers below from learning: there it is Glorot's √(2/(fan_in + fan_out)),
-            with 1 for an axis that is missing. Or a function `(key, shape, dtype) -> array`, best
-            the one of the kernels, cast to the kernel's dtype; or one that draws `soap_jax.factors`
-            (`initializers.product`), for `Fixed()` and a floating-point dtype. Or a mapping from
-            path patterns to initialisers, of which the first that matches a leaf counts. Feedback
-            larger than its kernel multiplies the learning rate of the layers below, which passes
-            for a better method.
+            default the leaves named kernel, w or weight that have at least two axes.
+        initializer: one of four forms. "matched", the default: normal, with the root mean square of
+            each kernel. For a kernel of zeros, where feedback of zeros would stop all layers below
+            from learning, it is Glorot's √(2/(fan_in + fan_out)), with 1 for a missing axis. A
+            function `(key, shape, dtype) -> array`, preferably the kernels' own initialiser; the
+            result is cast to the kernel's dtype. A function that draws `soap_jax.factors`
+            (`initializers.product`), only for `Fixed()` and a floating-point dtype. Or a mapping
+            from path patterns to initialisers; the first pattern that matches a leaf counts.
+            Feedback larger than its kernel multiplies the learning rate of the layers below, which
+            is easily mistaken for a better method.
         feedback: feedback weights to adopt instead, such as Linen's `variables["feedback"]`,
             `nnx.state(model, soap_jax.nnx.Feedback)`, or a second draw of `params`; with `where`,
-            only the leaves that it selects. The state shares its buffers, so donating the state
-            uses them up.
-        dtype: of what is stored; by default the kernel's, or the adopted feedback's own. A floating
-            dtype stores the weights rounded (bfloat16: half of float32's memory; 8-bit floats). A
-            signed integer dtype stores their signs (int8: a quarter; int4, int2), for rules whose
-            values are whole numbers: `Fixed`, `SignSync` with "unit" or "preserve", or one of your
-            own that returns integers.
-            Products are taken in the model's dtype all the same: signs train as they do in
-            float32, bit for bit on CPU, and so do rounded weights. Rules that move feedback in
-            small steps lose those that are below its resolution.
-            "used": where products take feedback in fewer bits than its kernel has, as in a model
-            that computes in bfloat16 with float32 params, it is stored in these. That is the same
-            training, bit for bit, with half the memory, and no cast of all feedback at every step.
-            It needs `where=soap_jax.explain(...)`, which knows the dtypes, and leaves feedback as
-            it is where its rule accumulates small steps (`Rule.accumulates`). It is not the
-            default, so that checkpoints and metrics have feedback in the kernel's dtype; and it is
-            not for feedback that an optimiser changes (Kolen-Pollack, local losses).
+            only the leaves that it selects. The state shares their buffers, so donating the state
+            deletes them.
+        dtype: the dtype in which feedback is stored; by default the kernel's, or the dtype of the
+            adopted feedback. A floating dtype stores rounded weights (bfloat16, which needs half of
+            float32's memory, or 8-bit floats). A signed integer dtype stores signs (int8, which
+            needs a quarter, int4 or int2). It is for rules whose values are whole numbers: `Fixed`,
+            `SignSync` with "unit" or "preserve", or your own rule that returns integers.
+            Products still use the model's dtype: training with stored signs or rounded weights is
+            the same as with these values in float32, bit for bit on CPU. Rules that change feedback
+            in small steps lose steps that are below the resolution of the dtype.
+            "used" stores feedback in the dtype in which products use it, if that is smaller than
+            the kernel's, as in a model that computes in bfloat16 with float32 params. Training is
+            bit-identical, with half the memory and without a cast of all feedback at every step. It
+            needs `where=soap_jax.explain(...)`, which knows the dtypes. Feedback keeps its dtype if
+            its rule accumulates small steps (`Rule.accumulates`). Do not use it for feedback that
+            an optimiser changes (Kolen-Pollack, local losses). It is not the default, so that
+            checkpoints and metrics have feedback in the kernel's dtype.
 
     Returns:
-        The state. Leaves of `params` without feedback have `None` in `state.feedback`, which has
-        the structure of `params`; for the layers of `soap_jax.nnx` adopt the model's feedback
-        instead, since `nnx.update` would put the leaves of a tree like `params` in its place.
+        The state. `state.feedback` has the structure of `params`, with `None` for leaves without
+        feedback. For layers of `soap_jax.nnx` adopt the model's feedback: `nnx.update` with a tree
+        like `params` would replace the parameters by feedback.
 
     Raises:
-        ValueError: if `key` is not one key, if `rule` is neither a rule nor a mapping of rules, if
-            a pattern matches nothing or a leaf has no rule or initialiser, if a rule is not
-            hashable, if nothing is selected, if a kernel is empty or not floating point, if what an
-            initialiser returns or the adopted feedback does not fit `params`, or if `dtype` is
-            neither floating point nor a signed integer, or an integer one for a rule that returns
-            floats, or "used" without an explanation.
+        ValueError: if `key` is not one key; if `rule` is not a rule or a mapping of rules, or not
+            hashable; if a pattern matches nothing, or a leaf has no rule or initialiser; if nothing
+            is selected; if a kernel is empty or not floating point; if an initialiser's result or
+            the adopted feedback does not fit `params`; or if `dtype` is not floating point or a
+            signed integer, is an integer dtype for a rule that returns floats, or is "used"
+            without an explanation.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -195,7 +195,8 @@ def init_feedback(
             if missing := sorted(chosen - given.keys()):
                 raise ValueError(
                     f"`where` selects {', '.join(map(trees.show, missing))}, for which `feedback` "
-                    "has no leaf. Select what it has, or leave `feedback` out, to draw it."
+                    "has no leaf; expected a leaf for each. Select only leaves that it has, or "
+                    "leave out `feedback` to draw all of them."
                 )
 
             def make(path, kernel):
@@ -221,8 +222,8 @@ def init_feedback(
         hash(static)
     except TypeError as error:
         raise ValueError(
-            f"rule is {rule!r}, which is not hashable ({error}); expected fields that are numbers, "
-            "strings or tuples, since the rule is static under `jit`."
+            f"rule is {rule!r}, which is not hashable ({error}); expected a rule whose fields are "
+            "numbers, strings or tuples, since the rule is static under `jit`."
         ) from error
     memory = _memory_of(static, trees.pairs(params, feedback), rule_key)
     data, impl = jax.random.key_data(rule_key), jax.random.key_impl(rule_key)
@@ -232,13 +233,14 @@ def init_feedback(
 
 
 def sync_feedback(params: chex.ArrayTree, state: FeedbackState, step: ArrayLike) -> FeedbackState:
-    """Applies the state's rule where `step % period == 0`: the whole of weight transport.
+    """Applies the state's rule to the feedback if `step % period == 0`.
 
-    Call it before the gradient is taken, with the number of completed parameter updates, so that
-    step 0 is synced and learning starts with synced feedback. Pure: works under `jit`, `scan`,
-    `vmap` and `shard_map` (there a rule sees its shard of a sharded kernel). Structure, shapes,
-    dtypes and shardings stay the same, and no gradient flows from feedback to `params`. Random
-    rules derive their key from the state's key and `step`, so that a resumed run repeats itself.
+    Call it before you compute the gradient, with the number of completed parameter updates: the
+    first sync is then at step 0, before learning starts. It is the only weight transport. The
+    function is pure and works under `jit`, `scan`, `vmap` and `shard_map` (where a rule gets one
+    shard of a sharded kernel). Structure, shapes, dtypes and shardings stay the same, and no
+    gradient flows from feedback to `params`. Random rules derive their key from the state's key and
+    `step`, so a resumed run gives the same numbers.
 
     Args:
         params: the parameters that the state was made for.
@@ -246,12 +248,12 @@ def sync_feedback(params: chex.ArrayTree, state: FeedbackState, step: ArrayLike)
         step: integer scalar, the number of completed parameter updates, below 2³¹.
 
     Returns:
-        The state, its feedback synced or bit-identical.
+        The state with synced feedback, or with bit-identical feedback between syncs.
 
     Raises:
         ValueError: if `state` is not a `FeedbackState`, if `step` is not an integer scalar, if the
-            state's feedback does not fit `params`, or if a rule returns no array of its shape, or
-            floats for feedback of an integer dtype.
+            state's feedback does not fit `params`, or if a rule returns something other than an
+            array of feedback's shape, or floats for feedback of an integer dtype.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -273,7 +275,7 @@ def sync_feedback(params: chex.ArrayTree, state: FeedbackState, step: ArrayLike)
 def sync_feedback_unless(
     held_back: ArrayLike, params: chex.ArrayTree, state: FeedbackState, step: ArrayLike
 ) -> FeedbackState:
-    """As `sync_feedback`; where `held_back`, a boolean scalar, is true, it leaves the state alone.
+    """Like `sync_feedback`, but does not sync if `held_back`, a boolean scalar, is true.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -310,7 +312,7 @@ def sync_feedback_unless(
 
 
 def _check_fits(params, state):
-    """Raises ValueError where a rule needs floats, or whole feedback."""
+    """Raises ValueError if a rule cannot sync the feedback's integer dtype or its factors."""
     leaves = jax.tree.leaves(state.feedback, is_leaf=factors.is_factored)
     if any(factors.is_factored(leaf) or _is_integer(leaf) for leaf in leaves):
         jax.eval_shape(lambda: sync_feedback(params, state, 0))
@@ -322,30 +324,30 @@ def _check_whole(rule, paths, pairs):
         if factors.is_factored(leaf := pairs[path][1]):
             raise ValueError(
                 f"feedback at {trees.show(path)} is a {type(leaf).__name__} and its rule {rule}; "
-                "expected Fixed(): an optimiser learns factors, and no rule changes them."
+                "expected the rule Fixed(), since only an optimiser changes factors."
             )
 
 
-@functools.partial(jax.jit, static_argnums=0)  # a call outside `jit` then compiles only once
+@functools.partial(jax.jit, static_argnums=0)  # so that calls outside `jit` compile only once
 def _sync(rule, kernels, feedback, memory, period, key, step, held_back):
-    """Applies one rule to feedback by path and memory by name, if its turn has come."""
-    # A traced period may be anything; below 1 no turn ever comes.
+    """Applies one rule to feedback by path and memory by name, if a sync is due."""
+    # The value of a traced period is not checked; below 1 no sync is ever due.
     period = period.astype(step.dtype)
     its_turn = (step % jnp.maximum(period, 1) == 0) & (period >= 1) & jnp.logical_not(held_back)
     return _apply_if(rule, its_turn, kernels, jax.random.fold_in(key, step), feedback, memory)
 
 
 CONDITIONALS_IN_PLACE = jax.__version_info__ >= (0, 11)
-"""Whether XLA for GPU leaves what passes through a conditional where it is, as it does elsewhere.
+"""Whether XLA for GPU passes arrays through a conditional without a copy, as on other devices.
 
-Before JAX 0.11 it copies it, at every step and beside the original: compiled for an H100, feedback
-is there twice. A loop of one trip or none is written in place there, but reads its condition back
-to the host, which takes longer (`python -m benchmarks.sync_time`, on a GPU)."""
+Before JAX 0.11 it copies them at every step: compiled for an H100, feedback is in memory twice. A
+loop with zero or one iteration works in place there, but copies its condition to the host,
+which takes longer (`python -m benchmarks.sync_time`, on a GPU)."""
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _apply_if(rule, its_turn, *args):
-    """Applies the rule once or not at all, without a copy of what it leaves alone."""
+    """Applies the rule if `its_turn`, without a copy of unchanged arrays."""
     conditional, loop = (functools.partial(form, rule) for form in (_conditional, _loop))
     if CONDITIONALS_IN_PLACE:
         return conditional(its_turn, *args)
@@ -362,11 +364,11 @@ def _loop(rule, its_turn, kernels, key, feedback, memory):
         trips, feedback, memory = carry
 
         def here(x):
-            """`x`; else XLA would compute what follows from it before the loop, at every step."""
+            """Returns `x` so that XLA does not move its uses out of the loop, to every step."""
             return lax.optimization_barrier((trips, x))[1]
 
         applied = _apply(rule, jax.tree.map(here, kernels), here(key), feedback, memory)
-        # `trips - 1` rather than 0, which under `shard_map` is of another type.
+        # Not 0: under `shard_map` a constant has another type than `trips`.
         return trips - 1, *applied
 
     carry = its_turn.astype(jnp.int32), feedback, memory
@@ -375,7 +377,7 @@ def _loop(rule, its_turn, kernels, key, feedback, memory):
 
 @_apply_if.defjvp
 def _apply_if_jvp(rule, primals, tangents):
-    """By feedback and memory: at a sync the rule's derivative, between syncs the identity."""
+    """The derivative by feedback and memory: the rule's at a sync, else the identity."""
     its_turn, kernels, key, *old = primals
     kept = tuple(tangents[3:])
     _, moved = jax.jvp(functools.partial(_apply, rule, kernels, key), tuple(old), kept)
@@ -388,7 +390,7 @@ def _apply_if_jvp(rule, primals, tangents):
 
 
 def _apply(rule, kernels, key, feedback, memory):
-    """The feedback by path and the memory by name that a rule makes of what they were."""
+    """Computes new feedback by path and new memory by name with a rule."""
     new, learnt = {}, {}
     for path, old in feedback.items():
         args = kernels[path], old, _fold_in_path(key, path)
@@ -401,17 +403,16 @@ def _apply(rule, kernels, key, feedback, memory):
         if _is_integer(old) and not _is_integer(made):
             raise ValueError(
                 f"{rule} returned {jnp.result_type(made)} for {trees.show(path)}, whose feedback "
-                f"is stored as {old.dtype}, which would cut them off to whole numbers. Store it as "
-                "floating point (bfloat16, say), or use Fixed(), or SignSync with 'unit' or "
-                "'preserve'. A rule of your own whose values are whole numbers returns them "
-                "`.astype(feedback.dtype)`."
+                f"is stored as {old.dtype}; expected integers. Store feedback as floating point "
+                "(such as bfloat16), or use Fixed(), or SignSync with 'unit' or 'preserve'. If "
+                "your own rule computes whole numbers, return them `.astype(feedback.dtype)`."
             )
         new[path] = jnp.asarray(made).astype(old.dtype)
     return new, learnt
 
 
 def _with_memory(rule, args, memory, path):
-    """Calls a rule that has a memory; ValueError unless it returns the two, the memory alike."""
+    """Calls a rule with a memory; checks that it returns feedback and a memory of the same type."""
     made = rule(*args, memory)
     if not (isinstance(made, tuple) and len(made) == 2):
         raise ValueError(
@@ -432,7 +433,7 @@ def _with_memory(rule, args, memory, path):
 
 
 def _memory_of(static, pairs, key):
-    """What each rule remembers at the start, by name, of the rules that do."""
+    """The first memories of the rules that have one, by name."""
     memory = {}
     for _, rule, paths in _rules_of(static, list(pairs), complete=True):
         for path in paths:
@@ -441,8 +442,8 @@ def _memory_of(static, pairs, key):
                 continue
             if _name(path) in memory:
                 raise ValueError(
-                    f"two kernels are called {_name(path)!r} where '/' joins the parts of a path; "
-                    f"expected one, since what {rule} remembers is kept by that name."
+                    f"two kernels are called {_name(path)!r} when '/' joins the parts of a path; "
+                    f"expected different names, by which the memory of {rule} is kept. Rename one."
                 )
             memory[_name(path)] = jax.tree.map(jnp.array, own)  # a copy, which can be donated
     return memory
@@ -455,20 +456,21 @@ def _name(path):
 def feedback_of(
     params: chex.ArrayTree, rule: rules.Rule, *, where: trees.Where = None
 ) -> chex.ArrayTree:
-    """Feedback that its kernels alone decide, computed where it is used: nothing is stored.
+    """Computes feedback from the kernels alone, for rules that need no stored feedback.
 
-    That is a sync at every step, as fast as one of stored feedback or faster:
+    This is a sync at every step, at least as fast as a sync of stored feedback:
 
         loss_fa(params, feedback_of(params, SignSync(magnitude="unit")), batch)
 
     Args:
         params: the parameters.
-        rule: one that reads the kernel alone: `SignSync` with "unit", "glorot" or "kernel", or
-            `Transport(rate=1)`. Its period must be 1.
+        rule: a rule that depends only on the kernel: `SignSync` with "unit", "glorot" or "kernel",
+            or `Transport(rate=1)`. Its period must be 1.
         where: as in `init_feedback`.
 
     Returns:
-        The feedback tree, with None for leaves without. No gradient flows from it to `params`.
+        The feedback tree, with None for leaves without feedback. No gradient flows from it to
+        `params`.
 
     Raises:
         ValueError: for another rule, or as `init_feedback` for `where`.
@@ -484,9 +486,9 @@ def feedback_of(
     ) or rule == rules.Transport()
     if not (reads_kernel_alone and rule.period == 1):
         raise ValueError(
-            f"rule is {rule!r}; expected one that reads the kernel alone, at every step: "
-            "SignSync(magnitude='unit'), 'glorot' or 'kernel', or Transport(). For others keep "
-            "feedback in a state: init_feedback, sync_feedback."
+            f"rule is {rule!r}; expected a rule of period 1 that depends only on the kernel: "
+            "SignSync with magnitude 'unit', 'glorot' or 'kernel', or Transport(). For other rules "
+            "keep feedback in a state: init_feedback, sync_feedback."
         )
     chosen = trees.select(params, where)
     key = jax.random.key(0)  # these rules draw nothing
@@ -501,7 +503,7 @@ def feedback_of(
 
 
 def _as_step(step) -> jax.Array:
-    """The step as an int32 array, or an int64 one; ValueError unless it is an integer scalar."""
+    """Returns the step as an int32 or int64 array; ValueError unless it is an integer scalar."""
     is_array = isinstance(step, jax.Array | np.ndarray)
     is_integer = isinstance(step, numbers.Integral) and not isinstance(step, bool)
     if is_integer and 0 <= int(step) <= rules.LARGEST:
@@ -533,36 +535,36 @@ def _split_period(rule) -> tuple[Any, chex.ArrayTree]:
 
 
 def _rules_of(static, paths, *, complete=False):
-    """Lists `(pattern, rule, paths)`; `complete` insists that patterns and paths all match."""
+    """Lists `(pattern, rule, paths)`; `complete`: every pattern and every path must match."""
     if isinstance(static, rules.Rule):
         return [(None, static, paths)]
     out, rest = [], list(paths)
     for pattern, rule in static:
         mine = [path for path in rest if trees.matches(pattern, path)]
-        if complete and not mine and pattern != "*":  # which may have nothing left to catch
+        if complete and not mine and pattern != "*":  # "*" may match nothing
             raise ValueError(
-                f"the rule's pattern {pattern!r} matches no feedback that an earlier pattern left. "
-                f"Feedback is at: {', '.join(map(trees.show, paths))}. The first pattern that "
-                "matches counts, so '*' comes last."
+                f"the rule's pattern {pattern!r} matches no feedback that is left over by earlier "
+                f"patterns. Feedback is at: {', '.join(map(trees.show, paths))}. The first pattern "
+                "that matches counts, so put '*' last."
             )
         out.append((pattern, rule, mine))
         rest = [path for path in rest if path not in mine]
     if complete and rest:
         raise ValueError(
             f"no rule for the feedback at {', '.join(map(trees.show, rest))}: none of the "
-            f"patterns {', '.join(repr(pattern) for pattern, _ in static)} matches. Add a last "
-            "pattern '*'."
+            f"patterns {', '.join(repr(pattern) for pattern, _ in static)} matches. Add the "
+            "pattern '*' at the end."
         )
     return out
 
 
 def _used(where, static, pairs) -> dict[trees.Path, np.dtype]:
-    """Where feedback is used in fewer bits, and no rule adds small steps up: the dtype, by path."""
+    """The dtypes, by path, of feedback that can be stored in the smaller dtype of its use."""
     if not hasattr(where, "rows"):
         raise ValueError(
-            "dtype='used' needs to know in which dtype products take feedback; expected "
-            "where=soap_jax.explain(fun, params, *args) beside it. Or give the dtype itself, such "
-            "as jax.numpy.bfloat16."
+            "dtype='used' needs the dtype in which products use feedback; expected also "
+            "where=soap_jax.explain(fun, params, *args). Or give the dtype itself, such as "
+            "jax.numpy.bfloat16."
         )
     used = {row.path: row.used for row in where.rows}
     return {
@@ -575,11 +577,12 @@ def _used(where, static, pairs) -> dict[trees.Path, np.dtype]:
 
 
 def _stored_factors(leaf, dtype, kernel, path):
-    """Factors in the dtype, split as their kernel; ValueError for an integer dtype."""
+    """Casts factors to the dtype and shards them like their kernel; no integer dtypes."""
     if dtype is not None and jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
             f"dtype is {np.dtype(dtype)} and feedback at {trees.show(path)} a "
-            f"{type(leaf).__name__}; expected floating point, since an optimiser learns factors."
+            f"{type(leaf).__name__}; expected a floating-point dtype, since an optimiser updates "
+            "factors."
         )
     left, right = (dtypes.stored(factor, dtype) for factor in leaf)
     split = rules.partition_spec(kernel)
@@ -605,7 +608,8 @@ def _draw(initializer, key, kernel, path):
     except ValueError as error:
         raise ValueError(
             f"the initializer cannot draw feedback of shape {kernel.shape} for {trees.show(path)}: "
-            f"{error} Is that leaf a kernel? Say with `where` which are, or give another one."
+            f"{error} If that leaf is not a kernel, select the kernels with `where`; else give "
+            "another initializer."
         ) from error
     if factors.is_factored(drawn):
         trees.check_feedback(drawn, kernel, path)
@@ -615,10 +619,10 @@ def _draw(initializer, key, kernel, path):
 
 
 def _draw_matched(key, kernel, path):
-    """Normal feedback of the kernel's root mean square; of Glorot's where the kernel is zero."""
+    """Draws normal feedback of the kernel's root mean square, or Glorot's for a zero kernel."""
     if isinstance(kernel, jax.ShapeDtypeStruct):
         raise ValueError(
-            f"params at {trees.show(path)} is a shape without values; expected values, since "
+            f"params at {trees.show(path)} is a shape without values; expected an array, since "
             "initializer='matched' draws feedback as large as its kernel. Give another initializer,"
             " or call init_feedback within jax.eval_shape."
         )
@@ -631,7 +635,7 @@ def _draw_matched(key, kernel, path):
 
 
 def _check_drawn(who, drawn, shape, dtype, path):
-    """Raises ValueError unless what was returned can stand for feedback."""
+    """Raises ValueError unless `drawn` is an array that can be feedback."""
     found = dtypes.of(drawn)
     if found is None:
         raise ValueError(
@@ -645,7 +649,7 @@ def _check_drawn(who, drawn, shape, dtype, path):
         )
     if not dtypes.holds(dtype, found):
         raise ValueError(
-            f"{who} {found} for {trees.show(path)}; expected real numbers, as its kernel's are."
+            f"{who} {found} for {trees.show(path)}; expected real numbers, like its kernel."
         )
 
 
@@ -666,11 +670,12 @@ def _initializers(initializer, paths):
     if missing := sorted(set(paths) - set(found)):
         raise ValueError(
             f"no initializer for the feedback at {', '.join(map(trees.show, missing))}: none of "
-            f"the patterns {', '.join(map(repr, initializer))} matches. Add a last pattern '*'."
+            f"the patterns {', '.join(map(repr, initializer))} matches. Add the pattern '*' at "
+            "the end."
         )
     return found
 
 
 def _fold_in_path(key, path):
-    """A key per layer that does not depend on which other layers there are."""
+    """Derives a layer's key from its path, so that it does not depend on other layers."""
     return jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))

@@ -1,4 +1,4 @@
-"""The numbers of a sweep, checked before anything heavy is imported or anything large is made."""
+"""Checks of the numbers of a sweep, before heavy imports or large allocations."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import struct
 from collections.abc import Collection, Sequence
 
 MOST = 2**31 - 1
-"""The largest int32, in which seeds, steps and periods are counted."""
+"""The largest int32, the limit of seeds, steps and periods."""
 MOST_RUNS = 10**6
-"""The most runs of a study; each of them is known by name from the start."""
+"""The largest number of runs of a study, all of whose names are kept in memory."""
 
 
 def check(
@@ -68,7 +68,7 @@ def check_count(name: str, value: int, *, most: int = MOST) -> None:
 
 
 def check_known(name: str, value: str, known: Collection[str], *, other: str = "") -> None:
-    """Raises ValueError unless the value is one of those known; `other` says what else it may be.
+    """Raises ValueError unless the value is in `known`; `other` is appended to them in the message.
 
     Example:
         >>> check_known("model", "cnn", ["mlp", "conv"])
@@ -83,7 +83,7 @@ def check_known(name: str, value: str, known: Collection[str], *, other: str = "
 
 
 def as_float32(value) -> float:
-    """The value as a sweep will use it: very small and very large ones become 0 and infinity."""
+    """Rounds the value to float32, where very small and large values become 0 and infinity."""
     try:
         return struct.unpack("f", struct.pack("f", value))[0]
     except OverflowError:

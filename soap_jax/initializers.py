@@ -1,13 +1,13 @@
 """Initialisers for feedback and projections, with JAX's signature `(key, shape, dtype) -> array`.
 
-All of JAX's serve as they are, `jax.nn.initializers.orthogonal()` or `.he_normal()` for instance:
+All of JAX's initialisers work too, such as `jax.nn.initializers.orthogonal()` or `.he_normal()`:
 
     init_feedback(key, params, initializer=jax.nn.initializers.orthogonal())
 
-These make another one's draws sparse, of low rank, or larger. They nest, and serve wherever an
-initialiser does: `init_feedback(initializer=...)`, `feedback_init` and `projection_init` of the
-layers, `soap_jax.direct.draw_projection`. `product`, and `low_rank` if asked for, draw feedback as
-`soap_jax.factors`, for `init_feedback` alone.
+The initialisers of this module wrap another one, to make its draws sparse, of low rank, or larger.
+They can be nested, and work in `init_feedback(initializer=...)`, in `feedback_init` and
+`projection_init` of the layers, and in `soap_jax.direct.draw_projection`. `product`, and `low_rank`
+with `as_factors=True`, draw feedback as `soap_jax.factors`, only for `init_feedback`.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from soap_jax import dtypes, factors, rules
 from soap_jax.feedback import glorot_normal
 
 Initializer = jax.nn.initializers.Initializer
-"""`(key, shape, dtype) -> array`."""
+"""A function `(key, shape, dtype) -> array`."""
 
 
 def sparse(density: float, initializer: Initializer = glorot_normal, *, axis: int) -> Initializer:
-    """Keeps some entries of every row or column at random; all others are zero.
+    """Makes sparse draws: random entries of every row or column are kept, all others are zero.
 
-    Of the n entries of a line, exactly k = max(1, round(density * n)) are kept, and multiplied by
-    sqrt(n / k), so that its expected squared norm is as without sparsity.
+    Of the n entries of a row or column, exactly k = max(1, round(density * n)) are kept. They are
+    multiplied by sqrt(n / k), so the expected squared norm is the same as without sparsity.
 
     Args:
         density: share of the entries that are kept, in (0, 1].
-        initializer: draws them.
-        axis: along which a line runs in the matrix `(size of the other axes, shape[-1])`. -2 suits
-            projections `(out, features)`: each hidden unit hears of k outputs. -1 suits feedback
-            `(in, out)`, whose hidden units are its rows.
+        initializer: draws the entries.
+        axis: -2 to make every column of the matrix `(size of the other axes, shape[-1])` sparse, -1
+            to make every row sparse. Use -2 for projections `(out, features)`: each hidden unit
+            gets the error of k outputs. Use -1 for feedback `(in, out)`, where each row belongs to
+            a hidden unit.
 
     Returns:
         An initialiser.
@@ -79,21 +80,21 @@ def sparse(density: float, initializer: Initializer = glorot_normal, *, axis: in
 def low_rank(
     rank: int, initializer: Initializer = glorot_normal, *, as_factors: bool = False
 ) -> Initializer:
-    """A product of two random factors, as large as another initialiser's draw D.
+    """Draws a product of two random factors, with the size of another initialiser's draw D.
 
         B = c · U · V        U: (rows, rank), V: (rank, columns), standard normal
 
-    where c gives B the root mean square of D, of which nothing else is used. The matrix is
-    `(size of the other axes, shape[-1])`.
+    where c gives B the root mean square of D; nothing else of D is used. B has the shape
+    `(size of the other axes, shape[-1])` as a matrix.
 
     Args:
-        rank: of the matrix; 1 up to its smaller side.
+        rank: rank of the matrix, from 1 to its smaller side.
         initializer: draws D.
-        as_factors: return c · U and V as a `soap_jax.factors.LowRank`, which learns factor by
-            factor, with V of orthonormal rows; for `init_feedback` alone.
+        as_factors: whether to return c · U and V as a `soap_jax.factors.LowRank`, whose factors
+            learn; V then has orthonormal rows. Only for `init_feedback`.
 
     Returns:
-        An initialiser, which raises ValueError for a shape whose matrix is too small.
+        An initialiser, which raises ValueError if the matrix of a shape is too small.
 
     Raises:
         ValueError: if `rank` is below 1.
@@ -115,7 +116,7 @@ def low_rank(
         if rank > min(rows, columns):
             raise ValueError(
                 f"rank is {rank}; expected at most {min(rows, columns)}, the smaller side of the "
-                f"matrix ({rows}, {columns}) that {tuple(shape)} is."
+                f"matrix ({rows}, {columns}) for the shape {tuple(shape)}."
             )
         size_key, *keys = jax.random.split(key, 3)
         size = factors.arrays_only(initializer)(size_key, shape, dtype)
@@ -123,7 +124,7 @@ def low_rank(
         u = jax.random.normal(keys[0], (rows, rank), wide)
         draw = jax.nn.initializers.orthogonal() if as_factors else jax.random.normal
         v = draw(keys[1], (rank, columns), wide)
-        # At a lower precision, accelerators' default, rounding would fill up the rank.
+        # At the lower default precision of accelerators, rounding errors would raise the rank.
         matrix = jnp.dot(u, v, precision="highest")
         c = rules.root_mean_square(size) / rules.root_mean_square(matrix)
         if as_factors and out_sharding is not None:
@@ -138,17 +139,17 @@ def low_rank(
 
 
 def product(expansion: int = 1, *, orthogonal: bool = False) -> Initializer:
-    """Feedback as product feedback alignment (PFA) has it: `left · right`, the right one fixed.
+    """Draws feedback of product feedback alignment (PFA): `left · right`, with right fixed.
 
-        left: (*window, in, expansion · out), Glorot's uniform one
+        left: (*window, in, expansion · out), Glorot uniform
         right: (expansion · out, out), of mean 0 and variance 1 / (expansion · out), or orthogonal
 
-    so that rightᵀ · right is about the identity. However long B learns, its angle to its kernel
-    stays about atan √(1 / expansion): 18 degrees at expansion=10. With an orthogonal right factor
-    it falls as in Kolen-Pollack learning.
+    so that rightᵀ · right is about the identity. However long B learns, the angle between B and its
+    kernel stays at about atan √(1 / expansion), 18 degrees at expansion=10. With an orthogonal
+    right factor the angle falls as in Kolen-Pollack learning.
 
     Args:
-        expansion: 1 or more.
+        expansion: rank of the product divided by out, at least 1.
         orthogonal: whether the right factor is orthogonal.
 
     Returns:
@@ -165,7 +166,7 @@ def product(expansion: int = 1, *, orthogonal: bool = False) -> Initializer:
 
     References:
         Li Ji-An, Marcus K. Benna. Deep learning without weight symmetry. 2024.
-        https://arxiv.org/abs/2405.20594. Both draws are those of its public code ("xavier"),
+        https://arxiv.org/abs/2405.20594. Both draws follow its public code ("xavier"),
         https://github.com/jil095/product_feedback_alignment.
     """
     if not (isinstance(expansion, numbers.Integral) and expansion >= 1):
@@ -189,29 +190,29 @@ def product(expansion: int = 1, *, orthogonal: bool = False) -> Initializer:
 def match_projections(
     kernels: Sequence[jax.Array], *, rtol: float = 1e-6
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Feedback-weight matching: projections for trained kernels, and kernels that fit these.
+    """Feedback-weight matching: computes projections for trained kernels, and matching kernels.
 
-    To fine-tune by direct feedback what was trained by backpropagation. With W_l, (in, out), the
-    kernel from one activation with direct feedback to the next, and the last one to the output,
+    It prepares a network trained by backpropagation for fine-tuning with direct feedback. W_l, of
+    shape (in, out), is the kernel from one activation with direct feedback to the next; the last
+    kernel leads to the output. The result is
 
         P_L = W_Lᵀ                             the last activation's projection
         P_l = argmin |P_lᵀ · P_(l+1) - W_l|    by least squares, from the last one down
         W_l = P_lᵀ · P_(l+1)                   the new kernel; the last one stays
 
-    so that training begins with kernels and projections aligned. The new kernels have at most the
-    rank of the output, as the projections have: between wide layers most of W_l is lost.
+    Training then begins with kernels and projections aligned. The rank of projections and new
+    kernels is at most the size of the output, so between wide layers most of W_l is lost.
 
     Args:
-        kernels: one or more, `(in, out)`, each of the next one's `in`; not the one below the first
-            activation with direct feedback, which stays as it is.
+        kernels: at least one, `(in, out)`, where each `out` is the next kernel's `in`. Leave out
+            the kernel below the first activation with direct feedback, which does not change.
         rtol: singular values below this share of the largest count as 0, as in `jnp.linalg.pinv`.
 
     Returns:
         The projections `(output, in)` of the activations before each kernel, and the new kernels.
 
     Raises:
-        ValueError: if the kernels are no such chain of matrices, or `rtol` is not in
-            [0, 1).
+        ValueError: if the kernels are not a chain of matrices, or `rtol` is not in [0, 1).
 
     Example:
         >>> import jax
@@ -223,18 +224,19 @@ def match_projections(
 
     References:
         Enabling fine-tuning of direct feedback alignment via feedback-weight matching. 2026.
-        https://openreview.net/forum?id=ASwAmbKJHr. Its summary gives the two conditions and leaves
-        open how they are solved ("SVD or optimization"); least squares from above is our choice.
+        https://openreview.net/forum?id=ASwAmbKJHr. Its summary gives the two conditions, but not
+        how they are solved ("SVD or optimization"). Least squares, from the last kernel to the
+        first, is our choice.
     """
     shapes = [jnp.shape(kernel) for kernel in kernels]
     chained = all(a[1:] == b[:1] for a, b in itertools.pairwise(shapes))
     if not shapes or any(len(shape) != 2 for shape in shapes) or not chained:
         raise ValueError(
-            f"kernels have the shapes {shapes}; expected matrices (in, out), each with the out of "
-            "the one before as its in."
+            f"kernels have the shapes {shapes}; expected matrices (in, out), where each out is the "
+            "next kernel's in."
         )
     if not (isinstance(rtol, numbers.Real) and 0 <= rtol < 1):
-        raise ValueError(f"rtol is {rtol!r}; expected a share, in [0, 1).")
+        raise ValueError(f"rtol is {rtol!r}; expected a number in [0, 1).")
     *below, last = map(jnp.asarray, kernels)
     projections, matched = [last.T], [last]
     for kernel in reversed(below):
@@ -247,14 +249,14 @@ def match_projections(
 
 
 def scaled(gain: float, initializer: Initializer = glorot_normal) -> Initializer:
-    """Another initialiser's draws, `gain` times.
+    """Multiplies the draws of another initialiser by `gain`.
 
-    Feedback that is larger than its kernel multiplies the learning rate of the layers below, which
-    easily passes for a better method: compare at several learning rates.
+    Feedback larger than its kernel multiplies the learning rate of the layers below, which is
+    easily mistaken for a better method: compare at several learning rates.
 
     Args:
-        gain: positive.
-        initializer: draws.
+        gain: a positive factor.
+        initializer: draws the array that is multiplied.
 
     Returns:
         An initialiser.
@@ -279,7 +281,7 @@ def scaled(gain: float, initializer: Initializer = glorot_normal) -> Initializer
 
 
 def _named(init, name):
-    """The initialiser, called so where a study's record describes it."""
+    """Sets the name by which the record of a study describes the initialiser."""
     init.__qualname__ = name
     return init
 

@@ -1,35 +1,35 @@
-"""Flax Linen layers that learn by feedback alignment, and by direct feedback.
+"""Flax Linen layers for feedback alignment and direct feedback.
 
-The layers with a kernel are Flax's own, with all their arguments and a few more. The forward pass,
-the parameters and their gradients are Flax's; only the way back to the layer's input goes through
-the variable `feedback/<layer>/kernel` in place of `params/<layer>/kernel`:
+The layers with a kernel are subclasses of Flax's, with a few more arguments. The forward pass, the
+parameters and the cotangent of each kernel are Flax's. Only the cotangent of the layer's input is
+computed with the variable `feedback/<layer>/kernel` instead of `params/<layer>/kernel`:
 
     model = nn.Sequential([nn.Dense(256), nn.tanh, FeedbackDense(10)])
     variables = model.init({"params": key, "feedback": other_key}, x)
     y = model.apply({"params": params, "feedback": feedback}, x)      # no `mutable` needed
 
 The same key and names give the same kernels as in a model of plain Flax layers, so runs with and
-without feedback are paired. The first layer of a model needs no feedback (the gradient by the input
-is not computed): use Flax's own. In lifted transforms name the collection beside the parameters:
-`nn.scan(..., variable_axes={"params": 0, "feedback": 0}, split_rngs={"params": True, "feedback":
-True})`. The leaf `None` in place of feedback runs that layer by exact backpropagation, and so does
-a missing leaf in a collection that is there.
+without feedback are paired. The first layer of a model needs no feedback, since the gradient by the
+input is not computed: use Flax's layer. In lifted transforms name the collection next to the
+parameters: `nn.scan(..., variable_axes={"params": 0, "feedback": 0}, split_rngs={"params": True,
+"feedback": True})`. A layer whose feedback leaf is `None`, or is missing in a collection that was
+passed, uses exact backpropagation.
 
-Layers that Flax makes itself, such as the projections of attention, take feedback by
-`qkv_dot_general_cls=FeedbackDotGeneral`; what has no such hook, such as recurrent cells, by
-`soap_jax.with_feedback`.
+For layers that Flax creates itself, such as the projections of attention, use
+`qkv_dot_general_cls=FeedbackDotGeneral`. For modules without this option, such as recurrent cells,
+use `soap_jax.with_feedback`.
 
-Feedback is stored in its kernel's dtype, as checkpoints and metrics have it. Where a layer computes
-in fewer bits (`dtype=jnp.bfloat16`, params in float32) it is cast at every step;
-`feedback_dtype=jnp.bfloat16` stores it so instead. Training has the same bits for the rules for
-which `init_feedback(dtype="used")` would do so.
+By default feedback is stored in its kernel's dtype, also in checkpoints and metrics. If a layer
+computes in a smaller dtype (`dtype=jnp.bfloat16`, params in float32), feedback is cast at every
+step. `feedback_dtype=jnp.bfloat16` stores it in that dtype instead. Training is then bit-identical
+for the rules for which `init_feedback(dtype="used")` does the same.
 
-Feedback keeps its kernel's box (`nn.Partitioned`), so that it is sharded alike. Under
-`flax.nnx.bridge.ToNNX`, which has one name for each variable of a module, give the layers
+Feedback has its kernel's box (`nn.Partitioned`), and so its sharding. Under
+`flax.nnx.bridge.ToNNX`, where the variables of a module need different names, give the layers
 `feedback_name="feedback"`.
 
-Direct feedback (`soap_jax.direct`) has no kernels whose place it could take, so its projections are
-a collection of their own, "projection", drawn by the same stream of keys:
+The projections of direct feedback (`soap_jax.direct`) do not replace kernels. They have a
+collection of their own, "projection", and are drawn from the same stream of keys:
 
     h1 = nn.tanh(nn.Dense(256)(x))
     h2 = nn.tanh(nn.Dense(256)(detach(h1)))
@@ -61,7 +61,7 @@ PROJECTION = "projection"
 
 
 class _Feedback(nn.Module, kw_only=True):
-    """The feedback of one kernel: its options, how it is made, and how it is read."""
+    """The feedback of one kernel: its options, and how it is created and read."""
 
     feedback_init: nn.initializers.Initializer | None = None
     feedback_bar: ops.FeedbackBar = None
@@ -70,16 +70,16 @@ class _Feedback(nn.Module, kw_only=True):
 
     @property
     def _layer(self):
-        """The module whose kernel it is, and beside whose kernel it lies."""
+        """The module of the kernel, which also has the feedback variable."""
         return self
 
     @property
     def _path(self):
         return (*self._layer.path, self.feedback_name)
 
-    @nn.nowrap  # as what follows, or tables of a model would list it
+    @nn.nowrap  # else tables of a model would list this method
     def _make(self, twin, *args, **kwargs):
-        """Draws it, if it is not there yet, as the twin draws a kernel."""
+        """Draws the feedback, if it does not exist yet, as `twin` draws a kernel."""
         layer = self._layer
         if layer.has_variable(COLLECTION, self.feedback_name):
             return
@@ -106,7 +106,7 @@ class _Feedback(nn.Module, kw_only=True):
         path = "/".join(self._layer.path)
         return (
             f"{type(self).__name__} at {path or 'the top'} found no collection 'feedback'. "
-            "Pass it beside the parameters:\n"
+            "Pass it with the parameters:\n"
             "    model.apply({'params': params, 'feedback': feedback}, x)\n"
             "with `feedback` from model.init(...)['feedback'] or init_feedback(...).feedback; "
             "under nn.scan or nn.vmap also give variable_axes={'params': 0, 'feedback': 0}. "
@@ -115,17 +115,17 @@ class _Feedback(nn.Module, kw_only=True):
 
 
 class _FeedbackLayer(_Feedback, kw_only=True):
-    """Mixin before one of Flax's layers: a bilinear op of input and kernel, and perhaps a bias.
+    """A mixin for Flax layers that are bilinear in input and kernel, up to a bias.
 
-    One mechanism for all five. Flax's hooks for products are none: two of the layers lack them, and
-    they do not see a mask.
+    All five layers use it. Flax's own hooks for products (`dot_general`) would not work: two of the
+    layers do not have them, and they do not get the mask.
     """
 
-    @nn.nowrap  # Flax's own `__call__` is; twice would record its intermediates twice
+    @nn.nowrap  # Flax wraps its own `__call__`; wrapped twice it would record intermediates twice
     def __call__(self, inputs: jax.Array, *args, **kwargs) -> jax.Array:
-        """Applies Flax's layer; its input's cotangent goes through feedback."""
+        """Applies Flax's layer; the input's cotangent is computed with feedback."""
         if self.is_initializing():
-            # First, so that it draws what Flax's layer draws.
+            # Call Flax's layer first, so that the params are those of a plain Flax layer.
             y = super().__call__(inputs, *args, **kwargs)
             init = factors.arrays_only(self.feedback_init or self.kernel_init)
             twin = self._flax_layer(kernel_init=init)
@@ -145,7 +145,7 @@ class _FeedbackLayer(_Feedback, kw_only=True):
         )
 
     def _flax_layer(self, **changes):
-        """Flax's own layer with this one's fields, without a bias: bilinear in input and kernel."""
+        """Flax's own layer with the fields of this layer, but without bias and mask."""
         layer = next(c for c in type(self).__mro__ if c.__module__.startswith("flax."))
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(layer) if f.init}
         if "mask" in fields:
@@ -158,21 +158,23 @@ def _is_boxed(leaf) -> bool:
 
 
 class FeedbackDense(_FeedbackLayer, nn.Dense):
-    """Feedback-alignment `nn.Dense`: `(..., in) -> (..., features)`.
+    """A feedback-alignment `nn.Dense`: `(..., in) -> (..., features)`.
+
+    All attributes but these four are Flax's.
 
     Attributes:
-        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
-            start of one size; every attribute but these four is Flax's. (Where `kernel_init` gives
-            zeros, give another: zeros send back no error.)
-        feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
+        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that kernel
+            and feedback have the same size at the start. If `kernel_init` gives zeros, set another
+            one: with feedback of zeros the layers below get no error.
+        feedback_bar: the cotangent of feedback, as in `soap_jax.ops.feedback_op`.
         feedback_name: the variable's name in the collection, "kernel" or, for `nnx.bridge.ToNNX`,
             "feedback".
-        feedback_dtype: of what is stored, by default the kernel's; see the module's docstring. A
-            signed integer dtype stores signs.
+        feedback_dtype: the dtype in which feedback is stored, by default the kernel's; see the
+            module's docstring. A signed integer dtype stores signs.
 
     Raises:
-        ValueError: in `init`, if nothing can be stored in `feedback_dtype`; in `apply`, without the
-            collection "feedback" or with feedback of a shape that is not the kernel's.
+        ValueError: in `init`, if feedback cannot be stored in `feedback_dtype`; in `apply`, if the
+            collection "feedback" is missing or feedback does not have the kernel's shape.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -187,9 +189,9 @@ class FeedbackDense(_FeedbackLayer, nn.Dense):
 
 
 class FeedbackDenseGeneral(_FeedbackLayer, nn.DenseGeneral):
-    """Feedback-alignment `nn.DenseGeneral`: a dense layer over any axes.
+    """A feedback-alignment `nn.DenseGeneral`: a dense layer over any axes.
 
-    Its attributes are Flax's, and those of `FeedbackDense` that begin with `feedback_`.
+    Its attributes are Flax's, and the attributes `feedback_*` of `FeedbackDense`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -201,9 +203,9 @@ class FeedbackDenseGeneral(_FeedbackLayer, nn.DenseGeneral):
 
 
 class FeedbackEinsum(_FeedbackLayer, nn.Einsum):
-    """Feedback-alignment `nn.Einsum`: an einsum of the input with the kernel.
+    """A feedback-alignment `nn.Einsum`: an einsum of the input with the kernel.
 
-    Its attributes are Flax's, and those of `FeedbackDense` that begin with `feedback_`.
+    Its attributes are Flax's, and the attributes `feedback_*` of `FeedbackDense`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -215,9 +217,9 @@ class FeedbackEinsum(_FeedbackLayer, nn.Einsum):
 
 
 class FeedbackConv(_FeedbackLayer, nn.Conv):
-    """Feedback-alignment `nn.Conv`: a convolution over `(batch, *spatial, features)`.
+    """A feedback-alignment `nn.Conv`: a convolution over `(batch, *spatial, features)`.
 
-    Its attributes are Flax's, and those of `FeedbackDense` that begin with `feedback_`.
+    Its attributes are Flax's, and the attributes `feedback_*` of `FeedbackDense`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -229,9 +231,9 @@ class FeedbackConv(_FeedbackLayer, nn.Conv):
 
 
 class FeedbackConvTranspose(_FeedbackLayer, nn.ConvTranspose):
-    """Feedback-alignment `nn.ConvTranspose`: a transposed convolution.
+    """A feedback-alignment `nn.ConvTranspose`: a transposed convolution.
 
-    Its attributes are Flax's, and those of `FeedbackDense` that begin with `feedback_`.
+    Its attributes are Flax's, and the attributes `feedback_*` of `FeedbackDense`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -243,22 +245,23 @@ class FeedbackConvTranspose(_FeedbackLayer, nn.ConvTranspose):
 
 
 class FeedbackDotGeneral(_Feedback):
-    """Feedback for layers that Flax makes itself: a `dot_general_cls`.
+    """A `dot_general_cls` that adds feedback to layers that Flax creates itself.
 
-    In `nn.Dense`, `nn.DenseGeneral` and what is made of them, such as the four projections of
-    attention,
+    It works in `nn.Dense`, `nn.DenseGeneral` and modules made of them, such as the four projections
+    of attention:
 
         own = FeedbackDotGeneral
         nn.MultiHeadDotProductAttention(4, qkv_dot_general_cls=own, out_dot_general_cls=own)
 
-    it makes `nn.Dense(10, dot_general_cls=FeedbackDotGeneral)` what `FeedbackDense(10)` is: the
-    feedback lies at the kernel's path, `feedback/<layer>/kernel`, and is drawn alike. Its own
-    attributes, given by `functools.partial`, are those of `FeedbackDense`; only a `feedback_bar`
-    that is a function sees the product in the place of the layer, without the bias and in the dtype
-    of the computation. Recurrent cells have no such hook: see `soap_jax.with_feedback`.
+    `nn.Dense(10, dot_general_cls=FeedbackDotGeneral)` is equivalent to `FeedbackDense(10)`: the
+    feedback is at the kernel's path, `feedback/<layer>/kernel`, and is drawn in the same way. Its
+    attributes are those of `FeedbackDense`; set them with `functools.partial`. One thing differs: a
+    `feedback_bar` that is a function gets the product instead of the layer, without the bias and in
+    the dtype of the computation. Recurrent cells have no `dot_general_cls`: use
+    `soap_jax.with_feedback`.
 
     Raises:
-        ValueError: as `FeedbackDense`; or if what calls it is no layer with a `dot_general_cls` and
+        ValueError: as `FeedbackDense`; or if the caller is not a layer with a `dot_general_cls` and
             a param "kernel".
 
     Example:
@@ -275,13 +278,14 @@ class FeedbackDotGeneral(_Feedback):
 
     @nn.nowrap
     def __call__(self, x: jax.Array, kernel: jax.Array, *args, **kwargs) -> jax.Array:
-        """Applies `jax.lax.dot_general`; the cotangent of `x` goes through feedback."""
+        """Applies `jax.lax.dot_general`; the cotangent of `x` is computed with feedback."""
         layer = self._layer
         has_hook = hasattr(layer, "dot_general_cls") and layer.has_variable("params", "kernel")
         if isinstance(layer, _Feedback) or not has_hook:
             raise ValueError(
-                f"FeedbackDotGeneral was called within {type(layer).__name__}; expected a layer of "
-                "Flax with a param 'kernel': nn.Dense(10, dot_general_cls=FeedbackDotGeneral)."
+                f"FeedbackDotGeneral was called within {type(layer).__name__}; expected a Flax "
+                "layer with a param 'kernel', as in nn.Dense(10, "
+                "dot_general_cls=FeedbackDotGeneral)."
             )
 
         def product(x, kernel):
@@ -298,7 +302,7 @@ class FeedbackDotGeneral(_Feedback):
 
 
 class _Projections(nn.Module, kw_only=True):
-    """Mixin: a tree of projections as one variable of the collection "projection"."""
+    """A mixin with a tree of projections as one variable of the collection "projection"."""
 
     projection_init: nn.initializers.Initializer = glorot_normal
     stored: bool = True
@@ -310,7 +314,7 @@ class _Projections(nn.Module, kw_only=True):
             if not self.is_mutable_collection(PROJECTION):
                 raise ValueError(self._no_projection())
             if features is not None:
-                # Of one example; all its axes are features.
+                # One example, all of whose axes are features.
                 output = jax.ShapeDtypeStruct((1, *output.shape[-1:]), output.dtype)
                 activation = _of_one_example(activation, features, stacked)
             projection = direct.draw_projections(
@@ -331,7 +335,7 @@ class _Projections(nn.Module, kw_only=True):
         path = "/".join(self.path)
         return (
             f"{type(self).__name__} at {path or 'the top'} found no projection in the collection "
-            "'projection'. Pass it beside the parameters:\n"
+            "'projection'. Pass it with the parameters:\n"
             "    model.apply({'params': params, 'projection': projection}, x)\n"
             "with `projection` from model.init(...)['projection']; under nn.scan or nn.vmap also "
             "give variable_axes={'params': 0, 'projection': 0}."
@@ -339,19 +343,19 @@ class _Projections(nn.Module, kw_only=True):
 
 
 def _of_one_example(activations, features, stacked):
-    """Shapes for these features, as a tree of the activations' structure."""
+    """Returns the shapes of one example of the activations, for these features."""
 
     def one(shape):
         shape = (shape,) if isinstance(shape, int) else tuple(map(operator.index, shape))
         return jax.ShapeDtypeStruct((*shape[:stacked], 1, *shape[stacked:]), jnp.float32)
 
-    # Flax has made tuples of lists and FrozenDicts of dicts, so that [7, 5] looks like one shape:
-    # what is a shape, the activations' structure tells.
+    # Flax converts lists to tuples and dicts to FrozenDicts, so [7, 5] looks like one shape. The
+    # structure of the activations shows which nodes are shapes.
     try:
         shapes = jax.tree.map(lambda _, shape: one(shape), _plain(activations), _plain(features))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"features are {features}; expected a tree of the activations' structure, of their "
+            f"features are {features}; expected a tree of the activations' structure, with their "
             f"shapes {jax.tree.map(jnp.shape, activations)} without leading axes."
         ) from error
     return jax.tree.unflatten(jax.tree.structure(activations), jax.tree.leaves(shapes))
@@ -366,25 +370,27 @@ def _plain(tree):
 class DirectFeedback(_Projections):
     """Direct feedback alignment: `(output, activations) -> output`.
 
-    Hands the output's error to the activations through fixed random projections; see
-    `soap_jax.direct.direct_feedback`, and stop the ordinary path with `soap_jax.ops.detach`.
+    Sends the output's error to the activations through fixed random projections; see
+    `soap_jax.direct.direct_feedback`. Stop the ordinary path with `soap_jax.ops.detach`.
 
     Attributes:
         error: "exact" (DFA) or "sign" (sDFA).
         features: the shape of the activation without its leading axes, an int or a tuple of ints;
-            or a tree of such, of the activations' structure. By default all axes but as many as the
-            output leads with; with fewer, one projection serves all times, or all places.
+            or a tree of these, of the activations' structure. By default the activation has as many
+            leading axes as the output. With fewer features all times, or all places, share one
+            projection.
         projection_init: initialiser of the projections, `(key, (out, features), dtype) -> array`.
-        stored: False keeps a key in place of each projection, and every backward pass draws it
-            again: less memory for more arithmetic, the same numbers. Not with `features`.
-        stacked: whether activations have a first axis of blocks, as `DirectStack` gives them; then
-            their shapes in `features` begin with the number of blocks.
-        rows: by what signs are divided, as in `direct_feedback`.
-        projection_bar: the projections' own cotangent, as in `direct_feedback`.
+        stored: whether to store projections. False stores keys instead, and every backward pass
+            draws the same projections again, which saves memory and costs time. Not with
+            `features`.
+        stacked: whether activations have a first axis of blocks, as from `DirectStack`; then their
+            shapes in `features` begin with the number of blocks.
+        rows: the divisor of signs, as in `direct_feedback`.
+        projection_bar: the projections' cotangent, as in `direct_feedback`.
 
     Raises:
-        ValueError: in `apply`, without the collection "projection"; if features do not fit, or
-            are given with `stored=False`; or as `direct_feedback` does.
+        ValueError: in `apply`, if the collection "projection" is missing; if `features` do not fit
+            or are given with `stored=False`; or as `direct_feedback`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -407,8 +413,8 @@ class DirectFeedback(_Projections):
         """Returns the output."""
         if self.features is not None and not self.stored:
             raise ValueError(
-                f"features are {self.features}, with stored=False; expected stored=True, since a "
-                "key draws for all axes but as many as the output leads with."
+                f"features are {self.features}, with stored=False; expected stored=True, since "
+                "keys draw for activations with as many leading axes as the output."
             )
         projection = self._projection(
             output, activations, stacked=self.stacked, features=self.features
@@ -428,16 +434,16 @@ class DirectFeedback(_Projections):
 class DirectTarget(_Projections):
     """Direct random target projection (DRTP): `(activation, target) -> activation`.
 
-    Hands the one-hot target to the activation through a fixed random projection; see
-    `soap_jax.direct.direct_target`. Go on with what is returned.
+    Sends the one-hot target to the activation through a fixed random projection; see
+    `soap_jax.direct.direct_target`. Give the returned activation to the next layer.
 
     Attributes:
         projection_init: initialiser of the projection, `(key, (out, features), dtype) -> array`.
         stored: as in `DirectFeedback`.
-        rows: by what targets are divided, as in `direct_target`.
+        rows: the divisor of targets, as in `direct_target`.
 
     Raises:
-        ValueError: in `apply`, without the collection "projection"; or as `direct_target` does.
+        ValueError: in `apply`, if the collection "projection" is missing; or as `direct_target`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -460,16 +466,16 @@ class DirectTarget(_Projections):
 
 
 class DirectStack(nn.Module):
-    """Equal blocks, each cut off from the next: `x -> (length, *x.shape)`, for direct feedback.
+    """A stack of equal, detached blocks for direct feedback: `x -> (length, *x.shape)`.
 
-    The backward pass has no order, so it can run as one batched computation; see
-    `soap_jax.direct.scan_blocks`. Join the activations to the output:
+    No block's error depends on another's, so the backward pass can be one batched computation; see
+    `soap_jax.direct.scan_blocks`. Connect the activations to the output:
 
         activations = DirectStack(Block(), 12)(x)
         output = head(detach(activations[-1]))
         output = DirectFeedback(stacked=True)(output, activations)
 
-    No cotangent goes back to x. A stem that makes x learns by a projection of its own:
+    x gets no cotangent. Layers before the stack need a projection of their own:
 
         h0 = stem(x)
         activations = DirectStack(Block(), 12)(detach(h0))
@@ -478,15 +484,17 @@ class DirectStack(nn.Module):
         output = DirectFeedback(stacked=True)(output, activations)
 
     Attributes:
-        block: a module `x -> y`, y of x's shape and dtype, which serves as template. Its params are
-            at `params/<name>/blocks`, every leaf `(length, ...)`; each block draws its own.
+        block: the template of the blocks, a module `x -> y`, with y of x's shape and dtype. The
+            params are at `params/<name>/blocks`, every leaf `(length, ...)`; each block has its own
+            draw.
         length: number of blocks.
         parallel: as in `soap_jax.direct.scan_blocks`.
 
     Raises:
-        ValueError: if `block` is no instance of a module, if `length` is not an integer of at least
-            1, if the block's output is unlike its input, or if it has no params, variables other
-            than params (batch statistics, feedback) or needs keys (dropout).
+        ValueError: if `block` is not an instance of a module; if `length` is not an integer of at
+            least 1; if the block's output does not have its input's shape and dtype; or if the
+            block has no params, has other variables (batch statistics, feedback), or needs keys
+            (dropout).
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -509,7 +517,9 @@ class DirectStack(nn.Module):
         direct.check_length(self.length, "DirectStack(block, length)")
         if not isinstance(self.block, nn.Module):
             kind = "class" if isinstance(self.block, type) else type(self.block).__name__
-            raise ValueError(f"block is a {kind}; expected an instance, such as nn.Dense(64).")
+            raise ValueError(
+                f"block is a {kind}; expected a module instance, such as nn.Dense(64)."
+            )
         template = self.block.clone(parent=None)
 
         def init(key):
@@ -536,6 +546,6 @@ class DirectStack(nn.Module):
     def _only_params(self, what):
         return (
             f"the block of {'/'.join(self.path) or 'DirectStack'}, a {type(self.block).__name__}, "
-            f"{what}; expected params only, since blocks run in any order. Write a loop of such "
-            "blocks with `soap_jax.ops.detach` between them."
+            f"{what}; expected params only, since blocks run in any order. Instead write a loop of "
+            "these blocks with `soap_jax.ops.detach` between them."
         )

@@ -1,22 +1,22 @@
-"""Losses by which feedback learns from the batch's activities, without any error.
+"""Local losses: feedback learns from the activity of the batch, without any error.
 
-Information, symmetric and activation alignment: each layer's feedback B descends a loss of its own,
-which knows the layer's input x and its weights. The loss is a sum of primitives, in the paper's
-words, with y = op(x, W), all averaged over n examples:
+Information, symmetric and activation alignment: the feedback B of each layer minimises a loss of
+the layer's input x and weights. The loss is a sum of terms, which the paper calls primitives. With
+y = op(x, W) and n examples they are
 
-    amp      -<op(x, B), op(x, W)> / n      make op(x, B) like y: aligns B with W where x varies
-    null     |opᵀ(y; B)|² / 2n              keep what B sends back of y small
-    sparse   |op(x, B)|² / 2n               keep op(x, B) small
-    self     -<B, W>                        align B with W itself (not local: B sees W)
+    amp      -<op(x, B), op(x, W)> / n      makes op(x, B) similar to y: aligns B with W if x varies
+    null     |opᵀ(y; B)|² / 2n              keeps the cotangent that B sends back from y small
+    sparse   |op(x, B)|² / 2n               keeps op(x, B) small
+    self     -<B, W>                        aligns B with W directly (not local: depends on W)
     decay    |B|² / 2
 
-For a dense layer op(x, W) is x · W, and n the number of rows of x; in general n is how often op
-uses each entry of W, for a convolution at every place of every example. Write the layer for
-batches: under a `vmap` over examples each is a batch of its own, and their gradients add up. So do
-those of a kernel's uses: a recurrent kernel that is used T times gets T times such a gradient.
+For a dense layer op(x, W) is x · W, and n is the number of rows of x. In general n is how often op
+uses each entry of W, in a convolution at every position of every example. Write the layer for
+batches: under a `vmap` over examples each example counts as a batch, and their gradients are added.
+The gradients of several uses of a kernel are added too: a recurrent kernel that is used T times
+gets the sum of T gradients.
 
-The losses are a layer's or a transform's `feedback_bar`, and any Optax optimiser takes their
-gradient:
+Give a loss as `feedback_bar` to a layer or a transform; any Optax optimiser can use its gradient:
 
     loss_fa = with_feedback(loss, feedback_bar=InformationAlignment())
     grads = jax.grad(loss_fa, argnums=(0, 1))(params, feedback, batch)
@@ -28,8 +28,9 @@ with an optimiser over the pair, such as
     parts = {"params": optax.adam(1e-3), "feedback": optax.sgd(0.01)}
     optimizer = optax.partition(parts, ("params", "feedback"))
 
-Weight mirror and Kolen-Pollack belong to the same family. The one draws its own activities, so it
-is a rule, `soap_jax.WeightMirror`; the other takes the kernel's gradient, `feedback_bar="kernel"`.
+Weight mirror and Kolen-Pollack learning belong to the same family. Weight mirror draws its own
+activities, so it is a rule, `soap_jax.WeightMirror`. Kolen-Pollack learning uses the kernel's
+gradient, `feedback_bar="kernel"`.
 
 References:
     Daniel Kunin, Aran Nayebi, Javier Sagastuy-Brena, Surya Ganguli, Jonathan Bloom, Daniel Yamins.
@@ -51,7 +52,7 @@ from soap_jax import dtypes, ops
 
 
 class _Weighted(ops.LocalLoss):
-    """Base of frozen dataclasses whose fields are the weights of primitives."""
+    """The base class of local losses, whose fields are the weights of primitives."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -69,7 +70,7 @@ class SymmetricAlignment(_Weighted):
 
         feedback_bar = decay · B - self_weight · W
 
-    so B settles at self_weight / decay · W. It is weight transport through the optimiser.
+    so B converges to self_weight / decay · W. It is weight transport by the optimiser.
 
     Attributes:
         self_weight: weight of the primitive "self".
@@ -111,8 +112,8 @@ class ActivationAlignment(_Weighted):
 
         feedback_bar = opᵀ(sparse · op(x, B) - amp · op(x, W); x) / n
 
-    so op(x, B) settles at amp / sparse · op(x, W) for the batch's x. Where x does not vary, as
-    behind dead units, B stays as it was drawn.
+    so op(x, B) converges to amp / sparse · op(x, W) for the x of the batches. Where x is always
+    zero, as after dead units, B does not change.
 
     Attributes:
         amp: weight of the primitive "amp".
@@ -154,12 +155,12 @@ class InformationAlignment(_Weighted):
 
         feedback_bar = decay · B + (null · B yᵀy - amp · xᵀy) / n       (a dense layer)
 
-    Local, and without noise of its own. amp and null together are what is lost where B decodes x
-    from y, |x - opᵀ(y; B)|² / 2n, and decay makes that decoder a small one: for a dense layer whose
-    inputs are uncorrelated and of variance 1, B settles at amp · W (decay + null · WᵀW)⁻¹, which is
-    aligned with W as far as WᵀW is like the identity, or small beside decay / null. Plain gradient
-    descent on it is stable below the rate 2 / (decay + null · λ), λ the largest eigenvalue of
-    yᵀy / n, which grows with W.
+    It is local and draws no noise. Up to a constant, amp and null together are the reconstruction
+    error |x - opᵀ(y; B)|² / 2n of B as a decoder of x from y; decay keeps this decoder small. For a
+    dense layer with uncorrelated inputs of variance 1, B converges to
+    amp · W (decay + null · WᵀW)⁻¹. This is aligned with W if WᵀW is close to a multiple of the
+    identity, or small compared with decay / null. Plain gradient descent is stable for learning
+    rates below 2 / (decay + null · λ), where λ, the largest eigenvalue of yᵀy / n, grows with W.
 
     Attributes:
         amp: weight of the primitive "amp".
@@ -195,24 +196,24 @@ class InformationAlignment(_Weighted):
         y = op(x, kernel)
         (sent_back,) = jax.linear_transpose(lambda x: op(x, feedback), jax.typeof(x))(y)
         amp, null = jnp.sum(op(x, feedback) * y), _half_square(sent_back)
-        # A layer may compute in other dtypes than its kernel's.
+        # A layer may compute in another dtype than its kernel's.
         amp, null, decay = dtypes.widen(amp, null, _half_square(feedback))
         local = null * float(self.null) - amp * float(self.amp)
         return local / _examples(op, x, kernel) + decay * float(self.decay)
 
 
 def _examples(op, x, kernel) -> float:
-    """How often `op` uses an entry of the kernel; the edges of a padded convolution count."""
+    """How often `op` uses an entry of the kernel, counting padded positions of a convolution."""
     jaxpr = jax.make_jaxpr(op)(x, kernel)
     products: float = _products(jaxpr.jaxpr)
-    if products == 0:  # written without one: as if it were a dense layer's
+    if products == 0:  # without a product primitive: treat it as a dense layer
         (y,) = jaxpr.out_avals
         products = math.sqrt(x.size * y.size * kernel.size)
     return products / kernel.size
 
 
 def _products(jaxpr) -> int:
-    """The multiplications in a jaxpr's matrix products and convolutions."""
+    """The number of multiplications in a jaxpr's matrix products and convolutions."""
     total = 0
     for eqn in jaxpr.eqns:
         size = math.prod(eqn.outvars[0].aval.shape)

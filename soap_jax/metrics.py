@@ -1,13 +1,13 @@
-"""How well feedback, cotangents and pseudo-gradients align with the true ones.
+"""Metrics of alignment: of feedback with kernels, of errors and of gradients with the true ones.
 
-All of it is pure and cheap enough for the inside of a jitted training loop. Angles are in degrees;
-the angle of a zero tensor to anything is NaN.
+All metrics are pure and fast enough for use inside a jitted training loop. Angles are in degrees;
+an angle with a zero tensor is NaN.
 
-Metrics of weights take `(params, feedback)`, as `sync_feedback` does, and return a tree of scalars
-of feedback's structure. Metrics of one layer's error take `(y_bar, kernel, feedback)`, where
-`y_bar`, the cotangent of the layer's output, is the error e of the papers.
+Metrics of weights take `(params, feedback)` and return a tree of scalars of feedback's structure.
+Metrics of one layer's error take `(y_bar, kernel, feedback)`, where `y_bar`, the cotangent of the
+layer's output, is the error e of the papers.
 
-Loggers want numbers by one name: `soap_jax.trees.named` makes any of these trees flat.
+For loggers, `soap_jax.trees.named` converts these trees to flat dicts:
 
     >>> import jax.numpy as jnp
     >>> params = {"in": {"kernel": jnp.eye(2)}, "out": {"kernel": jnp.eye(2)}}
@@ -33,21 +33,21 @@ from soap_jax import dtypes, ops, rules, trees
 
 
 def angle(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
-    """Angle between two arrays, or between two trees taken as one long vector each.
+    """Computes the angle between two arrays, or between two trees as one long vector each.
 
         angle = 2 atan2(|u - v|, |u + v|),  u = a / |a|,  v = b / |b|
 
-    which equals `arccos(u · v)` and, unlike it, is accurate near 0 and 180 degrees.
+    This equals `arccos(u · v)`, but is also accurate near 0 and 180 degrees.
 
     Args:
         a: an array, or a tree of arrays.
-        b: the same shapes.
+        b: an array or tree of the same shapes.
 
     Returns:
         float32 (or wider) scalar, degrees in [0, 180]; NaN if either is zero.
 
     Raises:
-        ValueError: if the trees or shapes differ, or hold no array.
+        ValueError: if the trees or shapes differ, or if the trees contain no array.
 
     Example:
         >>> import jax.numpy as jnp
@@ -63,11 +63,11 @@ def angle(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
     same_shapes = list(map(jnp.shape, leaves_a)) == list(map(jnp.shape, leaves_b))
     if structure_a != structure_b or not same_shapes:  # type: ignore[operator]
         raise ValueError(
-            f"the angle of trees that differ: {jax.tree.map(jnp.shape, a)} and "
+            f"the trees have the shapes {jax.tree.map(jnp.shape, a)} and "
             f"{jax.tree.map(jnp.shape, b)}; expected the same structure and shapes."
         )
     if not leaves_a:
-        raise ValueError(f"the angle of {a!r} and {b!r}, which hold no array; expected arrays.")
+        raise ValueError(f"the trees are {a!r} and {b!r}, without arrays; expected arrays.")
     leaves = dtypes.widen(*leaves_a, *leaves_b)
     leaves_a, leaves_b = leaves[: len(leaves_a)], leaves[len(leaves_a) :]
     units = list(zip(_unit(leaves_a), _unit(leaves_b), strict=True))
@@ -77,14 +77,14 @@ def angle(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
 
 
 def weight_angle(params: chex.ArrayTree, feedback: chex.ArrayTree) -> chex.ArrayTree:
-    """Angle of feedback to kernel, layer by layer: `angle(B, W)`.
+    """Computes the angle between feedback and kernel for each layer: `angle(B, W)`.
 
     Args:
         params: as in `soap_jax.trees.map_pairs`.
-        feedback: as there.
+        feedback: as in `soap_jax.trees.map_pairs`.
 
     Returns:
-        A tree of feedback's structure of scalars in degrees.
+        A tree of scalars in degrees, of feedback's structure.
 
     Raises:
         ValueError: if feedback does not fit params.
@@ -101,14 +101,14 @@ def weight_angle(params: chex.ArrayTree, feedback: chex.ArrayTree) -> chex.Array
 
 
 def norm_ratio(params: chex.ArrayTree, feedback: chex.ArrayTree) -> chex.ArrayTree:
-    """Norm of feedback over norm of kernel, layer by layer: `|B| / |W|`.
+    """Computes the norm of feedback over the norm of its kernel for each layer: `|B| / |W|`.
 
     Args:
         params: as in `soap_jax.trees.map_pairs`.
-        feedback: as there.
+        feedback: as in `soap_jax.trees.map_pairs`.
 
     Returns:
-        A tree of feedback's structure of scalars.
+        A tree of scalars, of feedback's structure.
 
     Raises:
         ValueError: if feedback does not fit params.
@@ -127,16 +127,16 @@ def norm_ratio(params: chex.ArrayTree, feedback: chex.ArrayTree) -> chex.ArrayTr
 
 
 def sign_concordance(params: chex.ArrayTree, feedback: chex.ArrayTree) -> chex.ArrayTree:
-    """Share of the non-zero weights whose feedback has their sign, layer by layer.
+    """Computes, for each layer, the share of non-zero weights with the same sign as feedback.
 
         mean over W != 0 of [sign(B) = sign(W)]
 
     Args:
         params: as in `soap_jax.trees.map_pairs`.
-        feedback: as there.
+        feedback: as in `soap_jax.trees.map_pairs`.
 
     Returns:
-        A tree of feedback's structure of scalars in [0, 1]; NaN for a kernel of zeros.
+        A tree of scalars in [0, 1], of feedback's structure; NaN for a kernel of zeros.
 
     Raises:
         ValueError: if feedback does not fit params.
@@ -162,20 +162,21 @@ def sign_concordance(params: chex.ArrayTree, feedback: chex.ArrayTree) -> chex.A
 def effective_learning_rate(
     learning_rate: ArrayLike, params: chex.ArrayTree, feedback: chex.ArrayTree
 ) -> chex.ArrayTree:
-    """Learning rate that the layer below each feedback effectively has.
+    """Computes the effective learning rate of the layer below each kernel with feedback.
 
         learning_rate * norm_ratio * cos(weight_angle) = learning_rate * <B, W> / <W, W>
 
-    that is, the learning rate times the length of B along W. Exact backpropagation gives
-    `learning_rate`. Where several feedbacks lie above a layer their factors multiply.
+    It is the learning rate times the length of B along W, relative to the length of W. With exact
+    backpropagation it is `learning_rate`. If several layers with feedback are above a layer, their
+    factors multiply.
 
     Args:
         learning_rate: scalar.
         params: as in `soap_jax.trees.map_pairs`.
-        feedback: as there.
+        feedback: as in `soap_jax.trees.map_pairs`.
 
     Returns:
-        A tree of feedback's structure of scalars.
+        A tree of scalars, of feedback's structure.
 
     Raises:
         ValueError: if feedback does not fit params.
@@ -199,20 +200,20 @@ def gradient_angle(
     params: chex.ArrayTree,
     feedback: chex.ArrayTree,
 ) -> chex.ArrayTree:
-    """Angle of the pseudo-gradient to the true gradient, parameter by parameter.
+    """Computes the angle between pseudo-gradient and true gradient for each parameter.
 
         angle(gradient(params, feedback), gradient(params, kernels))
 
-    The true gradient is the same model's, with the kernels put in place of feedback.
+    The true gradient is that of the same model with the kernels as feedback.
 
     Args:
         gradient: `(params, feedback) -> gradient`, such as
             `lambda params, feedback: jax.grad(loss)(params, feedback, batch)`.
         params: as in `soap_jax.trees.map_pairs`.
-        feedback: as there.
+        feedback: as in `soap_jax.trees.map_pairs`.
 
     Returns:
-        A tree of the gradient's structure of scalars in degrees.
+        A tree of scalars in degrees, of the gradient's structure.
 
     Raises:
         ValueError: if feedback does not fit params.
@@ -244,19 +245,19 @@ def cotangent_angle(
     x: jax.Array | None = None,
     per_example: bool = True,
 ) -> jax.Array:
-    """Angle of the error that one layer's feedback sends back to the true one: local.
+    """Computes the angle between the input cotangents of one layer by feedback and by kernel.
 
-        angle(x_bar through feedback, x_bar through kernel);   dense: angle(e Bᵀ, e Wᵀ)
+        angle(x_bar by feedback, x_bar by kernel);   dense: angle(e Bᵀ, e Wᵀ)
 
-    of one error e, whatever e is. See `error_angle` for the whole chain of layers.
+    for any error e. It is a local metric; see `error_angle` for the whole chain of layers.
 
     Args:
-        y_bar: cotangent of the layer's output, `(batch, ...)`.
+        y_bar: cotangent e of the layer's output, `(batch, ...)`.
         kernel: forward weights W.
         feedback: feedback weights B, of the kernel's shape.
         op: the layer's bilinear op; by default a dense layer.
-        x: the layer's input, or anything of its shape and dtype; needed with `op`.
-        per_example: whether each example has its angle, or the batch one, as one long vector.
+        x: the layer's input, or any array of its shape and dtype; needed with `op`.
+        per_example: whether to compute one angle per example, or one for the batch as one vector.
 
     Returns:
         `(batch,)` degrees, NaN for an example whose error is zero; or a scalar.
@@ -280,20 +281,20 @@ def cotangent_angle(
 def error_angle(
     pseudo: chex.ArrayTree, true: chex.ArrayTree, *, per_example: bool = True
 ) -> chex.ArrayTree:
-    """Angle of the errors that arrive at activations to those of backprop: the whole chain.
+    """Computes the angle between the errors of a method and of backprop at activations.
 
         angle(a_bar by feedback or projections, a_bar by kernels)
 
-    An activation's cotangent is the gradient by zeros that are added to it; for a dense layer's
-    output it is the gradient by its bias, taken example by example.
+    To compute the cotangent of an activation, add zeros to it and differentiate by them. For the
+    output of a dense layer it is the gradient by the bias for each example.
 
     Args:
-        pseudo: cotangents of activations, each `(batch, ...)`, as the method has them.
-        true: those of backprop in the same network, of the same structure and shapes.
-        per_example: whether each example has its angle, or the batch one, as one long vector.
+        pseudo: cotangents of activations by the method, each `(batch, ...)`.
+        true: cotangents by backprop in the same network, of the same structure and shapes.
+        per_example: whether to compute one angle per example, or one for the batch as one vector.
 
     Returns:
-        A tree of the same structure: `(batch,)` degrees, NaN for an example without an error; or
+        A tree of the same structure: `(batch,)` degrees, NaN for an example whose error is zero; or
         scalars.
 
     Raises:
@@ -309,21 +310,21 @@ def error_angle(
     """
     one = jax.vmap(angle) if per_example else angle
     if jax.tree.structure(pseudo) != jax.tree.structure(true):  # type: ignore[operator]
-        angle(pseudo, true)  # which says how they differ
+        angle(pseudo, true)  # raises
     return jax.tree.map(one, pseudo, true)
 
 
 def angles_by_example(a: jax.Array, b: jax.Array, batch_size: int) -> jax.Array:
-    """Angles of two batches of errors, example by example, where there is an axis of examples.
+    """Computes the angles between two batches of errors for each example, if there is a batch axis.
 
     Args:
-        a: such as an error of `soap_jax.transform.layer_errors`.
-        b: the same shape.
-        batch_size: the number of examples. The first axis of this length is taken for theirs.
+        a: errors, such as one array of `soap_jax.transform.layer_errors`.
+        b: errors of the same shape.
+        batch_size: the number of examples. The first axis of this length is the batch axis.
 
     Returns:
-        `(batch_size,)` degrees, NaN for an example without an error; without such an axis a scalar,
-        the angle over all.
+        `(batch_size,)` degrees, NaN for an example whose error is zero; without a batch axis a
+        scalar, the angle between the whole arrays.
 
     Raises:
         ValueError: if shapes differ.
@@ -340,34 +341,35 @@ def angles_by_example(a: jax.Array, b: jax.Array, batch_size: int) -> jax.Array:
 
 
 def effective_rank(errors: chex.ArrayTree, *, batch_size: int | None = None) -> chex.ArrayTree:
-    """Effective rank of a batch's errors, layer by layer: in how many directions they point.
+    """Computes the effective rank of a batch of errors for each layer: the number of directions.
 
         exp(- Σ pᵢ log pᵢ),    p = σ / Σ σ
 
-    where σ are the singular values of the errors as a matrix, a row for each example. It is 1 where
-    all examples have their error along one line, and n for n orthogonal ones of equal length; never
-    more than the rank. The errors of feedback alignment have a lower one than backprop's.
+    where σ are the singular values of the errors as a matrix with one row per example. It is 1 if
+    the errors of all examples are parallel, n for n orthogonal errors of equal length, and never
+    more than the rank. Feedback alignment's errors have a lower effective rank than backprop's.
 
-    Of several errors of one example, as at the places of an image, `x.reshape(-1, channels)` makes
-    rows of their own; as they are, they are one long row.
+    Several errors of one example, such as those at the pixels of an image, form one long row. Use
+    `x.reshape(-1, channels)` to give each its own row.
 
-    Singular values are those of the R of a QR decomposition, in float32 exact to their seventh
-    digit beside the largest. (The eigenvalues of the Gram matrix know only values above 1/200 of
-    the largest: of a feedback-aligned layer's rank they miss up to a tenth.) On an idle CPU 256
-    examples at 256 units take 6 ms and 64 take 0.6 ms; on busy cores, where LAPACK's threads wait
-    for each other, many times that. So measure every so many steps (`soap_jax.record_alignment`).
+    The singular values are computed from the R of a QR decomposition; their error in float32 is
+    about 1e-7 of the largest. (The eigenvalues of the Gram matrix only resolve values above 1/200
+    of the largest, and miss up to a tenth of the effective rank of a feedback-aligned layer.) On an
+    idle CPU 256 examples with 256 units take 6 ms, and 64 take 0.6 ms. On busy cores, where
+    LAPACK's threads wait for each other, it takes many times longer. So do not measure at every
+    step (`soap_jax.record_alignment`).
 
     Args:
-        errors: `(batch, ...)`; or a tree of such arrays, as of `soap_jax.transform.layer_errors`.
-        batch_size: the number of examples. The first axis of this length is taken for theirs, so
-            that the errors of a scan over time fit, too; by default the first axis.
+        errors: `(batch, ...)`; or a tree of such arrays, as from `soap_jax.transform.layer_errors`.
+        batch_size: the number of examples. The first axis of this length is the batch axis, also
+            in errors of a scan over time. By default it is the first axis.
 
     Returns:
-        A tree of the same structure of scalars from 1 to min(batch, size); 0 for errors of zero,
-        NaN where one is not finite.
+        A tree of the same structure, of scalars from 1 to min(batch, size); 0 for errors of zero,
+        NaN if an error is not finite.
 
     Raises:
-        ValueError: if an array has fewer than two axes, is empty, or has no axis of the batch.
+        ValueError: if an array has fewer than two axes, is empty, or has no batch axis.
 
     Example:
         >>> import functools, jax, jax.numpy as jnp
@@ -388,7 +390,7 @@ def effective_rank(errors: chex.ArrayTree, *, batch_size: int | None = None) -> 
         Olivier Roy, Martin Vetterli. The effective rank: a measure of effective dimensionality.
         EUSIPCO, 2007. https://infoscience.epfl.ch/record/110188
         Gauthier Boeshertz, Razvan Pascanu, Claudia Clopath. Overcoming rank collapse in feedback
-        alignment. 2026 (the rank of errors; its formula was not read). https://arxiv.org/abs/2606.11123
+        alignment. 2026 (the rank of errors; we have not read its formula). https://arxiv.org/abs/2606.11123
     """
 
     def one(keys, x):
@@ -398,7 +400,7 @@ def effective_rank(errors: chex.ArrayTree, *, batch_size: int | None = None) -> 
             where = "/".join(trees.path_of(keys))
             raise ValueError(
                 f"the error{where and f' at {where}'} has the shape {shape}; expected (batch, ...) "
-                f"with {'one example or more' if batch_size is None else f'{num} examples'}."
+                f"with {'at least one example' if batch_size is None else f'{num} examples'}."
             )
         _, (x,) = _scaled(dtypes.widen(x))
         rows = jnp.moveaxis(rules.replicated(x), shape.index(num), 0).reshape(num, -1)
@@ -412,23 +414,23 @@ def effective_rank(errors: chex.ArrayTree, *, batch_size: int | None = None) -> 
 
 
 def path_angle(kernels: Sequence[jax.Array], feedback: Sequence[jax.Array]) -> jax.Array:
-    """Angle of a path of feedback to the path of kernels: of their products.
+    """Computes the angle between the products of feedback and of kernels along a path of layers.
 
         angle(B_1 B_2 ··· B_m, W_1 W_2 ··· W_n)
 
-    Products align where single factors need not. For FA take the feedback of each layer from some
-    activation up to the output, for product feedback alignment the factors of its path, for DFA
-    `[projection.T]`: the two sides may have different lengths.
+    Products may align even if single factors do not. For FA use the feedback of each layer from an
+    activation to the output, for product feedback alignment the factors along the path, and for DFA
+    `[projection.T]`. The two paths may have different lengths.
 
     Args:
-        kernels: matrices `(in, out)`, each one's `out` the next one's `in`.
-        feedback: likewise; their product has the shape of the kernels' product.
+        kernels: matrices `(in, out)`, where each `out` is the next matrix's `in`.
+        feedback: matrices of the same form; their product has the shape of the kernels' product.
 
     Returns:
         Scalar, degrees.
 
     Raises:
-        ValueError: if either is empty or does not chain, or the products differ in shape.
+        ValueError: if a path is empty or its shapes do not chain, or the products differ in shape.
 
     Example:
         >>> import jax.numpy as jnp
@@ -446,13 +448,13 @@ def path_angle(kernels: Sequence[jax.Array], feedback: Sequence[jax.Array]) -> j
 def direct_weight_angle(
     kernel: jax.Array, below: jax.Array, above: jax.Array | None = None
 ) -> jax.Array:
-    """Weight alignment under DFA: angle of a layer's kernel to what its projections ask for.
+    """Computes the weight alignment of DFA: the angle between a kernel and its projections.
 
         angle(W_l, P_(l-1)ᵀ P_l)         hidden layers: F_l F_(l-1)ᵀ in the paper's layout
         angle(W_L, P_(L-1)ᵀ)             the output layer
 
-    A network aligns so that its own error chain would agree with the projections. The first layer
-    has nothing below it, and no such angle.
+    A network aligns in this way so that its errors by backpropagation would agree with those by the
+    projections. There is no angle for the first layer, which has no projection below it.
 
     Args:
         kernel: `(in, out of the layer)`.
@@ -481,7 +483,7 @@ def direct_weight_angle(
     if not (fits and shapes[0][1:] == last and (above is None or shapes[1][0] == shapes[2][0])):
         raise ValueError(
             f"kernel, below and above have the shapes {shapes}; expected kernel (in, width), below "
-            "(out, in) and above (out, width), or above None where width is out."
+            "(out, in) and above (out, width); or above None, if width is out."
         )
     path = [below.T] if above is None else [below.T, above]
     return angle(kernel, _product("projections", path))
@@ -491,8 +493,8 @@ class Descent(NamedTuple):
     """The descent condition over a batch.
 
     Attributes:
-        mean: scalar, the mean of eᵀ W B e over the batch; learning descends while it is positive.
-        share: scalar, the share of examples where it is positive.
+        mean: scalar, the mean of eᵀ W B e over the batch; while it is positive, the loss descends.
+        share: scalar, the share of examples for which it is positive.
     """
 
     mean: jax.Array
@@ -507,21 +509,21 @@ def descent_condition(
     op: ops.BilinearOp | None = None,
     x: jax.Array | None = None,
 ) -> Descent:
-    """Whether the error that feedback sends back points less than 90 degrees off the true one.
+    """Computes whether the error by feedback is within 90 degrees of the true error.
 
-        eᵀ W B e = <x_bar through kernel, x_bar through feedback>
+        eᵀ W B e = <x_bar by kernel, x_bar by feedback>
 
-    in the paper's layout (W maps inputs to outputs by W x, and B errors to inputs by B e).
+    in the paper's layout, where outputs are W x, and errors at inputs B e.
 
     Args:
         y_bar: cotangent e of the layer's output, `(batch, ...)`.
         kernel: forward weights.
         feedback: feedback weights, of the kernel's shape.
         op: the layer's bilinear op; by default a dense layer.
-        x: the layer's input, or anything of its shape and dtype; needed with `op`.
+        x: the layer's input, or any array of its shape and dtype; needed with `op`.
 
     Returns:
-        A `Descent`: the mean over the batch, and the share of examples where it is positive.
+        A `Descent`: the mean over the batch, and the share of examples for which it is positive.
 
     Raises:
         ValueError: if the shapes differ, or `op` is given without `x`.
@@ -546,31 +548,34 @@ def _product(name, matrices):
     chained = all(a[-1:] == b[:1] for a, b in itertools.pairwise(shapes))
     if not shapes or not chained or any(len(shape) != 2 for shape in shapes):
         raise ValueError(
-            f"{name} have the shapes {shapes}; expected matrices (in, out), each one's out the "
-            "next one's in."
+            f"{name} have the shapes {shapes}; expected matrices (in, out), where each out is the "
+            "next matrix's in."
         )
     exact = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     return functools.reduce(exact, dtypes.widen(*matrices))
 
 
 def _input_cotangents(y_bar, kernel, feedback, op, x):
-    """The cotangents of a layer's input through feedback and through the kernel, widened."""
+    """The cotangents of a layer's input by feedback and by the kernel, widened."""
     trees.check_feedback(feedback, kernel)
     y_bar, kernel, feedback = dtypes.widen(y_bar, kernel, feedback)
     if y_bar.ndim < 1 + (op is None):
         raise ValueError(
-            f"y_bar has shape {y_bar.shape}; expected (batch, ...): for one example y_bar[None]."
+            f"y_bar has shape {y_bar.shape}; expected (batch, ...). For one example give "
+            "y_bar[None]."
         )
     if op is None:
         if kernel.ndim != 2 or y_bar.shape[-1] != kernel.shape[-1]:
             raise ValueError(
                 f"y_bar has shape {y_bar.shape} and the kernel {kernel.shape}; expected (batch, "
-                "..., out) and (in, out), those of a dense layer. For another layer give `op`."
+                "..., out) and (in, out), as in a dense layer. For another layer give `op`."
             )
         exact = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
         return exact(y_bar, feedback.T), exact(y_bar, kernel.T)
     if x is None:
-        raise ValueError("`op` is given without `x`: pass the layer's input, for its shape.")
+        raise ValueError(
+            "`op` is given without `x`; expected also the layer's input, for its shape and dtype."
+        )
     x_type = jax.typeof(x.astype(y_bar.dtype))
     return tuple(
         jax.linear_transpose(lambda x, w=w: op(x, w), x_type)(y_bar)[0] for w in (feedback, kernel)
@@ -578,7 +583,7 @@ def _input_cotangents(y_bar, kernel, feedback, op, x):
 
 
 def _norm(leaves):
-    """Norm of all leaves as one vector; the squares stay in range whatever its scale."""
+    """The norm of all leaves as one vector, without overflow or underflow of the squares."""
     scale, scaled = _scaled(leaves)
     return scale * _norm_in_range(scaled)
 

@@ -1,9 +1,9 @@
 """Reference networks in Linen, for the study, the examples and the benchmarks.
 
-The first layer is Flax's own in each: it needs no feedback, since the gradient by the input is not
-computed. Layers are named as in the plain Flax model, so that `feedback=False` gives the same
-kernels. Hidden activations are named "hidden_0" and so on, the output "logits", for
-`with_direct_feedback`.
+The first layer of each network is a Flax layer: it needs no feedback, since the gradient by the
+input is not computed. Layers have the names of the plain Flax model, so `feedback=False` gives the
+same kernels. For `with_direct_feedback`, hidden activations are named "hidden_0" and so on, and the
+output "logits".
 """
 
 from __future__ import annotations
@@ -22,18 +22,17 @@ from soap_jax.feedback import glorot_normal
 Activation = Callable[[jax.Array], jax.Array]
 
 Tap = Callable[[str, jax.Array], jax.Array]
-"""`(name, h) -> h`, called with every hidden activation."""
+"""A function `(name, h) -> h`, called with every hidden activation."""
 
 
 class MLP(nn.Module):
     """A multilayer perceptron: `(batch, ...) -> (batch, features[-1])`.
 
     Attributes:
-        features: widths of the layers; the last is the output, which has no activation.
-        activation: applied between layers.
+        features: widths of the layers; the last layer is the output, without activation.
+        activation: the function between layers.
         feedback: whether layers after the first use feedback weights.
-        kernel_init: initialiser of the kernels; the same family as feedback's, so that FA and
-            backprop start matched.
+        kernel_init: initialiser of the kernels, and of feedback weights.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -58,8 +57,8 @@ class MLP(nn.Module):
 
         Args:
             x: `(batch, ...)`.
-            tap: called as `tap("hidden_0", h)` and so on after each hidden layer; what it returns
-                goes on.
+            tap: called as `tap("hidden_0", h)` and so on after each hidden layer; its result is
+                the input of the next layer.
         """
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.features):
@@ -72,10 +71,10 @@ class MLP(nn.Module):
 
 
 class DirectMLP(nn.Module):
-    """The network of `MLP`, trained by direct feedback: `(batch, ...) -> (batch, features[-1])`.
+    """The network of `MLP` with direct feedback: `(batch, ...) -> (batch, features[-1])`.
 
-    Kernels have the names of `MLP`'s, so that the same key gives the same ones. The last layer's
-    gradient is exact.
+    Kernels have the same names as in `MLP`, so the same key gives the same kernels. The last
+    layer's gradient is exact.
 
     Attributes:
         features: as in `MLP`.
@@ -83,7 +82,7 @@ class DirectMLP(nn.Module):
         error: "exact" (DFA), "sign" (sDFA) or "target" (DRTP).
         kernel_init: as in `MLP`.
         projection_init: initialiser of the projections.
-        projection_bar: the projections' own cotangent, as in `soap_jax.direct.direct_feedback`.
+        projection_bar: the projections' cotangent, as in `soap_jax.direct.direct_feedback`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -109,8 +108,8 @@ class DirectMLP(nn.Module):
 
         Args:
             x: `(batch, ...)`.
-            target: `(batch, features[-1])`, one-hot, for error="target". Without it there is a
-                forward pass only: differentiating raises ValueError.
+            target: `(batch, features[-1])`, one-hot, for error="target". Without it only the
+                forward pass works: differentiation raises ValueError.
         """
         if self.error not in ("exact", "sign", "target"):
             raise ValueError(f"error is {self.error!r}; expected 'exact', 'sign' or 'target'.")
@@ -143,20 +142,21 @@ class DirectMLP(nn.Module):
 
     def _raise_no_target(self):
         raise ValueError(
-            "DirectMLP with error='target' was differentiated, but called without a target: call "
-            "model.apply(variables, x, target) with target = jax.nn.one_hot(labels, classes)."
+            "DirectMLP with error='target' was differentiated, but called without a target; "
+            "expected model.apply(variables, x, target) with target = jax.nn.one_hot(labels, "
+            "classes)."
         )
 
 
 class ConvNet(nn.Module):
     """A small convolutional network: `(batch, height, width, channels) -> (batch, classes)`.
 
-    Strided 3 x 3 convolutions, then a dense layer.
+    It has strided 3 x 3 convolutions, then a dense layer.
 
     Attributes:
         channels: output channels of each convolution.
         classes: size of the output.
-        activation: applied after each convolution.
+        activation: the function after each convolution.
         feedback: whether layers after the first use feedback weights.
         kernel_init: as in `MLP`.
 

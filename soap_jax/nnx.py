@@ -1,22 +1,22 @@
-"""Flax NNX layers that learn by feedback alignment, and by direct feedback.
+"""Flax NNX layers for feedback alignment and direct feedback.
 
-The layers with a kernel are Flax's own, with all their arguments and a few more. The forward pass,
-the parameters and their gradients are Flax's; only the way back to the layer's input goes through
-`layer.feedback` in place of `layer.kernel`. `Feedback` is a variable type of its own, not a
-`Param`, so that no optimiser sees it:
+The layers with a kernel are subclasses of Flax's, with a few more arguments. The forward pass, the
+parameters and the cotangent of each kernel are Flax's. Only the cotangent of the layer's input is
+computed with `layer.feedback` instead of `layer.kernel`. `Feedback` is a variable type of its own,
+not a `Param`, so optimisers do not update it:
 
     params, feedback = nnx.state(model, nnx.Param), nnx.state(model, Feedback)
     state = init_feedback(key, params, SignSync(period=10), feedback=feedback)
     state = sync_feedback(params, state, step)
     nnx.update(model, state.feedback)
 
-The same `rngs` give the same kernels as in a model of plain Flax layers, whether `rngs` has a
-stream `feedback` or not, so runs with and without feedback are paired. The first layer of a model
-needs no feedback (the gradient by the input is not computed): use Flax's own. The value `None` in
-place of feedback runs that layer by exact backpropagation.
+The same `rngs` give the same kernels as in a model of plain Flax layers, whether or not `rngs` has
+a stream `feedback`, so runs with and without feedback are paired. The first layer of a model needs
+no feedback, since the gradient by the input is not computed: use Flax's layer. A layer whose
+feedback is `None` uses exact backpropagation.
 
-Layers that Flax makes itself can be replaced. (Its hooks for products do not know which layer they
-serve.) Of attention, and of a GRU's cell:
+Layers that Flax creates itself can be replaced. (Flax's hooks for products do not get their layer.)
+For attention and a GRU cell:
 
     for name in ("query", "key", "value"):
         layer = FeedbackLinearGeneral(6, (heads, size), rngs=rngs)
@@ -24,13 +24,13 @@ serve.) Of attention, and of a GRU's cell:
         setattr(attention, name, layer)
     cell.dense_h = FeedbackLinear(4, 12, use_bias=False, rngs=rngs)
 
-Feedback is stored in its kernel's dtype, as checkpoints and metrics have it. Where a layer computes
-in fewer bits (`dtype=jnp.bfloat16`, params in float32) it is cast at every step;
-`feedback_dtype=jnp.bfloat16` stores it so instead. Training has the same bits for the rules for
-which `init_feedback(dtype="used")` would do so.
+By default feedback is stored in its kernel's dtype, also in checkpoints and metrics. If a layer
+computes in a smaller dtype (`dtype=jnp.bfloat16`, params in float32), feedback is cast at every
+step. `feedback_dtype=jnp.bfloat16` stores it in that dtype instead. Training is then bit-identical
+for the rules for which `init_feedback(dtype="used")` does the same.
 
-Direct feedback (`soap_jax.direct`) has no kernels whose place it could take, so its projections are
-variables of another type, `Projection`, drawn by the same stream of keys:
+The projections of direct feedback (`soap_jax.direct`) do not replace kernels. They are variables of
+another type, `Projection`, and are drawn from the same stream of keys:
 
     self.direct = DirectFeedback(10, (256,), rngs=rngs)
     ...
@@ -54,10 +54,10 @@ from soap_jax.feedback import glorot_normal
 
 
 class Feedback(nnx.Variable):
-    """Feedback weights, of the shape of the sibling `kernel`. Not a `Param`.
+    """Feedback weights, with the shape of the sibling `kernel`; not a `Param`.
 
-    It has the kernel's metadata, its sharding included. `nnx.bridge` knows it as the collection
-    "feedback" of Linen.
+    It has the kernel's metadata, including its sharding. In `nnx.bridge` it is Linen's collection
+    "feedback".
 
     Example:
         >>> from flax import nnx
@@ -70,10 +70,10 @@ class Feedback(nnx.Variable):
 
 
 class Projection(nnx.Variable):
-    """A tree of fixed random projections, or of their keys: neither `Param` nor `Feedback`.
+    """A tree of fixed random projections, or of their keys; not a `Param` and not `Feedback`.
 
-    `nnx.bridge` knows it as the collection "projection" of Linen. (`ToLinen` takes a single
-    projection, no tree of them: use `soap_jax.linen.DirectFeedback` there.)
+    In `nnx.bridge` it is Linen's collection "projection". (`ToLinen` supports one projection, not a
+    tree of them: use `soap_jax.linen.DirectFeedback` there.)
 
     Example:
         >>> from flax import nnx
@@ -86,11 +86,11 @@ class Projection(nnx.Variable):
 nnx.register_variable_name("feedback", Feedback, overwrite=True)
 nnx.register_variable_name("projection", Projection, overwrite=True)
 
-_Base: Any = object  # to the type checker: whatever layer of Flax the mixin comes before
+_Base: Any = object  # for the type checker: the Flax layer that the mixin extends
 
 
 class _FeedbackLayer(_Base):
-    """Mixin before one of Flax's layers: a bilinear op of input and kernel, and perhaps a bias."""
+    """A mixin for Flax layers that are bilinear in input and kernel, up to a bias."""
 
     kernel: Any
 
@@ -112,18 +112,18 @@ class _FeedbackLayer(_Base):
         twin = _flax_layer(type(self))(*args, rngs=feedback_rngs, **kwargs)
         drawn = twin.kernel[...]
         trees.check_feedback(drawn, self.kernel[...], ("feedback",))
-        # Sharding and whatever else the kernel carries, unless `feedback_init` says otherwise.
+        # The kernel's metadata, such as its sharding, unless `feedback_init` sets other metadata.
         metadata = self.kernel.get_metadata() | twin.kernel.get_metadata()
-        metadata.pop("on_create_value", None)  # which made the twin's value
+        metadata.pop("on_create_value", None)  # the twin has used it already
         stored = dtypes.stored(drawn, feedback_dtype)
         self.feedback: Feedback | None = Feedback(stored, **metadata)
         self.feedback_bar = feedback_bar
 
     def __call__(self, inputs: jax.Array, *args, **kwargs) -> jax.Array:
-        """Applies Flax's layer; its input's cotangent goes through feedback."""
+        """Applies Flax's layer; the input's cotangent is computed with feedback."""
         feedback = None if self.feedback is None else self.feedback.get_value()
         flax_layer, flax_call = _flax_layer(type(self)), super().__call__
-        # `op` may close over no traced value: not over the layer, but over its structure.
+        # `op` must not close over traced values, so it closes over the layer's structure only.
         graph, state = nnx.split(self)
         shapes = jax.eval_shape(lambda: state)
 
@@ -146,17 +146,17 @@ class _FeedbackLayer(_Base):
 
 
 def _flax_layer(cls: type) -> Any:
-    """Flax's own layer, from which a feedback layer derives."""
+    """The Flax layer from which a feedback layer is derived."""
     return next(c for c in cls.__mro__ if c.__module__.startswith("flax."))
 
 
 def _check_rngs(rngs) -> None:
     if not isinstance(rngs, nnx.Rngs):
-        raise ValueError(f"rngs is {rngs!r}; expected streams of keys, such as nnx.Rngs(0).")
+        raise ValueError(f"rngs is {rngs!r}; expected an nnx.Rngs, such as nnx.Rngs(0).")
 
 
 def _feedback_key(rngs: nnx.Rngs) -> jax.Array:
-    """A key for feedback that leaves the stream of the kernels as Flax's layers would find it."""
+    """Makes a key for feedback without a change of the stream that draws the kernels."""
     if "feedback" in rngs:
         return rngs.feedback()
     stream = rngs.params  # falls back to the default stream
@@ -165,21 +165,22 @@ def _feedback_key(rngs: nnx.Rngs) -> jax.Array:
 
 
 class FeedbackLinear(_FeedbackLayer, nnx.Linear):
-    """Feedback-alignment `nnx.Linear`: `(..., in_features) -> (..., out_features)`.
+    """A feedback-alignment `nnx.Linear`: `(..., in_features) -> (..., out_features)`.
 
-    Takes the arguments of Flax's layer, and
+    It takes all arguments of Flax's layer, and the following.
 
     Args:
-        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that both
-            start of one size. (Where that gives zeros, give another: zeros send back no error.)
-        feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`.
-        feedback_dtype: of what is stored, by default the kernel's; see the module's docstring. A
-            signed integer dtype stores signs.
-        rngs: as in Flax; a stream `feedback`, if there is one, draws the feedback weights.
+        feedback_init: initialiser of the feedback weights, by default `kernel_init`, so that kernel
+            and feedback have the same size at the start. If `kernel_init` gives zeros, set another
+            one: with feedback of zeros the layers below get no error.
+        feedback_bar: the cotangent of feedback, as in `soap_jax.ops.feedback_op`.
+        feedback_dtype: the dtype in which feedback is stored, by default the kernel's; see the
+            module's docstring. A signed integer dtype stores signs.
+        rngs: as in Flax; the stream `feedback`, if it exists, draws the feedback weights.
 
     Raises:
-        ValueError: if nothing can be stored in `feedback_dtype`; and when called with feedback of a
-            shape that is not the kernel's.
+        ValueError: if feedback cannot be stored in `feedback_dtype`; when called, if feedback does
+            not have the kernel's shape.
 
     Example:
         >>> from flax import nnx
@@ -192,9 +193,9 @@ class FeedbackLinear(_FeedbackLayer, nnx.Linear):
 
 
 class FeedbackLinearGeneral(_FeedbackLayer, nnx.LinearGeneral):
-    """Feedback-alignment `nnx.LinearGeneral`: a linear layer over any axes.
+    """A feedback-alignment `nnx.LinearGeneral`: a linear layer over any axes.
 
-    Its arguments are Flax's, and those of `FeedbackLinear` that begin with `feedback_`.
+    Its arguments are Flax's, and the arguments `feedback_*` of `FeedbackLinear`.
 
     Example:
         >>> from flax import nnx
@@ -204,9 +205,9 @@ class FeedbackLinearGeneral(_FeedbackLayer, nnx.LinearGeneral):
 
 
 class FeedbackEinsum(_FeedbackLayer, nnx.Einsum):
-    """Feedback-alignment `nnx.Einsum`: an einsum of the input with the kernel.
+    """A feedback-alignment `nnx.Einsum`: an einsum of the input with the kernel.
 
-    Its arguments are Flax's, and those of `FeedbackLinear` that begin with `feedback_`.
+    Its arguments are Flax's, and the arguments `feedback_*` of `FeedbackLinear`.
 
     Example:
         >>> from flax import nnx
@@ -216,9 +217,9 @@ class FeedbackEinsum(_FeedbackLayer, nnx.Einsum):
 
 
 class FeedbackConv(_FeedbackLayer, nnx.Conv):
-    """Feedback-alignment `nnx.Conv`: a convolution over `(batch, *spatial, features)`.
+    """A feedback-alignment `nnx.Conv`: a convolution over `(batch, *spatial, features)`.
 
-    Its arguments are Flax's, and those of `FeedbackLinear` that begin with `feedback_`.
+    Its arguments are Flax's, and the arguments `feedback_*` of `FeedbackLinear`.
 
     Example:
         >>> from flax import nnx
@@ -228,9 +229,9 @@ class FeedbackConv(_FeedbackLayer, nnx.Conv):
 
 
 class FeedbackConvTranspose(_FeedbackLayer, nnx.ConvTranspose):
-    """Feedback-alignment `nnx.ConvTranspose`: a transposed convolution.
+    """A feedback-alignment `nnx.ConvTranspose`: a transposed convolution.
 
-    Its arguments are Flax's, and those of `FeedbackLinear` that begin with `feedback_`.
+    Its arguments are Flax's, and the arguments `feedback_*` of `FeedbackLinear`.
 
     Example:
         >>> from flax import nnx
@@ -240,7 +241,7 @@ class FeedbackConvTranspose(_FeedbackLayer, nnx.ConvTranspose):
 
 
 class _Projections(nnx.Module):
-    """A tree of projections as one variable."""
+    """A module with a tree of projections as one variable."""
 
     def __init__(self, out_features, features, projection_init, stored, stacked, rngs):
         _check_rngs(rngs)
@@ -250,7 +251,7 @@ class _Projections(nnx.Module):
             return jax.ShapeDtypeStruct((*shape[:stacked], 1, *shape[stacked:]), jnp.float32)
 
         if "feedback" not in rngs:
-            # Many draws may follow each other, but none may change which kernels are drawn later.
+            # A stream of its own, so that these draws do not change later draws of kernels.
             rngs.feedback = nnx.RngStream(_feedback_key(rngs), tag="feedback")
         self.projection = Projection(
             direct.draw_projections(
@@ -285,41 +286,41 @@ def _as_tuple(shape):
 
 
 def _check_features(expected, output, activation, stacked):
-    """Raises ValueError unless these are the features for which a key would draw a projection."""
+    """Raises ValueError unless a key would draw a projection for the features `expected`."""
     leading = min(len(output) - 1, len(activation) - 1 - stacked)
     features = (*activation[:stacked], *activation[stacked + leading :])
     if features != expected:
         raise ValueError(
-            f"features are {expected}, but with the activation {activation} and the output "
-            f"{output} they are {features}. Only stored projections (stored=True) can be shared "
-            "by axes that the output does not have."
+            f"features are {expected}, but with an activation of shape {activation} and an output "
+            f"of shape {output} they are {features}. Only a stored projection (stored=True) can be "
+            "shared along axes that the output does not have."
         )
 
 
 class DirectFeedback(_Projections):
     """Direct feedback alignment: `(output, activations) -> output`.
 
-    Hands the output's error to the activations through fixed random projections; see
-    `soap_jax.direct.direct_feedback`, and stop the ordinary path with `soap_jax.ops.detach`.
+    Sends the output's error to the activations through fixed random projections; see
+    `soap_jax.direct.direct_feedback`. Stop the ordinary path with `soap_jax.ops.detach`.
 
     Args:
         out_features: size of the output.
         features: the shape of the activation without its leading axes, an int or a tuple of ints;
-            or a tree of such, of the activations' structure: `[(8, 8, 32), 256]`.
+            or a tree of these, of the activations' structure: `[(8, 8, 32), 256]`.
         error: "exact" (DFA) or "sign" (sDFA).
         projection_init: initialiser of the projections, `(key, (out, features), dtype) -> array`.
-        stored: False keeps a key in place of each projection, and every backward pass draws it
-            again: less memory for more arithmetic, the same numbers. `features` are then all axes
-            but as many as the output leads with.
-        stacked: whether activations have a first axis of blocks, as `DirectStack` gives them; then
-            their shapes in `features` begin with the number of blocks.
-        rows: by what signs are divided, as in `direct_feedback`.
-        projection_bar: the projections' own cotangent, as in `direct_feedback`.
-        rngs: as in Flax; a stream `feedback`, if there is one, draws the projections.
+        stored: whether to store projections. False stores keys instead, and every backward pass
+            draws the same projections again, which saves memory and costs time. The activations
+            must then have as many leading axes as the output.
+        stacked: whether activations have a first axis of blocks, as from `DirectStack`; then their
+            shapes in `features` begin with the number of blocks.
+        rows: the divisor of signs, as in `direct_feedback`.
+        projection_bar: the projections' cotangent, as in `direct_feedback`.
+        rngs: as in Flax; the stream `feedback`, if it exists, draws the projections.
 
     Raises:
-        ValueError: when called, as `direct_feedback` does, or without stored projections if an
-            activation has other features.
+        ValueError: when called, as `direct_feedback`; or with `stored=False`, if an activation has
+            other features.
 
     Example:
         >>> import jax.numpy as jnp
@@ -367,20 +368,20 @@ class DirectFeedback(_Projections):
 class DirectTarget(_Projections):
     """Direct random target projection (DRTP): `(activation, target) -> activation`.
 
-    Hands the one-hot target to the activation through a fixed random projection; see
-    `soap_jax.direct.direct_target`. Go on with what is returned.
+    Sends the one-hot target to the activation through a fixed random projection; see
+    `soap_jax.direct.direct_target`. Give the returned activation to the next layer.
 
     Args:
         out_features: size of the target.
         features: the shape of the activation without its leading axes, an int or a tuple of ints.
         projection_init: initialiser of the projection, `(key, (out, features), dtype) -> array`.
         stored: as in `DirectFeedback`.
-        rows: by what targets are divided, as in `direct_target`.
-        rngs: as in Flax; a stream `feedback`, if there is one, draws the projection.
+        rows: the divisor of targets, as in `direct_target`.
+        rngs: as in Flax; the stream `feedback`, if it exists, draws the projection.
 
     Raises:
-        ValueError: when called, as `direct_target` does, or without a stored projection if the
-            activation has other features.
+        ValueError: when called, as `direct_target`; or with `stored=False`, if the activation has
+            other features.
 
     Example:
         >>> from flax import nnx
@@ -413,16 +414,16 @@ class DirectTarget(_Projections):
 
 
 class DirectStack(nnx.Module):
-    """Equal blocks, each cut off from the next: `x -> (length, *x.shape)`, for direct feedback.
+    """A stack of equal, detached blocks for direct feedback: `x -> (length, *x.shape)`.
 
-    The backward pass has no order, so it can run as one batched computation; see
-    `soap_jax.direct.scan_blocks`. Join the activations to the output:
+    No block's error depends on another's, so the backward pass can be one batched computation; see
+    `soap_jax.direct.scan_blocks`. Connect the activations to the output:
 
         activations = self.stack(x)
         output = self.head(detach(activations[-1]))
         output = self.direct(output, activations)           # DirectFeedback(..., stacked=True)
 
-    No cotangent goes back to x. A stem that makes x learns by a projection of its own:
+    x gets no cotangent. Layers before the stack need a projection of their own:
 
         h0 = self.stem(x)
         activations = self.stack(detach(h0))
@@ -431,16 +432,16 @@ class DirectStack(nnx.Module):
         output = self.direct(output, activations)
 
     Args:
-        make_block: `rngs -> nnx.Module`, a module `x -> y`, y of x's shape and dtype. It is called
-            once for every block; `stack.block` is one whose params are `(length, ...)`.
+        make_block: `rngs -> nnx.Module`; the module is `x -> y`, with y of x's shape and dtype. It
+            is called once per block; `stack.block` is one module with params `(length, ...)`.
         length: number of blocks.
         parallel: as in `soap_jax.direct.scan_blocks`.
         rngs: given to `make_block`.
 
     Raises:
-        ValueError: if `make_block` is a module, if `length` is not an integer of at least 1, or if
-            a block has no `nnx.Param`, or other variables (batch statistics, streams of keys,
-            feedback); and when called, if a block's output is unlike its input.
+        ValueError: if `make_block` is a module; if `length` is not an integer of at least 1; if a
+            block has no `nnx.Param`, or has other variables (batch statistics, streams of keys,
+            feedback); when called, if a block's output does not have its input's shape and dtype.
 
     Example:
         >>> import jax.numpy as jnp
@@ -463,8 +464,8 @@ class DirectStack(nnx.Module):
     ):
         if isinstance(make_block, nnx.Module) or not callable(make_block):
             raise ValueError(
-                f"make_block is a {type(make_block).__name__}; expected a function of rngs, which "
-                "makes a block: `lambda rngs: nnx.Linear(64, 64, rngs=rngs)`."
+                f"make_block is a {type(make_block).__name__}; expected a function of rngs that "
+                "makes a block, such as `lambda rngs: nnx.Linear(64, 64, rngs=rngs)`."
             )
         direct.check_length(length, "DirectStack(make_block, length, rngs=rngs)")
         blocks = [make_block(rngs) for _ in range(length)]
@@ -472,12 +473,12 @@ class DirectStack(nnx.Module):
         if kinds := {type(leaf).__name__ for _, leaf in nnx.to_flat_state(states[1])}:
             raise ValueError(
                 f"a block of DirectStack has variables of the type {', '.join(sorted(kinds))}; "
-                "expected nnx.Param only, since blocks run in any order. Write a loop of such "
-                "blocks with `soap_jax.ops.detach` between them."
+                "expected nnx.Param only, since blocks run in any order. Instead write a loop of "
+                "these blocks with `soap_jax.ops.detach` between them."
             )
         if not jax.tree.leaves(states[0]):
             raise ValueError(
-                "a block of DirectStack has no nnx.Param; expected a block that learns."
+                "a block of DirectStack has no nnx.Param; expected a block with parameters."
             )
         params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(nnx.state, blocks))
         self.block = nnx.merge(graph, params)

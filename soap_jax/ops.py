@@ -1,18 +1,18 @@
-"""Bilinear ops whose input cotangent goes through feedback weights.
+"""Bilinear ops that compute the cotangent of their input with feedback weights.
 
-An op that is bilinear in an input `x` and a `kernel` has two cotangents. Backpropagation takes
-both at the kernel itself. Feedback alignment (FA) takes the input's at another array, `feedback`:
+An op that is bilinear in an input `x` and a `kernel` has two cotangents. Backpropagation computes
+the cotangent of `x` with the kernel. Feedback alignment (FA) uses another array, `feedback`:
 
     y          = op(x, kernel)
     x_bar      = the op's cotangent for x, at feedback in place of kernel
     kernel_bar = the op's own cotangent for kernel at (x, kernel)
 
-One mechanism serves every op. The forward pass and `kernel_bar` are left to JAX: `op` is applied
-to a detached `x`, to which no cotangent comes back. Then an identity on `y` adds the missing way
-back to `x`, which is JAX's own transposition of `op` at `feedback`. So
-strides, groups, batch dimensions, einsum strings, `precision`, `vmap`, higher derivatives and
-shardings all come right without a hand-written contraction, nothing but `x` and `feedback` is kept
-for the backward pass, and both passes compile to the matrix products of plain backpropagation.
+All ops use one mechanism. JAX computes the forward pass and `kernel_bar`: `op` is applied to a
+detached `x`, which gets no cotangent. Then an identity on `y` adds the cotangent of `x`: JAX
+transposes `op` at `feedback`. So strides, groups, batch dimensions, einsum strings, `precision`,
+`vmap`, higher derivatives and shardings are correct without a hand-written contraction. The
+backward pass keeps only `x` and `feedback`, and both passes compile to the matrix products of
+plain backpropagation.
 
 References:
     Timothy P. Lillicrap, Daniel Cownden, Douglas B. Tweed, Colin J. Akerman. Random synaptic
@@ -41,20 +41,21 @@ BilinearOp = Callable[[jax.Array, jax.Array], jax.Array]
 Feedback = factors.Feedback
 
 FeedbackBarFn = Callable[[BilinearOp, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-"""`(op, x, kernel, feedback, y_bar) -> feedback_bar`, of feedback's shape.
+"""A function `(op, x, kernel, feedback, y_bar) -> feedback_bar`, of feedback's shape.
 
-`op(x, kernel)` is the product, without a layer's bias and mask."""
+`op(x, kernel)` is the product without the layer's bias and mask."""
 
 FeedbackBar = Literal["kernel"] | FeedbackBarFn | None
-"""What feedback's cotangent is: a function's value, or zeros (`None`). "kernel" names the function
-of Kolen-Pollack learning, the kernel's cotangent; the losses of `soap_jax.local` are functions."""
+"""The cotangent of feedback: zeros (`None`), the kernel's cotangent ("kernel"), or a function.
+
+"kernel" is for Kolen-Pollack learning. The losses of `soap_jax.local` are functions."""
 
 
 class LocalLoss:
-    """A loss that one product's feedback descends; base of those in `soap_jax.local`.
+    """A loss of one product's feedback; the base class of the losses in `soap_jax.local`.
 
-    It sees the product's input and weights, and no error. As `feedback_bar` it makes feedback's
-    cotangent its own gradient by feedback, whatever the op and its layout.
+    It depends on the product's input and weights, and not on the error. Given as `feedback_bar`, it
+    sets feedback's cotangent to the gradient of the loss by feedback, for any op and layout.
     """
 
     def loss(
@@ -64,7 +65,7 @@ class LocalLoss:
 
         Args:
             op: the bilinear op, `(x, kernel) -> y`.
-            x: its input, the batch's activity.
+            x: the op's input, the activity of the batch.
             kernel: forward weights W.
             feedback: feedback weights B, of the kernel's shape and dtype.
         """
@@ -79,24 +80,24 @@ class LocalLoss:
 
 
 SCOPE = "through_feedback"
-"""The name under which profiles show it."""
+"""The name of `through_feedback` in profiles."""
 
 DIRECT = "direct_feedback"
-"""The name under which profiles show direct feedback, and `soap_jax.transform` knows it."""
+"""The name of direct feedback in profiles, by which `soap_jax.transform` finds it."""
 
 MARK = "soap_jax.ops.through_feedback"
-"""The name that its kernel gets (`checkpoint_name`), by which `soap_jax.transform` knows it."""
+"""The `checkpoint_name` of the kernel, by which `soap_jax.transform` finds `through_feedback`."""
 
 FeedbackOp = Callable[[jax.Array, jax.Array, Feedback | None], jax.Array]
-"""`(x, kernel, feedback) -> y`."""
+"""A function `(x, kernel, feedback) -> y`."""
 
 
 @jax.custom_jvp
 def detach(x: jax.Array) -> jax.Array:
-    """The identity, whose derivative is zero.
+    """Returns `x`, with a derivative of zero.
 
-    Unlike `jax.lax.stop_gradient` it stops one differentiation, the innermost, so that the
-    derivative of a pseudo-gradient is right.
+    Unlike `jax.lax.stop_gradient` it stops only the innermost differentiation, so the derivative of
+    a pseudo-gradient is correct.
 
     Example:
         >>> import jax
@@ -116,7 +117,7 @@ def _detach_jvp(primals, tangents):
 
 
 def check_feedback_bar(feedback_bar: FeedbackBar) -> None:
-    """Raises ValueError for what is no cotangent of feedback."""
+    """Raises ValueError unless `feedback_bar` is a valid option."""
     is_function = callable(feedback_bar) and not isinstance(feedback_bar, type)
     if not (feedback_bar is None or feedback_bar == "kernel" or is_function):
         raise ValueError(
@@ -127,7 +128,7 @@ def check_feedback_bar(feedback_bar: FeedbackBar) -> None:
 
 
 def on_cotangent(x: jax.Array, callback: Callable[[], object]) -> jax.Array:
-    """The identity, which calls back when a cotangent is sent back through it, and only then."""
+    """Returns `x`; calls `callback` only when a backward pass reaches `x`."""
 
     @jax.custom_vjp
     def f(x):
@@ -153,31 +154,33 @@ def through_feedback(
     in_turn: bool = False,
     path: trees.Path = (),
 ) -> jax.Array:
-    """Applies a bilinear op, and on the way back sends its cotangent to `x` through `feedback`.
+    """Applies a bilinear op, and computes the cotangent of `x` with `feedback`.
 
-    `feedback_op` is the convenient form. This one is for layers, whose forward pass is `op` and
-    something more: give it as `forward`, and its derivatives by everything but `x` stay its own.
+    `feedback_op` is simpler to use. This function is for layers whose forward pass does more than
+    `op`: give that pass as `forward`. Its derivatives by everything but `x` do not change.
 
     Args:
         op: the bilinear op, a pure function that closes over no traced value.
-        x: the op's input; its cotangent is the op's own at `(y_bar, feedback)`.
+        x: the op's input; its cotangent is the op's cotangent for x, at `feedback`.
         kernel: the op's kernel.
         feedback: feedback weights, of the kernel's shape, or factors; cast to the kernel's dtype.
             None means exact backpropagation.
-        forward: `x -> y`, by default `op(x, kernel)`; may add what does not depend on `x` (a bias).
-        feedback_bar: feedback's own cotangent; see `feedback_op`.
-        mask: by what `forward`, but not `op`, multiplies the kernel; may be traced.
-        in_turn: whether an error passes factors one after the other, and not their product; for a
-            matrix product without a mask.
-        path: feedback's path, for error messages.
+        forward: `x -> y`, by default `op(x, kernel)`; may add terms that do not depend on `x`, such
+            as a bias.
+        feedback_bar: the cotangent of feedback; see `feedback_op`.
+        mask: an array by which `forward`, but not `op`, multiplies the kernel; may be traced.
+        in_turn: whether the error is multiplied by one factor after the other, instead of by their
+            product; only for a matrix product without a mask.
+        path: path of the feedback, for error messages.
 
     Returns:
         `forward(x)`.
 
     Raises:
-        ValueError: if feedback's shape is not the kernel's (the forward pass would never notice),
-            if it is complex and the kernel real, or if `feedback_bar` is neither None, "kernel", a
-            local loss nor a function, or that function's value is no array of feedback's shape.
+        ValueError: if feedback's shape is not the kernel's (the forward pass does not use it); if
+            feedback is complex and the kernel real; if `feedback_bar` is not None, "kernel", a
+            local loss or a function; or if that function does not return an array of feedback's
+            shape.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -223,7 +226,7 @@ def through_feedback(
             bar = _kernel_bar(op, x, kernel_type, at_feedback, y_bar)
         elif learns:
             x, kernel = activities
-            x = x if _has_cotangent(x) else x.astype(kernel.dtype)  # a loss may transpose `op` by x
+            x = x if _has_cotangent(x) else x.astype(kernel.dtype)  # a loss may differentiate by x
             whole, pull_back = jax.vjp(lambda own: factors.as_array(own, kernel.dtype), feedback)
             bar = bar_of(op, x, kernel, whole, y_bar)
             _check_bar(bar, whole)
@@ -240,25 +243,25 @@ def through_feedback(
 
 
 def _kernel_bar(op, x, kernel_type, feedback, y_bar):
-    """The cotangent that feedback would have in the kernel's place, or its factors."""
-    if isinstance(feedback, factors.Product):  # in turn, without the kernel's cotangent
+    """The cotangent of feedback, or of its factors, if feedback were the kernel."""
+    if isinstance(feedback, factors.Product):  # factor by factor, without the kernel's cotangent
         return jax.vjp(lambda own: factors.in_turn(op, x, own), feedback)[1](y_bar)[0]
     (bar,) = jax.linear_transpose(lambda kernel: op(x, kernel), kernel_type)(y_bar)
     return jax.vjp(factors.as_array, feedback)[1](bar)[0]
 
 
 def _check_bar(bar, feedback):
-    """Raises ValueError unless a function returned a cotangent of feedback."""
+    """Raises ValueError unless `bar` is an array of feedback's shape."""
     if getattr(bar, "shape", None) != feedback.shape:
         got = f"shape {bar.shape}" if hasattr(bar, "shape") else type(bar).__name__
         raise ValueError(
-            f"feedback_bar returned {got}; expected an array of shape {feedback.shape}, that of "
-            "feedback."
+            f"feedback_bar returned {got}; expected an array of shape {feedback.shape}, the shape "
+            "of feedback."
         )
 
 
 def cast_feedback(feedback: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Feedback as products take it: in the kernel's dtype, whatever it is stored in.
+    """Casts feedback from the dtype in which it is stored to the kernel's dtype.
 
     Example:
         >>> import jax.numpy as jnp
@@ -271,28 +274,28 @@ def cast_feedback(feedback: jax.Array, kernel: jax.Array) -> jax.Array:
 def feedback_op(op: BilinearOp, *, feedback_bar: FeedbackBar = None) -> FeedbackOp:
     """Gives a bilinear op a feedback argument.
 
-    With `f = feedback_op(op)`, `f(x, kernel, feedback)` equals `op(x, kernel)`; backwards,
+    With `f = feedback_op(op)`, `f(x, kernel, feedback)` equals `op(x, kernel)`. In the backward
+    pass,
 
         x_bar      = opᵀ(y_bar; feedback)      the op's cotangent for x, at feedback
         kernel_bar = opᵀ(y_bar; x)             independent of feedback
 
     so `f(x, kernel, kernel)` is exact backpropagation. `x` and `kernel` are promoted to a common
-    inexact dtype, as Flax layers do, and every cotangent has its primal's dtype. Reverse mode
-    only: `jax.jvp` raises, since a pseudo-gradient is defined by its backward pass.
+    inexact dtype, as in Flax layers, and every cotangent has its primal's dtype. Only reverse mode
+    works: `jax.jvp` raises, since a pseudo-gradient is defined by its backward pass.
 
     Args:
         op: `(x, kernel) -> y`, linear in each argument, closing over no traced value.
-        feedback_bar: the cotangent of feedback. None: none, it reads as zeros. "kernel": the
-            kernel's cotangent, as Kolen-Pollack learning asks. A loss of
-            `soap_jax.local`: its gradient by feedback, for rules that learn from the batch's
-            activities. A function `(op, x, kernel, feedback, y_bar) -> array` of feedback's shape:
-            its value. Integer feedback never has one.
+        feedback_bar: the cotangent of feedback. None: zeros. "kernel": the kernel's cotangent, for
+            Kolen-Pollack learning. A loss of `soap_jax.local`: its gradient by feedback, for rules
+            that learn from the activity of the batch. A function `(op, x, kernel, feedback,
+            y_bar) -> array` of feedback's shape: its value. Integer feedback has no cotangent.
 
     Returns:
         A function `(x, kernel, feedback) -> y`; `feedback=None` means exact backpropagation.
-        It raises ValueError at trace time where feedback's shape is not the kernel's or where the
-        kernel is not floating point. Where JAX promotes nothing implicitly
-        (`jax_numpy_dtype_promotion="strict"`), give `x` the kernel's dtype; feedback may have any.
+        It raises ValueError at trace time if feedback's shape is not the kernel's or the kernel is
+        not floating point. With `jax_numpy_dtype_promotion="strict"` give `x` the kernel's dtype;
+        feedback may have any dtype.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -326,7 +329,9 @@ def feedback_dense(
     preferred_element_type: DTypeLike | None = None,
     feedback_bar: FeedbackBar = None,
 ) -> jax.Array:
-    """Feedback-alignment dense layer without bias: `y = x · kernel`, `x_bar = y_bar · feedbackᵀ`.
+    """A feedback-alignment dense layer without bias.
+
+        y = x · kernel              x_bar = y_bar · feedbackᵀ
 
     Args:
         x: `(..., in)`.
@@ -377,10 +382,10 @@ def feedback_einsum(
     preferred_element_type: DTypeLike | None = None,
     feedback_bar: FeedbackBar = None,
 ) -> jax.Array:
-    """Feedback-alignment `einsum(spec, x, kernel)`.
+    """Feedback alignment for `einsum(spec, x, kernel)`.
 
     Args:
-        spec: an einsum string of two operands, `x` first, such as "bti,iho->btho".
+        spec: an einsum string with two operands, first `x`, such as "bti,iho->btho".
         x: first operand.
         kernel: second operand.
         feedback: of the kernel's shape, or factors; None for exact backpropagation.
@@ -389,7 +394,7 @@ def feedback_einsum(
         feedback_bar: as in `feedback_op`.
 
     Returns:
-        What `jnp.einsum` returns.
+        The result of `jnp.einsum`.
 
     Raises:
         ValueError: see `feedback_op`.
@@ -424,18 +429,19 @@ def feedback_conv(
     preferred_element_type: DTypeLike | None = None,
     feedback_bar: FeedbackBar = None,
 ) -> jax.Array:
-    """Feedback-alignment convolution over any number of spatial axes.
+    """A feedback-alignment convolution over any number of spatial axes.
 
-    `y = x ⋆ kernel`; `x_bar` is the same convolution's transpose, at `feedback`.
+    `y = x ⋆ kernel`; `x_bar` is the transpose of the same convolution, at `feedback`.
 
     Args:
         x: `(batch, *spatial, in)`.
         kernel: `(*window, in / feature_group_count, out)`.
         feedback: of the kernel's shape, or factors; None for exact backpropagation.
-        strides: window strides, one or one per spatial axis.
-        padding: "SAME", "VALID", or `(low, high)` per spatial axis (with `input_dilation` only so).
-        input_dilation: dilation of `x`, one or one per spatial axis.
-        kernel_dilation: dilation of the window, one or one per spatial axis.
+        strides: window strides, one number or one per spatial axis.
+        padding: "SAME", "VALID", or `(low, high)` per spatial axis; with `input_dilation` only the
+            last form.
+        input_dilation: dilation of `x`, one number or one per spatial axis.
+        kernel_dilation: dilation of the window, one number or one per spatial axis.
         feature_group_count: number of groups of features.
         precision: as in `jax.lax.conv_general_dilated`.
         preferred_element_type: as in `jax.lax.conv_general_dilated`.
@@ -485,16 +491,16 @@ def feedback_conv_transpose(
     preferred_element_type: DTypeLike | None = None,
     feedback_bar: FeedbackBar = None,
 ) -> jax.Array:
-    """Feedback-alignment transposed (fractionally strided) convolution.
+    """A feedback-alignment transposed (fractionally strided) convolution.
 
     Args:
         x: `(batch, *spatial, in)`.
         kernel: `(*window, in, out)`; with `transpose_kernel`, `(*window, out, in)`.
         feedback: of the kernel's shape, or factors; None for exact backpropagation.
-        strides: upsampling factors, one or one per spatial axis.
+        strides: upsampling factors, one number or one per spatial axis.
         padding: "SAME", "VALID", or `(low, high)` per spatial axis.
-        kernel_dilation: dilation of the window, one or one per spatial axis.
-        transpose_kernel: flip the window and swap the kernel's feature axes.
+        kernel_dilation: dilation of the window, one number or one per spatial axis.
+        transpose_kernel: whether to flip the window and swap the kernel's feature axes.
         precision: as in `jax.lax.conv_transpose`.
         preferred_element_type: as in `jax.lax.conv_transpose`.
         feedback_bar: as in `feedback_op`.
@@ -542,7 +548,7 @@ def _spatial_rank(x, kernel) -> int:
     if jnp.ndim(kernel) < 2 or jnp.ndim(x) != jnp.ndim(kernel):
         raise ValueError(
             f"x has shape {jnp.shape(x)} and the kernel {jnp.shape(kernel)}; expected (batch, "
-            "*spatial, in) and (*window, in, out), with as many axes."
+            "*spatial, in) and (*window, in, out), with the same number of axes."
         )
     return jnp.ndim(kernel) - 2
 

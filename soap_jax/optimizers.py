@@ -1,12 +1,13 @@
-"""Kolen-Pollack learning: feedback gets its kernel's updates and its kernel's decay.
+"""Kolen-Pollack learning: feedback gets the updates and the weight decay of its kernel.
 
     W <- (1 - decay) W + ΔW
     B <- (1 - decay) B + ΔW
 
-Whatever ΔW is, the difference W - B shrinks by exactly 1 - decay at every update, so B becomes W
-though it never sees it. Any Optax pipeline over the pair `(params, feedback)` does this, once
-feedback's gradient is its kernel's, if it is linear in the gradient (SGD; with momentum the
-difference decays as under SGD with momentum), or elementwise in it with *decoupled* decay (AdamW):
+For any ΔW the difference W - B is multiplied by exactly 1 - decay at every update, so B converges
+to W without access to W. The gradient by feedback must be the gradient by its kernel. Then an Optax
+optimiser over the pair `(params, feedback)` does this, if it is linear in the gradient (SGD; with
+momentum the difference decays as under SGD with momentum), or elementwise with *decoupled* weight
+decay (AdamW):
 
     loss_fa = with_feedback(loss, feedback_bar="kernel")       # or a layer's feedback_bar="kernel"
     optimizer = optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(0.1, momentum=0.9))
@@ -15,12 +16,12 @@ difference decays as under SGD with momentum), or elementwise in it with *decoup
     updates, opt_state = optimizer.update(grads, opt_state, (params, feedback))
     params, feedback = optax.apply_updates((params, feedback), updates)
 
-It does not where decay passes through something nonlinear (Adam after `add_decayed_weights`: B's
-decay is then divided by other moments than W's). A clip by the global norm belongs on the params
-alone, since over the pair it counts kernels twice; but B must then get the clipped update, not its
-own, unclipped gradient (`optax.masked` would leave it that). `kolen_pollack` is for all of these,
-and saves feedback's share of moments: it runs any optimiser on the params alone and hands feedback
-the update that came out:
+It does not if weight decay goes through a nonlinear transformation. With Adam after
+`add_decayed_weights`, for example, the decay of B is divided by other moments than the decay of W.
+Clipping by the global norm is another problem: over the pair it would count kernels twice, and over
+the params only (`optax.masked`) B would get its unclipped gradient. For all these cases use
+`kolen_pollack`. It runs any optimiser on the params only and gives feedback the resulting update,
+so it also needs no moments for feedback:
 
     clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
     optimizer = kolen_pollack(clipped, decay=1e-4)
@@ -41,11 +42,11 @@ from soap_jax import dtypes, factors, trees
 
 
 class KolenPollackState(NamedTuple):
-    """State of `kolen_pollack`.
+    """The state of `kolen_pollack`.
 
     Attributes:
-        num_updates: int32 scalar.
-        inner: the optimiser's state, over `params` alone.
+        num_updates: int32 scalar, the number of updates so far.
+        inner: the optimiser's state, over `params`.
     """
 
     num_updates: jax.Array
@@ -55,29 +56,31 @@ class KolenPollackState(NamedTuple):
 def kolen_pollack(
     optimizer: optax.GradientTransformation, *, decay: optax.ScalarOrSchedule
 ) -> optax.GradientTransformationExtraArgs:
-    """Kolen-Pollack learning around an optimiser of the params.
+    """Makes an optimiser for Kolen-Pollack learning from an optimiser of the params.
 
         W <- (1 - decay) W + ΔW,      B <- (1 - decay) B + ΔW
 
-    with ΔW the optimiser's update. It is an optimiser over the pair `(params, feedback)`. Only
-    kernels that have feedback decay. Feedback's gradient is not looked at, so `feedback_bar` is not
-    needed.
+    with ΔW the update of `optimizer`. The result is an optimiser over the pair `(params,
+    feedback)`. Only kernels with feedback decay. The gradient by feedback is not used, so
+    `feedback_bar` is not needed.
 
     Args:
-        optimizer: any Optax optimiser, clipping included, over `params`. Its own weight decay
-            is a part of ΔW, so W would leak into B: leave weight decay to `decay`. Put
-            `optax.MultiSteps` around the whole, since weights decay at every call of `update`.
-        decay: what W and B lose at every update, in (0, 1), or a schedule of it: the learning rate
-            times the weight decay of an ordinary pipeline.
+        optimizer: any Optax optimiser over `params`, including clipping. It should have no weight
+            decay, which would be part of ΔW, so that W would leak into B: use `decay` instead. Wrap
+            the result, not `optimizer`, in `optax.MultiSteps`, since weights decay at every call of
+            `update`.
+        decay: the share of W and B that decays at every update, in (0, 1), or a schedule of it. It
+            corresponds to the learning rate times the weight decay of other optimisers.
 
     Returns:
-        A gradient transformation whose `init` takes `(params, feedback)`, and whose `update` takes
-        `((gradient, anything), state, (params, feedback))`, and what else the optimiser's takes
-        (`grad` and `value_fn`, too, are about the pair).
+        A gradient transformation. Its `init` takes `(params, feedback)`. Its `update` takes
+        `((gradient, anything), state, (params, feedback))` and the extra arguments of `optimizer`
+        (where `grad` and `value_fn` are over the pair too).
 
     Raises:
-        ValueError: if decay is not in (0, 1), or `optimizer` is no optimiser, or, when it is used,
-            if `(params, feedback)` is not such a pair, or feedback is not floating point.
+        ValueError: if decay is not in (0, 1) or `optimizer` is not an optimiser; and when it is
+            used, if the argument is not a pair `(params, feedback)`, or feedback is not floating
+            point.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -97,8 +100,8 @@ def kolen_pollack(
     known = not (callable(decay) or isinstance(decay, jax.core.Tracer))
     if known and not _is_share(decay):
         raise ValueError(
-            f"decay is {decay!r}; expected a number in (0, 1), the share that W and B lose at "
-            "every update: the learning rate times the weight decay."
+            f"decay is {decay!r}; expected a number in (0, 1), the share of W and B that decays "
+            "at every update: the learning rate times the weight decay."
         )
     of_params = optax.with_extra_args_support(optimizer)
 
@@ -108,13 +111,14 @@ def kolen_pollack(
             if factors.is_factored(leaf):
                 raise ValueError(
                     f"feedback at {trees.show(path)} is a {type(leaf).__name__}; expected an array "
-                    "of its kernel's shape, which gets the kernel's update. Factors learn by their "
-                    "own gradients: with_feedback(loss, feedback_bar='kernel') and hold_fixed."
+                    "of its kernel's shape, which gets the kernel's update. Factors learn from "
+                    "their own gradients: use with_feedback(loss, feedback_bar='kernel') and "
+                    "hold_fixed."
                 )
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
                 raise ValueError(
-                    f"feedback at {trees.show(path)} has dtype {leaf.dtype}; expected floating "
-                    "point, since Kolen-Pollack adds the kernel's updates to it."
+                    f"feedback at {trees.show(path)} has dtype {leaf.dtype}; expected a "
+                    "floating-point dtype, since the kernel's updates are added to it."
                 )
         return KolenPollackState(jnp.zeros((), jnp.int32), of_params.init(params))
 
@@ -142,20 +146,20 @@ def kolen_pollack(
 
 
 def hold_fixed(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """An optimiser that does not update fixed factors of feedback, and keeps no moments for them.
+    """Makes an optimiser that does not update fixed factors of feedback, nor keep moments for them.
 
-    That is the right factor of each `soap_jax.factors.Product`. Its gradient is 0, but weight decay
-    would change it.
+    These are the right factors of each `soap_jax.factors.Product`. Their gradient is 0, but weight
+    decay would change them.
 
     Args:
-        optimizer: any Optax optimiser, over feedback or a tree that holds it, such as the pair
-            `(params, feedback)`.
+        optimizer: any Optax optimiser, over feedback or a tree that contains feedback, such as the
+            pair `(params, feedback)`.
 
     Returns:
         An optimiser over the same tree.
 
     Raises:
-        ValueError: if `optimizer` is no optimiser.
+        ValueError: if `optimizer` is not an optimiser.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -195,7 +199,7 @@ def hold_fixed(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def _check_optimizer(optimizer):
-    """Raises ValueError for what is no Optax optimiser."""
+    """Raises ValueError unless `optimizer` is an Optax optimiser."""
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise ValueError(
             f"optimizer is a {type(optimizer).__name__}; expected an Optax optimiser, such as "
@@ -204,7 +208,7 @@ def _check_optimizer(optimizer):
 
 
 def _of_params(extra_args, feedback):
-    """Optax's extra arguments, which are about the pair, for an optimiser of the params alone."""
+    """Converts Optax's extra arguments from the pair to the params only."""
     fixed = {
         "grad": lambda pair: pair[0],
         "value_fn": lambda value: lambda params: value((params, feedback)),
@@ -222,6 +226,6 @@ def _pair(learnt: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.ArrayTree]:
     if not (isinstance(learnt, tuple) and len(learnt) == 2):
         raise ValueError(
             f"kolen_pollack was given a {type(learnt).__name__}; expected the pair (params, "
-            "feedback), in `init`, and in `update` as gradient and as its third argument."
+            "feedback) in `init`, and pairs as gradient and as third argument of `update`."
         )
     return learnt

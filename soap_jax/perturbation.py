@@ -1,33 +1,34 @@
-"""Gradients estimated by perturbation: learning with no way back for errors.
+"""Gradient estimates by perturbation: learning without a backward pass of errors.
 
     grad_fn = perturbation.forward_gradient(loss)         # or one of the other two
-    value, gradients = grad_fn(params, x, y, key=key)     # pure; any optimiser takes it from here
+    value, gradients = grad_fn(params, x, y, key=key)     # pure; for any optimiser
 
-Something is changed at random, and the slope of the loss in that direction, times the direction, is
-an estimate of the gradient:
+Params or activations are changed in a random direction. The slope of the loss in that direction,
+times the direction, is an estimate of the gradient:
 
-    g = (1/n) Σ sᵢ vᵢ      over n random directions v, with the loss's slope s along each
+    g = (1/n) Σ sᵢ vᵢ      over n random directions v, with the slope s of the loss along each
 
                            v changes      s
-    forward_gradient       params         ∇L · v, exactly, by forward differentiation
+    forward_gradient       params         ∇L · v, exact, by forward differentiation
     weight_perturbation    params         (L(θ + σv) - L(θ - σv)) / 2σ
-    node_perturbation      activations    the same; its g are errors, from which each layer has its
-                                          gradient by itself
+    node_perturbation      activations    the same; here g are errors, from which each layer
+                                          computes its own gradient
 
-The entries of v are independent, of mean 0 and variance 1, and of fourth moment κ: 3 for normal
-numbers, 1 for signs. The estimate then has the gradient as its mean (differences: up to σ² times
-third derivatives, none where L is quadratic), and around it the variance
+The entries of v are independent, with mean 0, variance 1 and fourth moment κ, which is 3 for normal
+numbers and 1 for signs. The mean of the estimate is then the gradient. (For differences it is so up
+to σ² times third derivatives, and exactly if L is quadratic.) The variance is
 
     E |g - ∇L|² = (N + κ - 2) |∇L|² / n,      N entries in v
 
-So one direction has N times as much noise as gradient, and where the loss is curved alike in all
-directions it stands 1/N of backprop's learning rate. That is the lower end of a comparison with
-feedback. In node perturbation N counts units (of one example, see there), which are fewer.
+So with one direction the noise is N times the gradient. If the loss has the same curvature in all
+directions, only 1/N of backprop's learning rate is stable. This is the lower end of a comparison
+with feedback. In node perturbation N is the number of units (of one example, see there), which is
+smaller.
 
-Losses are evaluated 1 + 2n times, or n times with tangents (`jax.vmap` over directions: n times
-the memory). A loss that draws, as with dropout, takes its key among `args`, so that all evaluations
-draw the same. `soap_jax.study.compare` knows the first two as "forward_gradient" and
-"weight_perturbation".
+The loss is evaluated 1 + 2n times, or n times with tangents. (`jax.vmap` over directions needs n
+times the memory.) A loss that draws random numbers, such as dropout, takes its key from `args`, so
+all evaluations draw the same numbers. In `soap_jax.study.compare` the first two are the methods
+"forward_gradient" and "weight_perturbation".
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ from jax.typing import ArrayLike
 from soap_jax import activity, draws, dtypes, grids, trees
 
 Loss = Callable[..., Any]
-"""`(params, *args) -> loss`, a scalar, or `(loss, aux)`."""
+"""A function `(params, *args) -> loss`, a scalar, or `(loss, aux)`."""
 
 Sampler = Callable[[chex.PRNGKey, tuple[int, ...]], jax.Array]
-"""`(key, shape) -> numbers` of mean 0 and variance 1; the first axis is that of the directions."""
+"""A function `(key, shape) -> numbers` of mean 0 and variance 1, with directions as first axis."""
 
 GradFn = Callable[..., tuple[Any, chex.ArrayTree]]
-"""`(params, *args, key) -> (value, gradients)`."""
+"""A function `(params, *args, key) -> (value, gradients)`."""
 
 
 def forward_gradient(
@@ -59,24 +60,24 @@ def forward_gradient(
 
         g = (1/n) Σ (∇L · vᵢ) vᵢ,    ∇L · v by `jax.jvp`
 
-    Unbiased, with the variance (N + 1) |∇L|² / n for normal directions, N the number of params.
-    Directions that are a basis, each √N long, give the gradient itself. No activation is stored for
-    a way back.
+    It is unbiased, with variance (N + 1) |∇L|² / n for normal directions and N params. If the
+    directions form an orthogonal basis, each of length √N, it is exactly the gradient. No
+    activation is stored for a backward pass.
 
     Args:
-        loss: `(params, *args) -> scalar`. It is differentiated forwards, which functions of
-            `jax.custom_vjp` refuse: `with_feedback` and the ops of feedback among them.
-        directions: n, how many are averaged.
-        sampler: what draws them, all n at once for each array of params: `(key, (n, *shape))`.
+        loss: `(params, *args) -> scalar`. It must support forward-mode differentiation, which
+            functions with `jax.custom_vjp` do not, such as `with_feedback` and the feedback ops.
+        directions: n, the number of directions over which the mean is taken.
+        sampler: draws all n directions of one array of params: `(key, (n, *shape)) -> numbers`.
         has_aux: whether `loss` returns `(loss, aux)`.
 
     Returns:
-        `(params, *args, key) -> (value, gradients)`, with `key` by its name; with `has_aux`
-        `((value, aux), gradients)`.
+        `(params, *args, key) -> (value, gradients)`, where `key` is a keyword argument; with
+        `has_aux` it returns `((value, aux), gradients)`.
 
     Raises:
-        ValueError: for a number of directions that is none; and from the returned function if
-            params are not all real floating-point arrays, for a key that is none, or if the
+        ValueError: if `directions` is not an integer of at least 1; and from the returned function,
+            if params are not all real floating-point arrays, if `key` is not a PRNG key, or if the
             sampler draws another shape.
 
     Example:
@@ -120,23 +121,23 @@ def weight_perturbation(
 
         g = (1/n) Σ sᵢ vᵢ,    s = (L(θ + σv) - L(θ - σv)) / 2σ
 
-    Directions of signs make it SPSA, simultaneous perturbation stochastic approximation; its
-    variance is (N - 1) |∇L|² / n, N the number of params. Nothing is differentiated, so the loss
-    may be anything: with spikes, rounding, a device behind `jax.pure_callback`.
+    With signs as directions this is SPSA, simultaneous perturbation stochastic approximation, with
+    variance (N - 1) |∇L|² / n for N params. Nothing is differentiated, so the loss may contain
+    spikes, rounding, or a device behind `jax.pure_callback`.
 
     Args:
         loss: `(params, *args) -> scalar`.
-        scale: σ, positive, may be traced. Larger than what rounding makes of params and loss: in
-            float32 the default is, in bfloat16 take 0.1.
+        scale: σ, positive, may be traced. It must be larger than the rounding errors of params and
+            loss. The default is large enough for float32; for bfloat16 use 0.1.
         directions: as in `forward_gradient`.
-        sampler: as there; by default signs.
-        has_aux: as there; `aux` is that of the unchanged params, as the value is.
+        sampler: as in `forward_gradient`; by default signs.
+        has_aux: as in `forward_gradient`; value and `aux` are those of the unchanged params.
 
     Returns:
         As `forward_gradient`.
 
     Raises:
-        ValueError: if the scale is not positive; or as there.
+        ValueError: if the scale is not positive; or as `forward_gradient`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -179,28 +180,29 @@ def node_perturbation(
         e = (1/n) Σ sᵢ ξᵢ,    s = (L(a + σξ) - L(a - σξ)) / 2σ      at all tapped activations a
         W_bar = xᵀ e                                        where the tap is at a = x W
 
-    An error e reaches the params below its tap, down to the next taps, by their own derivative. So
-    tap the output of every layer before its nonlinearity, the network's output included; params
-    after the last tap have their exact gradient. `tap` is that of `soap_jax.activity`.
+    The operations between an error e and the taps below it are differentiated exactly. So tap the
+    output of every layer before its nonlinearity, including the output of the network; params after
+    the last tap have their exact gradient. `tap` is used as in `soap_jax.activity`.
 
-    With a loss of `(batch,)`, that of each example, each one's noise is weighed by its own loss:
-    the variance of an example's error is (N + 1) |e|² / n, N its own units. (An example's loss must
-    not depend on others, as with batch normalisation it does.) With a scalar loss, the mean, N is
-    the units of the whole batch, and the noise of all examples reaches each.
+    If the loss is `(batch,)`, one number per example, the noise of each example is weighted by its
+    own loss. The variance of the error of an example is then (N + 1) |e|² / n, with N the units of
+    one example. (The loss of an example must not depend on other examples, as it does with batch
+    normalisation.) If the loss is a scalar, the mean, N is the number of units of the whole batch,
+    and every error contains the noise of all examples.
 
     Args:
-        loss: `(tap, params, *args) -> scalar`, or `(batch,)`, whose mean is learnt.
-        scale: σ, positive, may be traced; for activations as for params in `weight_perturbation`.
+        loss: `(tap, params, *args) -> scalar`, or `(batch,)`, of which the mean is minimised.
+        scale: σ, positive, may be traced; as in `weight_perturbation`, but for activations.
         directions: as in `forward_gradient`.
-        sampler: as there.
-        has_aux: as there; `aux` is that of the unchanged activations, as the value is.
+        sampler: as in `forward_gradient`.
+        has_aux: as in `forward_gradient`; value and `aux` are those of the unchanged activations.
 
     Returns:
         As `forward_gradient`.
 
     Raises:
         ValueError: as in `weight_perturbation`; as `soap_jax.activity.value_and_grad` for taps; or
-            if a loss `(batch,)` meets a tap whose first axis is another.
+            if the loss is `(batch,)` and the first axis of a tap has another length.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -249,7 +251,7 @@ def node_perturbation(
 
 @jax.custom_vjp
 def _send(a, error):
-    """`a`, whose cotangent is `error`, whatever comes back to it."""
+    """Returns `a`, with `error` as its cotangent."""
     del error
     return a
 
@@ -267,21 +269,22 @@ _send.defvjp(_send_fwd, _send_bwd)
 
 
 def _draw(key, tree, directions, sampler):
-    """Directions `(n, *shape)` for every array of a tree, in its dtype."""
+    """Draws directions `(n, *shape)` for every array of a tree, in its dtype."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     for keys, leaf in leaves:
         dtype = dtypes.of(leaf)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
                 f"{trees.show(trees.path_of(keys))} is {dtype or type(leaf).__name__}; expected "
-                "real floating-point arrays, of which there are slopes. Bind the rest to the loss."
+                "real floating-point arrays, along which there are slopes. Bind other values to "
+                "the loss."
             )
 
     def one(key, leaf):
         shape = (directions, *jnp.shape(leaf))
         drawn = jnp.asarray(sampler(key, shape))
         if drawn.shape != shape:
-            raise ValueError(f"sampler drew {drawn.shape}; expected {shape}, as asked for.")
+            raise ValueError(f"sampler drew {drawn.shape}; expected {shape}, the given shape.")
         return drawn.astype(jnp.result_type(leaf))
 
     each = jax.random.split(draws.typed(key), len(leaves))
@@ -290,7 +293,7 @@ def _draw(key, tree, directions, sampler):
 
 
 def _slopes(fun, at, steps, scale):
-    """Central differences of `fun` along each step, `(n, ...)`."""
+    """Computes central differences of `fun` along each step, `(n, ...)`."""
 
     def moved(step, sign):
         def one(x, d):
@@ -308,7 +311,7 @@ def _slopes(fun, at, steps, scale):
 
 
 def _estimate(slopes, steps):
-    """The mean of slope times step; a slope's axes are the first of its step's."""
+    """Computes the mean of slope times step; slopes have the first axes of the steps."""
 
     def one(step):
         s, d = dtypes.widen(slopes, step)
@@ -322,7 +325,7 @@ def _check(directions, sampler, scale: ArrayLike = 1.0):
     grids.check_count("directions", directions)
     activity.check_positive("scale", scale)
     if not callable(sampler):
-        raise ValueError(f"sampler is {sampler!r}; expected (key, shape) -> numbers.")
+        raise ValueError(f"sampler is {sampler!r}; expected a function (key, shape) -> numbers.")
 
 
 def _check_examples(examples, types):
@@ -330,5 +333,5 @@ def _check_examples(examples, types):
     if len(examples) > 1 or (examples and others):
         raise ValueError(
             f"the loss has the shape {examples} and taps have {others or types}; expected a "
-            "scalar, or one number for each example, and taps with the examples' axis first."
+            "scalar, or one number for each example, and taps with examples as their first axis."
         )

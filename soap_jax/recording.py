@@ -1,4 +1,4 @@
-"""Metrics within a scanned training loop, every so many steps.
+"""Metrics in a scanned training loop, once every `period` steps.
 
     def body(state, batch):
         state, loss = step(state, batch)
@@ -6,11 +6,11 @@
         return state, (loss, row)
 
     state, (losses, rows) = jax.lax.scan(body, state, batches)
-    curves = recorded(rows)            # of the steps that were measured alone
+    curves = recorded(rows)            # only the measured steps
 
-Between those steps nothing is computed: it is a `lax.cond`. Record after the step: what a `cond`
-reads before it cannot be updated in place. (Under `vmap` a `cond` computes both sides; there
-measure outside, between scans.)
+Between these steps nothing is computed, since it is a `lax.cond`. Record after the training step:
+arrays that a `cond` reads before the step cannot be updated in place. (Under `vmap` both branches
+of a `cond` are computed; measure between scans there.)
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from soap_jax import rules, trees
 from soap_jax.feedback import FeedbackState, sync_feedback
 
 Metric = Callable[[chex.ArrayTree, chex.ArrayTree], chex.ArrayTree]
-"""`(params, feedback) -> scalar, or tree of scalars`."""
+"""A function `(params, feedback) -> scalar`, or tree of scalars."""
 
 
 class Row(NamedTuple):
-    """What was measured at one step, or with leading axes at many.
+    """The measurements at one step, or with leading axes at many steps.
 
     Attributes:
-        step: int32, the number of completed updates; -1 where nothing was measured.
-        values: float scalars by metric and path, such as "weight_angle/Dense_1/kernel", as loggers
-            and the tables of `soap_jax.study` have them; NaN where nothing was measured.
+        step: int32, the number of completed updates; -1 if nothing was measured.
+        values: float scalars by metric and path, such as "weight_angle/Dense_1/kernel", as in
+            loggers and the tables of `soap_jax.study`; NaN if nothing was measured.
     """
 
     step: jax.Array
@@ -53,17 +53,18 @@ def record_alignment(
     *,
     period: int,
 ) -> Row:
-    """Measures where `step % period == 0`, and computes nothing elsewhere.
+    """Computes metrics if `step % period == 0`; at other steps it computes nothing.
 
     Args:
-        metrics: by name, such as `{"weight_angle": soap_jax.metrics.weight_angle}`; bind what else
-            a metric needs, such as a batch: `functools.partial(soap_jax.metrics.gradient_angle,
-            gradient)`, or as `soap_jax.metrics.effective_rank` shows.
+        metrics: functions by name, such as `{"weight_angle": soap_jax.metrics.weight_angle}`. Bind
+            other arguments, such as a batch: `functools.partial(soap_jax.metrics.gradient_angle,
+            gradient)`; see also the example of `soap_jax.metrics.effective_rank`.
         params: as in `soap_jax.trees.map_pairs`.
-        feedback: as there, or whatever the metrics take. A `FeedbackState` is synced first, with
-            `step`, so that metrics see the feedback that the next training step will use.
+        feedback: as in `soap_jax.trees.map_pairs`, or any other argument of the metrics. A
+            `FeedbackState` is first synced with `step`, so metrics get the feedback that the next
+            training step will use.
         step: integer scalar, the number of completed updates.
-        period: steps from one row to the next.
+        period: the number of steps from one measurement to the next.
 
     Returns:
         A `Row`, of the same structure at every step.
@@ -109,13 +110,13 @@ def record_alignment(
 
 
 def recorded(rows: Row) -> Row:
-    """Keeps the steps at which something was measured; call it outside `jit`.
+    """Selects the steps at which metrics were measured; call it outside `jit`.
 
     Args:
-        rows: what a scan stacked, with a leading axis `(steps,)`.
+        rows: the stacked rows of a scan, with a leading axis `(steps,)`.
 
     Returns:
-        The same with NumPy arrays `(measured steps,)`.
+        A `Row` of NumPy arrays `(measured steps,)`.
     """
     rows = jax.device_get(rows)
     due = np.asarray(rows.step) >= 0

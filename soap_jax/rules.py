@@ -1,27 +1,28 @@
 """Rules: how feedback weights change outside the optimiser.
 
-A rule is a frozen, hashable value whose heart is one pure function on a pair of arrays,
-`rule(kernel, feedback, key) -> feedback`. `sync_feedback` calls it where
-`step % period == 0`. A rule of your own is one small class:
+A rule is a frozen, hashable object that is called as a pure function of one kernel and its
+feedback, `rule(kernel, feedback, key) -> feedback`. `sync_feedback` calls it when
+`step % period == 0`. To write your own rule, define one small class:
 
     >>> import dataclasses
     >>> import jax.numpy as jnp
     >>> from soap_jax import rules
     >>> @dataclasses.dataclass(frozen=True, kw_only=True)
     ... class Leak(rules.Rule):
-    ...     "Feedback forgets a part of itself: B <- (1 - rate) B."
+    ...     "Feedback decays: B <- (1 - rate) B."
     ...     rate: float
     ...     def __call__(self, kernel, feedback, key):
     ...         return (1 - self.rate) * feedback
     >>> Leak(period=10, rate=0.5)
     Leak(period=10, rate=0.5)
 
-A rule that remembers something from sync to sync says by `init` what, and then is
-`rule(kernel, feedback, key, memory) -> (feedback, memory)`.
+A rule can keep a memory from one sync to the next. Its `init` returns the first memory, and it is
+called as `rule(kernel, feedback, key, memory) -> (feedback, memory)`.
 
-Rules hold numbers and strings, never functions or arrays (two equal initialisers do not compare
-equal, and would retrace). The one exception is an array `period`, for sweeps over the period: it
-makes the rule unhashable until `init_feedback` has moved the period into the state.
+The fields of a rule are numbers and strings, never functions or arrays. (Two equal initialisers do
+not compare equal, so they would cause a retrace.) The only exception is an array `period`, for
+sweeps over the period: it makes the rule unhashable until `init_feedback` has moved the period into
+the state.
 """
 
 from __future__ import annotations
@@ -42,23 +43,24 @@ from soap_jax import draws, dtypes
 Magnitude = Literal["norm", "unit", "preserve", "glorot", "redraw", "kernel"]
 
 Made = jax.Array | tuple[jax.Array, chex.ArrayTree]
-"""What a rule returns: feedback, and its memory if it has one."""
+"""The result of a rule: feedback, or (feedback, memory) for a rule with a memory."""
 
 LARGEST = np.iinfo(np.int32).max
-"""The largest step and period."""
+"""The largest allowed step and period, the largest int32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Base of all rules.
+    """The base class of all rules.
 
     Attributes:
-        period: feedback is synced every so many parameter updates, counted from 0.
+        period: the number of parameter updates from one sync to the next; the first sync is at
+            step 0.
 
     Raises:
-        ValueError: if the period is not an integer from 1 to the largest of int32, or not a scalar;
-            or if values are given without their names. The value of a traced period is not looked
-            at: one below 1 never syncs.
+        ValueError: if the period is not an integer scalar from 1 to the largest int32, or if
+            arguments are given by position. The value of a traced period is not checked: with a
+            value below 1 feedback is never synced.
     """
 
     period: ArrayLike = 1
@@ -67,7 +69,7 @@ class Rule:
         fields = [field for field in dataclasses.fields(cls) if field.init]
         if args and all(field.kw_only for field in fields):
             raise ValueError(
-                f"{cls.__name__}({', '.join(map(repr, args))}) has values without names; expected "
+                f"{cls.__name__}({', '.join(map(repr, args))}) has positional arguments; expected "
                 f"{cls.__name__}({', '.join(f'{field.name}=...' for field in fields)})."
             )
         return super().__new__(cls)
@@ -77,24 +79,24 @@ class Rule:
 
     @property
     def accumulates(self) -> bool:
-        """Whether new feedback is computed from the old, so that fewer bits would lose small steps.
+        """Whether new feedback depends on the old, so that a smaller dtype could lose small steps.
 
-        Where it is False, feedback that products take in fewer bits may be stored in these, and
-        training has the same bits: `init_feedback(dtype="used")`. Else that keeps the kernel's
-        dtype, as it does for a rule that does not say.
+        If it is False, `init_feedback(dtype="used")` may store feedback in a smaller dtype in which
+        products use it; training is bit-identical. If it is True, the default, feedback keeps the
+        kernel's dtype.
         """
         return True
 
     def init(
         self, kernel: jax.Array, feedback: jax.Array, key: chex.PRNGKey
     ) -> chex.ArrayTree | None:
-        """What the rule remembers of one kernel's feedback; None, as by default, if nothing.
+        """Returns the rule's first memory for one kernel; None, the default, for no memory.
 
-        `init_feedback` calls it once. It is kept in the state, and handed on from sync to sync.
+        `init_feedback` calls it once. The state keeps the memory from one sync to the next.
 
         Args:
             kernel: forward weights W.
-            feedback: feedback weights B as they are stored.
+            feedback: feedback weights B as stored.
             key: differs from layer to layer.
 
         Returns:
@@ -110,13 +112,13 @@ class Rule:
             kernel: forward weights W.
             feedback: feedback weights B, of the kernel's shape.
             key: differs from layer to layer and step to step.
-            memory: a fourth argument, of a rule whose `init` returns something: that, or what the
-                last sync returned.
+            memory: a fourth argument, only for a rule with a memory: the memory that the last sync
+                returned, or at first the one from `init`.
 
         Returns:
-            The new B, of the same shape; it is cast to B's dtype. Where B is stored as integers
-            (`init_feedback(dtype=...)`), integers. Of a rule with a memory the pair `(B, memory)`,
-            the memory of the same structure, shapes and dtypes.
+            The new B, of the same shape; it is cast to B's dtype. If B is stored as integers
+            (`init_feedback(dtype=...)`), the new B must be integers too. A rule with a memory
+            returns `(B, memory)`, with a memory of the same structure, shapes and dtypes.
         """
         raise NotImplementedError(f"{type(self).__name__} must define __call__.")
 
@@ -145,30 +147,30 @@ class Fixed(Rule):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SignSync(Rule):
-    """Sign synchronisation: one bit per synapse leaks, `B <- m * sign(W)`.
+    """Sign synchronisation: copies one bit per weight, the sign: `B <- m * sign(W)`.
 
-    The magnitudes m are, by name,
+    `magnitude` names the magnitudes m:
 
         "norm"      norm(B0) / sqrt(size), so norm(B) = norm(B0) forever: the clean control
-        "kernel"    norm(W) / norm(sign(W)) of now, so norm(B) = norm(W): Moskovitz's strict
-                    normalisation. sign(0) = 0
+        "kernel"    norm(W) / norm(sign(W)) of the current W, so norm(B) = norm(W): Moskovitz's
+                    strict normalisation. sign(0) = 0
         "unit"      1: SOAP's sync, and uSF. sign(0) = 0
         "glorot"    sqrt(2 / (fan_in + fan_out)): uSF as BioTorch scales it. sign(0) = 0
         "preserve"  abs(B), so abs(B0) forever: SOAP's remedy, and frSF at period 1
-        "redraw"    abs of a fresh draw at every sync, Glorot's uniform one: brSF
+        "redraw"    abs of a fresh draw at every sync, from Glorot's uniform: brSF
 
-    "norm" is the default, since it changes the direction of feedback alone. "unit" also makes it
-    larger, often ten times as large as the kernel, which multiplies the learning rate of the layers
-    below and easily passes for a better method. In "norm", "preserve" and "redraw" a zero weight
-    counts as positive, so that no magnitude is ever lost.
+    "norm" is the default, since it changes only the direction of feedback. "unit" also makes
+    feedback larger, often ten times as large as the kernel. This multiplies the learning rate of
+    the layers below, which is easily mistaken for a better method. With "norm", "preserve" and
+    "redraw" a zero weight counts as positive, so no magnitude is lost.
 
-    "norm" remembers one number a kernel, the root mean square of B0 (`init`). The norm of "kernel"
-    is the whole kernel's, wherever its parts lie on a mesh; but under `shard_map` a rule sees its
-    shard, and takes the norm of that.
+    "norm" has a memory: one number per kernel, the root mean square of B0 (`init`). "kernel" uses
+    the norm of the whole kernel, also if the kernel is sharded. Under `shard_map` a rule gets one
+    shard, and uses the norm of the shard.
 
-    A kernel is taken for one matrix or convolution, `(*window, in, out)`. Of kernels stacked by
+    A kernel is treated as one matrix or convolution, `(*window, in, out)`. For kernels stacked by
     `nn.scan`, "norm" and "kernel" would pool the layers, and "glorot" and "redraw" would count the
-    layers as a window: use "unit" or "preserve", or a rule of your own around
+    layers as part of the window. Use "unit" or "preserve" for these, or write a rule that calls
     `jax.vmap(SignSync(...))` and, for "norm", `jax.vmap(SignSync(...).init)`.
 
     Attributes:
@@ -207,11 +209,11 @@ class SignSync(Rule):
 
     @property
     def accumulates(self) -> bool:
-        """Of the old feedback only magnitudes are kept, one by one, but for "norm" their mean."""
+        """True for "norm" only: its memory is a mean over the old feedback."""
         return self.magnitude == "norm"
 
     def init(self, kernel: jax.Array, feedback: jax.Array, key: chex.PRNGKey) -> jax.Array | None:
-        """Returns the root mean square of `feedback` for "norm"."""
+        """Returns the root mean square of `feedback` for "norm", else None."""
         return root_mean_square(feedback) if self.magnitude == "norm" else None
 
     def __call__(
@@ -221,7 +223,7 @@ class SignSync(Rule):
         key: chex.PRNGKey,
         memory: chex.ArrayTree | None = None,
     ) -> Made:
-        """Returns the magnitudes with the signs of `kernel`; "norm", which has a memory, both."""
+        """Returns the magnitudes with the signs of `kernel`; for "norm" also the memory."""
         match self.magnitude:
             case "unit":
                 return jnp.sign(kernel).astype(feedback.dtype)  # whole numbers, also as integers
@@ -253,8 +255,8 @@ class SignSync(Rule):
 class Transport(Rule):
     """Weight transport: `B <- B + rate * (W - B)`.
 
-    With `rate=1` feedback is a copy of the kernel, `period` updates old at most; with
-    `period=1` too, training is exact backpropagation.
+    With `rate=1` feedback is a copy of the kernel, at most `period` updates old; if also
+    `period=1`, training is exact backpropagation.
 
     Attributes:
         period: as in `Rule`.
@@ -282,48 +284,49 @@ class Transport(Rule):
 
     @property
     def accumulates(self) -> bool:
-        """At a rate of 1 feedback is a copy of the kernel, whatever it was."""
+        """False at a rate of 1: new feedback is then a copy of the kernel."""
         return self.rate != 1
 
     def __call__(self, kernel: jax.Array, feedback: jax.Array, key: chex.PRNGKey) -> jax.Array:
         """Returns `feedback`, moved towards `kernel`."""
         del key
         if self.rate == 1:
-            return kernel  # exactly, whatever the rounding of W - B
+            return kernel  # exact, without the rounding of W - B
         w, b = dtypes.widen(kernel, feedback)
         return _rounded(b + float(self.rate) * (w - b), feedback)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightMirror(Rule):
-    """Weight mirror: feedback learned from noise that is sent through the layer.
+    """Weight mirror: feedback learns from noise that is sent through the layer.
 
         B <- (1 - decay) B + rate * xᵀ (x W) / batch_size,      x ~ Normal(0, scale²)
 
-    On average that is `B <- (1 - decay) B + rate * scale² W`, so B settles around
-    rate * scale² / decay times W, by default around W itself. It is noisy weight transport: after
-    some 1 / decay syncs the angle of B to W is about
+    The mean of this update is `B <- (1 - decay) B + rate * scale² W`. So B converges to about
+    rate * scale² / decay times W, by default to about W. It is noisy weight transport: after
+    about 1 / decay syncs the angle between B and W is about
 
         atan √(decay * fan_in / (2 * batch_size))
 
-    and norm(B) about norm(W) / cos(angle). By default that is 11 degrees at a fan-in of 500, to
-    which comes what W changes within that time; where W changes much, training may diverge at a
-    learning rate that backprop stands, as it does with `Transport` at the same rate.
+    and norm(B) is about norm(W) / cos(angle). With the defaults the angle is 11 degrees at a fan-in
+    of 500, and larger if W changes within that time. If W changes much, training may diverge at a
+    learning rate at which backprop is stable, as with `Transport` at the same rate.
 
-    A convolution's kernel `(*window, in, out)` counts as a matrix of fan-in window * in: noise
-    comes as independent patches. So does any kernel of more axes: of stacked kernels (`nn.scan`)
-    and attention's `(in, heads, size)` all axes but the last make the fan-in, which is more noise
-    than need be; a rule of your own around `jax.vmap(WeightMirror())` mirrors each by itself.
+    A convolution's kernel `(*window, in, out)` is treated as a matrix of fan-in window * in, so the
+    noise consists of independent patches. Any kernel with more than two axes is treated in the same
+    way. For stacked kernels (`nn.scan`) and attention's `(in, heads, size)` all axes but the last
+    form the fan-in, which gives more noise than necessary. To mirror each kernel separately, write
+    a rule that calls `jax.vmap(WeightMirror())`.
 
-    Between the syncs the network learns as with fixed feedback: the paper's mirror and engaged
-    modes, alternating.
+    Between syncs the network learns as with fixed feedback, so the paper's mirror and engaged modes
+    alternate.
 
     Attributes:
         period: as in `Rule`.
         rate: learning rate of feedback, positive.
         decay: weight decay of feedback, in (0, 1]; by default rate * scale².
         scale: standard deviation of the noise, positive.
-        batch_size: examples of noise per sync, at least 1.
+        batch_size: number of noise examples per sync, at least 1.
 
     Raises:
         ValueError: if a value is out of range; or as `Rule`.
@@ -354,12 +357,12 @@ class WeightMirror(Rule):
         if not (isinstance(self.batch_size, numbers.Integral) and self.batch_size >= 1):
             raise ValueError(
                 f"WeightMirror: batch_size is {self.batch_size!r}; expected an integer of at least "
-                "1, the examples of noise per sync."
+                "1, the number of noise examples per sync."
             )
         if not (isinstance(self._decay, numbers.Real) and 0 < self._decay <= 1):
             raise ValueError(
                 f"WeightMirror: decay is {self._decay!r}; expected a number in (0, 1]. By default "
-                "it is rate * scale², so that feedback becomes as large as its kernel."
+                "it is rate * scale², which makes feedback as large as its kernel."
             )
 
     @property
@@ -367,10 +370,10 @@ class WeightMirror(Rule):
         return self.rate * self.scale**2 if self.decay is None else self.decay
 
     def __call__(self, kernel: jax.Array, feedback: jax.Array, key: chex.PRNGKey) -> jax.Array:
-        """Returns `feedback` after a step of mirroring."""
+        """Returns `feedback` after one weight-mirror update."""
         if kernel.ndim < 2:
             raise ValueError(
-                f"a kernel of shape {kernel.shape} takes no noise; expected (*window, in, out). "
+                f"WeightMirror: a kernel has shape {kernel.shape}; expected (*window, in, out). "
                 "Use another rule for it."
             )
         wide = dtypes.wide(kernel, feedback)  # half precision rounds 1 - decay
@@ -384,32 +387,32 @@ class WeightMirror(Rule):
 
 
 def check_period(name: str, period: ArrayLike) -> None:
-    """Raises ValueError unless the period is an integer, 1 or more; a traced value passes."""
+    """Raises ValueError unless the period is an integer of at least 1; traced values pass."""
     if np.ndim(period) > 0:
         raise ValueError(
-            f"{name}: period has shape {np.shape(period)}; expected a scalar. For a sweep over "
-            f"periods map over them: jax.vmap(lambda period: ... {name}(period=period) ...)."
+            f"{name}: period has shape {np.shape(period)}; expected a scalar. To sweep over "
+            f"periods, use jax.vmap(lambda period: ... {name}(period=period) ...)."
         )
     if not _is_period(period):
         raise ValueError(
             f"{name}: period is {period!r}; expected an integer of at least 1, the number of "
-            f"parameter updates from one time to the next (at most {LARGEST}, int32's largest)."
+            f"parameter updates from one sync to the next (at most {LARGEST}, int32's largest)."
         )
 
 
 def shard_like(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Gives `x` the kernel's sharding: by `device_put`, or in the type under an explicit mesh."""
+    """Gives `x` the kernel's sharding, by `device_put` or, under an explicit mesh, `reshard`."""
     if not isinstance(kernel, jax.Array):
         return x
     if not isinstance(kernel, jax.core.Tracer) and not isinstance(x, jax.core.Tracer):
         if isinstance(x, jax.Array) and x.sharding == kernel.sharding:
-            return x  # device_put would commit it, even if the kernel is not
+            return x  # device_put would commit x, even if the kernel is uncommitted
         return jax.device_put(x, kernel.sharding)
     return jax.sharding.reshard(x, jax.typeof(kernel).sharding) if _is_explicit(kernel) else x
 
 
 def partition_spec(kernel: jax.Array) -> tuple:
-    """The axes of a mesh over which each axis of the kernel is split; None where it is not."""
+    """Returns, for each axis of the kernel, the mesh axes that split it, or None."""
     is_traced = isinstance(kernel, jax.core.Tracer)
     sharding = jax.typeof(kernel).sharding if is_traced else getattr(kernel, "sharding", None)
     spec = sharding.spec if isinstance(sharding, jax.sharding.NamedSharding) else ()
@@ -417,7 +420,7 @@ def partition_spec(kernel: jax.Array) -> tuple:
 
 
 def shard_as(x: jax.Array, kernel: jax.Array, split: tuple) -> jax.Array:
-    """Splits `x` so over the kernel's mesh, if the kernel lies on one."""
+    """Shards `x` by the partition spec `split` over the kernel's mesh, if it has one."""
     spec = jax.sharding.PartitionSpec(*split)
     if isinstance(kernel, jax.core.Tracer) or isinstance(x, jax.core.Tracer):
         return jax.sharding.reshard(x, spec) if _is_explicit(kernel) else x
@@ -428,33 +431,33 @@ def shard_as(x: jax.Array, kernel: jax.Array, split: tuple) -> jax.Array:
 
 
 def replicated(x: jax.Array) -> jax.Array:
-    """`x`, whole on every device where an explicit mesh has it in shards."""
+    """Replicates `x` on every device, if an explicit mesh shards it."""
     return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if _is_explicit(x) else x
 
 
 def _rounded(new, feedback):
-    """What a rule computed, as feedback stores it; but never as integers, which cut it off."""
+    """Casts the result of a rule to feedback's dtype, unless that is an integer dtype."""
     return new.astype(feedback.dtype) if jnp.issubdtype(feedback.dtype, jnp.inexact) else new
 
 
 def _is_explicit(x):
-    """Whether the array's type says how it lies on a mesh."""
+    """Whether the array's type contains its sharding (explicit mesh axes)."""
     return jax.sharding.AxisType.Explicit in (jax.typeof(x).sharding.mesh.axis_types or ())
 
 
 def _glorot_deviation(shape: tuple[int, ...]) -> float:
-    """`sqrt(2 / (fan_in + fan_out))` for a kernel `(*window, in, out)`."""
+    """Computes `sqrt(2 / (fan_in + fan_out))` for a kernel `(*window, in, out)`."""
     if len(shape) < 2:
         raise ValueError(
             f"a kernel of shape {shape} has no fan-in and fan-out, which the magnitudes 'glorot' "
-            "and 'redraw' need; expected (*window, in, out). Use another magnitude for it."
+            "and 'redraw' need; expected a shape (*window, in, out). Use another magnitude for it."
         )
     return math.sqrt(2 / (math.prod(shape[:-2]) * (shape[-2] + shape[-1])))
 
 
-@jax.jit  # one program, also where `x` lies on several devices
+@jax.jit  # one program, also if `x` is on several devices
 def root_mean_square(x: jax.Array) -> jax.Array:
-    """`√(mean(x²))`, a scalar, also where squares of the numbers leave their range.
+    """Computes `√(mean(x²))`, a scalar, without overflow or underflow of the squares.
 
     Example:
         >>> import jax.numpy as jnp
@@ -470,7 +473,7 @@ def root_mean_square(x: jax.Array) -> jax.Array:
 
 
 def _is_period(period) -> bool:
-    if isinstance(period, jax.Array | np.ndarray):  # only sweeps use them; the rule is transient
+    if isinstance(period, jax.Array | np.ndarray):  # only in sweeps
         if not jnp.issubdtype(period.dtype, jnp.integer):
             return False
         return isinstance(period, jax.core.Tracer) or 1 <= int(period) <= LARGEST

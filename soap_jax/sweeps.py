@@ -1,17 +1,18 @@
-"""Many trainings as one compiled program: seeds x learning rates x sync periods.
+"""Sweeps: many trainings as one compiled program, over seeds, learning rates and sync periods.
 
 A run is any pure function `(seed, learning_rate, period, *args) -> results`. `sweep` compiles it
-once and spreads the runs over all devices. On accelerators a device does a chunk of runs at once
-(`vmap`); on CPU it does them one after the other, which is faster there and gives each run the same
-bits whatever runs beside it, in chunks of whatever size, on however many devices from two on. (XLA
-compiles for one device in another way, which may round otherwise.) Convolutions are matrix products
-on CPU, which are fast in a loop (`soap_jax.convolutions`): they may round otherwise than where
-`run` is called by itself. Give JAX one CPU device per core before its first use:
+once and distributes the runs over all devices. On accelerators a device computes a chunk of runs at
+once (`vmap`). On CPU it computes them one after the other, which is faster there. The results of a
+run on CPU are then bit-identical for any other runs in the sweep, any chunk size and any number of
+devices from two on. (For one device XLA compiles another program, which may round differently.) On
+CPU convolutions are computed as matrix products, which are fast in a loop
+(`soap_jax.convolutions`); they may round differently than in a direct call of `run`. Before the
+first use of JAX, configure one CPU device per core:
 
     jax.config.update("jax_num_cpu_devices", os.cpu_count())
 
-Where `jax.distributed` is initialised, every process makes the same call, the runs are spread over
-the devices of all of them, and each gets all the results.
+If `jax.distributed` is initialised, every process must make the same call. The runs are distributed
+over the devices of all processes, and every process gets all results.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from soap_jax import convolutions, grids
 
 Run = Callable[..., chex.ArrayTree]
-"""`(seed, learning_rate, period, *args) -> results`: int32, float32, int32 scalars and what
-`sweep` was given as `args`, to a tree of arrays."""
+"""A function `(seed, learning_rate, period, *args) -> results` of int32, float32 and int32 scalars
+and the `args` of `sweep`; the results are a tree of arrays."""
 
 
 class Point(NamedTuple):
@@ -46,10 +47,10 @@ class Point(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one call of the program gave.
+    """The results of one call of the program.
 
     Attributes:
-        indices: which points, in order.
+        indices: the indices of its points, in order.
         results: their results as NumPy arrays with a leading axis `(len(indices),)`.
     """
 
@@ -72,20 +73,21 @@ def sweep(
     """Runs every combination of period, learning rate and seed.
 
     Args:
-        run: `(seed, learning_rate, period, *args) -> results`, hashable, as functions are. It is
-            traced once (more often to keep to a memory limit), also if it is swept again, so it
-            must not read what changes. JAX keeps it with its program until `jax.clear_caches()`:
-            give it data as `args` rather than by closure.
+        run: `(seed, learning_rate, period, *args) -> results`, hashable like any function. It is
+            traced only once, also for several sweeps (more often with a memory limit), so it must
+            not read variables that change. JAX keeps it in memory, with its closure, until
+            `jax.clear_caches()`: pass data as `args`.
         seeds: integers.
         learning_rates: positive numbers.
         periods: integers of at least 1.
         args: arrays that all runs share, such as the data; one copy per device.
-        chunk_size: at most so many runs per device in one call of the program: on accelerators
-            the number that trains at once. By default 4 on CPU, elsewhere 256.
-        memory_limit: at most so many bytes per device for the program: its arguments, results and
-            temporaries, as the compiler counts them. It makes chunks smaller where needed. By
-            default four fifths of an accelerator's memory; on CPU there is none.
-        on_progress: called as `(runs done, runs in all)` after compilation and after each call.
+        chunk_size: the largest number of runs per device in one call of the program, on
+            accelerators the number of runs at once. By default 4 on CPU and 256 elsewhere.
+        memory_limit: the largest number of bytes per device for the program's arguments, results
+            and temporaries, as counted by the compiler. If needed, chunks become smaller. By
+            default four fifths of an accelerator's memory, and no limit on CPU.
+        on_progress: called as `on_progress(finished runs, all runs)` after compilation and after
+            each call.
         devices: by default all devices.
 
     Returns:
@@ -124,10 +126,10 @@ def sweep(
 def grid(
     *, seeds: Sequence[int], learning_rates: Sequence[float], periods: Sequence[int] = (1,)
 ) -> list[Point]:
-    """Every combination, seeds varying fastest, then rates, then periods.
+    """Returns every combination; seeds vary fastest, then learning rates, then periods.
 
     Raises:
-        ValueError: if one is empty or has a value out of range.
+        ValueError: if a grid is empty or has a value out of range.
     """
     grids.check(seeds=seeds, learning_rates=learning_rates, periods=periods)
     return [
@@ -146,23 +148,23 @@ def iterate(
     on_progress: Callable[[int, int], None] | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Iterator[Part]:
-    """Runs the points in order and yields what each call of the program gave, as soon as it has.
+    """Runs the points in order, and yields the results of each call of the program.
 
-    Which points go into one call depends on the points, the chunk size and the number of devices,
-    not on what is done: a sweep that goes on later gives what an unbroken one gives, bit for bit.
+    The points of each call depend on the points, the chunk size and the number of devices, but not
+    on `done`. So a resumed sweep gives the same results as an uninterrupted one, bit for bit.
 
     Args:
         run: as in `sweep`.
-        points: from `grid`; those of one period lie together.
+        points: from `grid`; points of one period are adjacent.
         args: as in `sweep`.
-        done: indices of points not to run again; a call that has none else is left out.
+        done: indices of points not to run again; a call with no other points is skipped.
         chunk_size: as in `sweep`.
         memory_limit: as in `sweep`.
-        on_progress: as in `sweep`; what is done counts.
+        on_progress: as in `sweep`; runs in `done` count as finished.
         devices: as in `sweep`.
 
     Yields:
-        Parts without the points that were done.
+        Parts without the points in `done`.
 
     Raises:
         ValueError: as in `sweep`.
@@ -194,14 +196,14 @@ def iterate(
     shard = NamedSharding(mesh, PartitionSpec("runs"))
     everywhere = NamedSharding(mesh, PartitionSpec())
     args = jax.device_put(args, everywhere)
-    if jax.process_count() > 1:  # on CPU processes must first meet within 30 s: so not after a call
+    if jax.process_count() > 1:  # on CPU processes must meet within 30 s: do so before the calls
         _to_host(jax.device_put(np.zeros(num), shard))
 
     @functools.cache
     def compile_for(room):
         return _compile(run, mesh, room * num, args, one_by_one=on_cpu)
 
-    least = 2 if on_cpu else 1  # on CPU XLA would see that a loop is of one, and unroll it
+    least = 2 if on_cpu else 1  # XLA for CPU would unroll a loop of length 1
     calls, per_device = calls_of(points, num, chunk_size)
     if memory_limit is not None:
         fitting = _fit(compile_for, memory_limit, least, max(least, per_device))
@@ -214,7 +216,7 @@ def iterate(
     for indices in calls:
         if done.issuperset(indices):
             continue
-        # Each device gets every num-th run; where there is none, an accelerator does one twice.
+        # Each device gets every num-th run; free slots repeat a run (on CPU they are skipped).
         slots = [k % num * room + k // num for k in range(len(indices))]
         filled = np.full(room * num, indices[0])
         filled[slots] = indices
@@ -235,12 +237,12 @@ def iterate(
 def calls_of(
     points: Sequence[Point], num_devices: int, chunk_size: int
 ) -> tuple[list[list[int]], int]:
-    """The points of each call, as equal as can be, of one period each; its runs per device."""
+    """The points of each call, with one period per call; and the number of runs per device."""
     by_period: dict[int, list[int]] = {}
     for i, point in enumerate(points):
         by_period.setdefault(point.period, []).append(i)
     most = max(len(indices) for indices in by_period.values())
-    num_calls = -(-most // (num_devices * chunk_size))  # in integers: floats end somewhere
+    num_calls = -(-most // (num_devices * chunk_size))  # integers, since floats may overflow
     per_device = -(-most // (num_devices * num_calls))
     chunk = num_devices * per_device
     return [
@@ -251,10 +253,10 @@ def calls_of(
 
 
 def _fit(compile_for, memory_limit, least, most) -> int:
-    """The largest number of runs per device from `least` to `most` that keeps to the limit."""
+    """The largest number of runs per device, from `least` to `most`, within the memory limit."""
 
     def needed(room):
-        memory = compile_for(room).memory_analysis()  # of one device
+        memory = compile_for(room).memory_analysis()  # for one device
         return (
             memory.argument_size_in_bytes
             + memory.output_size_in_bytes
@@ -269,10 +271,10 @@ def _fit(compile_for, memory_limit, least, most) -> int:
     if fits[1] > memory_limit:
         raise ValueError(
             f"memory_limit is {memory_limit:.3g} bytes per device, but the smallest program needs "
-            f"{fits[1]:.3g}."
+            f"{fits[1]:.3g} bytes."
         )
     while too_many[0] - fits[0] > 1:
-        # It grows about linearly, so the first guess is near.
+        # Memory grows about linearly, so the first guess is close.
         share = (memory_limit - fits[1]) / (too_many[1] - fits[1])
         guess = int(fits[0] + share * (too_many[0] - fits[0]))
         guess = min(max(guess, fits[0] + 1), too_many[0] - 1)
@@ -284,7 +286,7 @@ def _fit(compile_for, memory_limit, least, most) -> int:
 
 
 def _to_host(results):
-    """All results as NumPy arrays, in every process."""
+    """Returns all results as NumPy arrays, in every process."""
     if jax.process_count() == 1:
         return jax.device_get(results)
     return multihost_utils.process_allgather(results, tiled=True)
@@ -292,13 +294,13 @@ def _to_host(results):
 
 @functools.partial(jax.jit, static_argnames=("run", "mesh", "one_by_one"))
 def _program(run, mesh, one_by_one, seeds, rates, counts, period, *args):
-    """Does one chunk of runs, its axis spread over the devices."""
+    """Computes one chunk of runs, distributed over the devices."""
 
     def share(seeds, rates, counts, period, *args):
         if not one_by_one:
             return jax.vmap(lambda seed, rate: run(seed, rate, period, *args))(seeds, rates)
 
-        # XLA does not know the length of the loop: so its body, and its rounding, are always alike.
+        # XLA does not know the loop's length, so the body is compiled, and rounds, in the same way.
         alone = jax.jit(convolutions.as_products(run))  # traced once for both uses
         like = jax.eval_shape(alone, seeds[0], rates[0], period, *args)
         empty = jax.tree.map(lambda leaf: jnp.zeros((len(seeds), *leaf.shape), leaf.dtype), like)
@@ -317,7 +319,7 @@ def _program(run, mesh, one_by_one, seeds, rates, counts, period, *args):
         mesh=mesh,
         in_specs=(runs, runs, runs, everywhere, *(everywhere for _ in args)),
         out_specs=runs,
-        check_vma=False,  # runs never talk to one another
+        check_vma=False,  # runs do not communicate
     )
     return spread(seeds, rates, counts, period, *args)
 

@@ -1,22 +1,23 @@
-"""Learning in time without going back in time: RFLO and e-prop, for any recurrent cell.
+"""Time-local learning without backpropagation through time: RFLO and e-prop for recurrent cells.
 
-Backpropagation through time sends an error back through all earlier steps. Here nothing goes back:
-traces carry forwards what each param did to its unit until now, and the present error multiplies
-them. Let D be the Jacobian of one step by the state before it, and M the one by the params, both
-with feedback of zeros at the recurrent kernels (`with_feedback`), so that no error passes these:
+Backpropagation through time sends an error back through all earlier steps. The methods here do not:
+traces carry the past effect of each param on its unit forwards in time, and the current error
+multiplies them. Let D be the Jacobian of one step by the state before it, and M the Jacobian by the
+params. In both, the recurrent kernels are cut: they have feedback of zeros (`with_feedback`). Then
 
     E ← M + D E                     the trace, of every param and state variable
-    gradient = Σ_t  L_t · E_t       L: the learning signal, the present loss's error by the state
+    gradient = Σ_t  L_t · E_t       L: the learning signal, dloss_t / dstate
 
-Such a D must be elementwise, unit by unit. Then a trace is as large as its param, not as units
-times params, and a vjp with a cotangent of ones gives M and D of a state variable. This is
+D must be elementwise: each unit depends only on its own past. Then a trace has the size of its
+param, instead of units times params, and one vjp with a cotangent of ones gives M and D of a state
+variable. The method is known as
 
     RFLO (Murray 2019)              for h ← (1 - 1/τ) h + tanh(h W + x U) / τ
     e-prop (Bellec et al. 2020)     for adaptive LIF neurons with a surrogate gradient
 
-and the same for the cells of Linen, NNX and Equinox and for your own. An LSTM keeps traces of its
-cell state. A cell whose D is zero (`SimpleCell` of Flax) keeps none. A cell without recurrent
-kernels gets the exact gradient, online.
+It works for the cells of Linen, NNX and Equinox and for your own. An LSTM has traces of its cell
+state. A cell with D = 0 (Flax's `SimpleCell`) has no traces. A cell without recurrent kernels gets
+the exact gradient, online.
 
     def cell(params, h, x):                             # one example
         return h + (jnp.tanh(h @ params["w"] + x @ params["u"]) - h) / 10.0
@@ -27,22 +28,23 @@ kernels gets the exact gradient, online.
     grad_fn = temporal.value_and_grad(cell, loss)
     value, grads = grad_fn(params, {"out": B}, h0, xs, targets)     # for any optimiser
 
-The learning signal goes from the loss to the cell by `with_feedback`: through random feedback at
-the readout's kernels, feedback equal to them ("symmetric"), learned feedback, or, where none is
-given, the kernels themselves. The readout's own gradient is exact.
+The learning signal goes from the loss to the cell by `with_feedback`. At the readout's kernels it
+uses random feedback, feedback equal to the kernels ("symmetric"), learned feedback, or by default
+the kernels themselves. The readout's own gradient is exact.
 
-What one should know:
+Points to note:
 
--   A spiking neuron's reset is a product with its spike, and e-prop leaves it out of the trace: put
-    that spike under `jax.lax.stop_gradient`.
--   A leaky readout is not local. Let the cell keep leaky averages of its spikes instead, and read
-    these out linearly: it is the same output, and e-prop's filtered traces come by themselves.
--   The program of the step says whether D is elementwise and on which unit each entry of a param
-    acts; values are never looked at. What cannot be followed is refused, with primitive and line.
+-   A spiking neuron's reset is a product with its spike, which e-prop leaves out of the trace:
+    apply `jax.lax.stop_gradient` to that spike.
+-   A leaky readout is not local. Instead keep leaky averages of the spikes in the cell's state, and
+    read these out linearly. The output is the same, and the traces are e-prop's filtered traces.
+-   Whether D is elementwise, and on which unit each entry of a param acts, is found from the
+    program of the step, not from values. If this is not possible, an exception names primitive and
+    line.
 -   Feedback larger than the readout multiplies the recurrent weights' learning rate. In Murray's
-    example RFLO is as good as backpropagation through time for this reason alone: see
+    example RFLO is as good as backpropagation through time only for this reason: see
     `python -m benchmarks.temporal`.
--   Several layers may be stacked in one cell: see `where` of `online`.
+-   One cell may contain several layers: see `where` of `online`.
 
 References:
     James M. Murray. Local online learning in recurrent networks with random feedback. eLife, 2019.
@@ -68,22 +70,22 @@ from soap_jax.transform import values as vals
 from soap_jax.transform import with_feedback
 
 Cell = Callable[[Any, Any, Any], Any]
-"""`(params, state, x) -> state`, or `(params, state, x) -> (state, output)`, of one example."""
+"""A function `(params, state, x) -> state` or `-> (state, output)`, for one example."""
 
 Loss = Callable[[Any, Any, Any], jax.Array]
-"""`(params, output, target) -> scalar` of a batch at one time, the mean over its examples."""
+"""A function `(params, output, target) -> scalar`, the mean over a batch at one time."""
 
 Traces = Mapping[str, Mapping[str, jax.Array]]
-"""By state variable and param, their paths as in "cell/kernel": `(batch, *shape of the param)`."""
+"""Traces `(batch, *shape of the param)`, by paths of state variable and param ("cell/kernel")."""
 
 
 class Carry(NamedTuple):
-    """What goes from step to step.
+    """The carry from step to step: state and traces.
 
     Attributes:
         state: the cell's state, leaves `(batch, ...)`.
-        traces: by state variable, "" for a state of one array, and by param; none of a variable on
-            which the next step does not depend elementwise.
+        traces: by state variable ("" for a state of one array) and by param. There are no traces of
+            a variable on which the next step does not depend elementwise.
     """
 
     state: chex.ArrayTree
@@ -94,7 +96,7 @@ class Online(NamedTuple):
     """A cell that learns step by step.
 
     Attributes:
-        init: `(params, state, x) -> carry`, with traces of zeros; of `x` only its type counts.
+        init: `(params, state, x) -> carry`, with traces of zeros; only the type of `x` is used.
         step: `(params, feedback, carry, x, target) -> (carry, (loss, grads))`.
     """
 
@@ -109,24 +111,24 @@ def value_and_grad(
 
         loss = Σ_t loss_t,      gradient = Σ_t L_t · E_t
 
-    as the module's docstring has it: what `online` gives at each step, summed by a scan. Memory is
-    that of the carry, whatever the number of steps. With one step the gradient is that of
-    `with_feedback`; without recurrent kernels, and without feedback, it is exact.
+    as in the module's docstring. A scan sums the results of `online` over all steps. The memory is
+    that of the carry, for any number of steps. With one step the gradient is that of
+    `with_feedback`; without recurrent kernels and without feedback it is exact.
 
     Args:
-        cell: of one example, as in `online`.
-        loss: of a batch at one time, as in `online`; for a mean over time divide by its length.
+        cell: for one example, as in `online`.
+        loss: for a batch at one time, as in `online`; for a mean over time divide by its length.
         where: as in `online`.
         feedback_bar: as in `online`.
 
     Returns:
-        `(params, feedback, state, xs, targets) -> (loss, grads)`, with `grads` a tree like
-        `params`, or a pair with feedback's if there is a `feedback_bar`; `state` the first one,
-        leaves `(batch, units)`; `xs` with leaves `(time, batch, ...)`; `targets` with leaves
-        `(time, ...)`. It is pure: `jit`, `vmap` and `scan` it.
+        `(params, feedback, state, xs, targets) -> (loss, grads)`. `grads` is a tree like `params`,
+        or with a `feedback_bar` a pair of such a tree and the gradient by feedback. `state` is the
+        initial state, leaves `(batch, units)`; `xs` has leaves `(time, batch, ...)`; `targets` has
+        leaves `(time, ...)`. It is pure, and works under `jit`, `vmap` and `scan`.
 
     Raises:
-        ValueError: from the returned function, as from `online`'s.
+        ValueError: from the returned function, as from `step` of `online`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -151,7 +153,7 @@ def value_and_grad(
         if len({jnp.shape(leaf)[:1] for leaf in leaves}) != 1 or not jnp.ndim(leaves[0]):
             raise ValueError(
                 f"xs and targets have leaves of shapes {[jnp.shape(leaf) for leaf in leaves]}; "
-                "expected a first axis of one length, time, in all of them."
+                "expected a first axis of one length, the time, in all of them."
             )
         first = jax.tree.map(lambda x: x[0], xs)
         plan = _cells.read(cell, where, params, state, first)
@@ -180,40 +182,41 @@ def value_and_grad(
 def online(
     cell: Cell, loss: Loss, *, where: trees.Where = None, feedback_bar: ops.FeedbackBar = None
 ) -> Online:
-    """The same step by step: params may change at each, and nothing is kept of earlier ones.
+    """Makes functions that compute the loss and its time-local gradient at each step.
 
-    At each step, with s the state before it, s' and E' those after it,
+    Params may change at every step. With s the state before the step, and s' and E' state and
+    traces after it,
 
         grads = ∂ loss(cell(params, s, x)) / ∂ params  +  (∂ loss / ∂ s) · E     = L · E'
         E' = M + D E
 
-    The recurrent kernels are those that an error of the state passes in a product. In M and D it
-    passes none of them. Nor does it in the learning signal, unless `where` says that some are not
-    recurrent: of two layers in one cell, what leads from the first to the second. With `where` at
-    the kernels inside of each layer, the error passes the one between them, by its own feedback if
-    it has some, and each layer keeps traces of itself.
+    Recurrent kernels are those through which an error of the state passes in a product. They are
+    cut in M and D, and by default in the learning signal too. If a cell contains two layers, the
+    kernel from the first to the second is not recurrent. To keep it in the learning signal, select
+    the recurrent kernels of each layer with `where`. An error then passes through the kernel
+    between the layers, or through its feedback if it has any, and each layer has its own traces.
 
     Args:
-        cell: `(params, state, x) -> state`, or `-> (state, output)`, of one example: a plain
-            function, `module.apply` of a Flax cell, an Equinox cell put together from its params.
-            Floating-point leaves of the state are `(units,)`, each of its own number; others
-            (counters, say) are carried along.
-        loss: `(params, output, target) -> scalar`, the loss of a batch at one time, with its
-            readout; the output's leaves are `(batch, ...)`. A cell that returns only its state has
-            it for output. `params` are the same tree.
-        where: which kernels are recurrent, as in `soap_jax.init_feedback`; by default see above.
-        feedback_bar: feedback's own gradient, as in `soap_jax.with_feedback`: "kernel" for learned
+        cell: `(params, state, x) -> state`, or `-> (state, output)`, for one example: a plain
+            function, `module.apply` of a Flax cell, or an Equinox cell combined with its params.
+            Floating-point leaves of the state are `(units,)`, and may have different numbers of
+            units; other leaves, such as counters, are only carried.
+        loss: `(params, output, target) -> scalar`, the loss of a batch at one time, including the
+            readout; the output's leaves are `(batch, ...)`. If the cell returns only its state, the
+            output is the state. `params` is the same tree as for the cell.
+        where: the recurrent kernels, as in `soap_jax.init_feedback`; by default as above.
+        feedback_bar: the gradient by feedback, as in `soap_jax.with_feedback`: "kernel" for learned
             feedback (Kolen-Pollack).
 
     Returns:
-        The pair `init` and `step`, pure functions; call `step` under `jit`. `feedback` is a tree
-        like `params`, None or missing leaves for exact errors, None at recurrent kernels.
+        The pure functions `init` and `step`; call `step` under `jit`. `feedback` is a tree like
+        `params`, with None or missing leaves for exact errors, and None at recurrent kernels.
 
     Raises:
         ValueError: when `step` is traced: if the state changes its structure, shape or dtype; if D
-            is not elementwise, or a param acts on several units in one entry; if a recurrent kernel
-            is given feedback; if no learning signal comes to params though one would by
-            backpropagation; and as `with_feedback`.
+            is not elementwise, or one entry of a param acts on several units; if a recurrent kernel
+            has feedback; if a param gets no learning signal, but would get one by backpropagation;
+            and as `with_feedback`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -243,7 +246,7 @@ def online(
 
 
 def _step(plan, cell, loss, feedback_bar, params, feedback, carry, x, target):
-    """One step: the present gradient, then new traces."""
+    """Computes one step: the current gradient, then new traces."""
     state = _cells.State(carry.state)
     floats, rest = state.split(carry.state)
 
@@ -257,8 +260,9 @@ def _step(plan, cell, loss, feedback_bar, params, feedback, carry, x, target):
     if refused := sorted(plan.recurrent & given.keys()):
         raise ValueError(
             f"the kernel at {trees.show(refused[0])} is recurrent and has feedback; expected None "
-            "there, since a time-local error passes no recurrent kernel. (Is it not recurrent, but "
-            "leads from one layer to another? Say with `where` which are.)"
+            "there, since a time-local error does not pass through recurrent kernels. If it is not "
+            "recurrent, but leads from one layer to another, select the recurrent kernels with "
+            "`where`."
         )
 
     def of_loss(params, feedback, floats):
@@ -283,7 +287,7 @@ def _step(plan, cell, loss, feedback_bar, params, feedback, carry, x, target):
 
 
 def _traces(plan, cell, state, params, carry, floats, rest, x):
-    """E ← M + D E."""
+    """Computes new traces, E ← M + D E."""
     if not plan.axes:
         return carry.traces
     mine = {name for names in plan.direct.values() for name in names}
@@ -298,7 +302,7 @@ def _traces(plan, cell, state, params, carry, floats, rest, x):
         def f(chosen, floats):
             return with_feedback(step)(_cells.replaced(params, chosen), zeros, floats, rest, x)
 
-        # Each example's own: the cotangent of a param that is the same on all devices is a sum.
+        # For M of each example: the cotangent of a param that does not vary over devices is a sum.
         chosen = jax.tree.map(lambda leaf: vals.vary_like(leaf, next(iter(floats.values()))), own)
         new, vjp = jax.vjp(f, chosen, floats)
         return {
@@ -320,7 +324,7 @@ def _traces(plan, cell, state, params, carry, floats, rest, x):
 
 
 def _along(values, trace, plan, variable, name):
-    """Values of units, `(batch, units)`, in a shape that multiplies a trace: once for each gate."""
+    """Reshapes values of units, `(batch, units)`, to multiply a trace, repeated for each gate."""
     axis = plan.axes[variable][name] + 1
     gates = trace.shape[axis] // plan.number[variable]
     shape = [n if i in (0, axis) else 1 for i, n in enumerate(trace.shape)]
@@ -328,7 +332,7 @@ def _along(values, trace, plan, variable, name):
 
 
 def _sum(x):
-    """The sum over examples. XLA reduces a first axis five times slower on CPU than this."""
+    """Sums over examples, on CPU five times faster than XLA's reduction of a first axis."""
     ones = jnp.ones(x.shape[0], x.dtype)
     return jnp.tensordot(ones, x, 1, precision=lax.Precision.HIGHEST)
 
@@ -337,7 +341,7 @@ def _start(plan, params, state) -> Carry:
     """The first carry."""
     leaves, floats = trees.named(params), _cells.State(state).split(state)[0]
 
-    def zeros(example, leaf):  # of the state's sharding along the batch
+    def zeros(example, leaf):  # with the state's sharding along the batch
         some = jnp.zeros_like(example, dtype=leaf.dtype)[:, 0].reshape(-1, *[1] * jnp.ndim(leaf))
         return vals.vary_like(jnp.broadcast_to(some, (len(example), *leaf.shape)), example)
 

@@ -1,18 +1,19 @@
-"""Training loops that stay on the device: a step, a scanned epoch, an evaluation.
+"""Training on the device: a training step, a scanned epoch, an evaluation.
 
     step = make_train_step(apply_fn, optimizer)
     state = init_train_state(params, optimizer, feedback=init_feedback(key, params, rule))
     state, losses = train_epoch(step, state, (images, labels), key, batch_size=64)
 
-An `apply_fn` is any `(params, feedback, x) -> outputs`, of whatever library; for a Linen model
+An `apply_fn` is any function `(params, feedback, x) -> outputs`, from any library. For a Linen
+model:
 
     def apply_fn(params, feedback, x):
         return model.apply({"params": params, "feedback": feedback}, x)
 
-All of it is pure. `train_epoch` and `evaluate` are compiled once for each `step` or `apply_fn`, so
-make these once, outside the loop. Where you `jit` a step yourself, donate the state
-(`jax.jit(step, donate_argnums=0)`): feedback that passes through undonated is copied every time.
-`sweep`, which runs many trainings as one program, is explained in `soap_jax.sweeps`.
+All functions are pure. `train_epoch` and `evaluate` are compiled once for each `step` or
+`apply_fn`, so create these only once, outside the loop. If you `jit` a step yourself, donate the
+state (`jax.jit(step, donate_argnums=0)`); otherwise feedback is copied at every step. `sweep`,
+which runs many trainings as one program, is explained in `soap_jax.sweeps`.
 """
 
 from __future__ import annotations
@@ -35,26 +36,26 @@ from soap_jax.feedback import FeedbackState, sync_feedback, sync_feedback_unless
 from soap_jax.sweeps import sweep as sweep
 
 ApplyFn = Callable[[chex.ArrayTree, chex.ArrayTree | None, jax.Array], jax.Array]
-"""`(params, feedback, x) -> outputs`."""
+"""A function `(params, feedback, x) -> outputs`."""
 
 LossFn = Callable[[jax.Array, jax.Array], jax.Array]
-"""`(outputs, targets) -> loss`, a scalar."""
+"""A function `(outputs, targets) -> loss`, a scalar."""
 
 Batch = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]
-"""`(x, targets)`, the examples along the first axis of both."""
+"""A pair `(x, targets)`, with examples along the first axis of both."""
 
 
 class TrainState(NamedTuple):
-    """What training carries from step to step.
+    """The state of training between steps.
 
     Attributes:
         params: the parameters.
-        feedback: feedback weights and how they are synced, or projections, which are not; None for
-            exact backpropagation.
-        opt_state: the optimiser's state, over `params` alone, or over `(params, feedback weights)`
-            where the optimiser learns feedback.
-        step: int32 scalar, the number of completed parameter updates; see `make_train_step` for
-            which calls complete one.
+        feedback: a `FeedbackState`, which is synced; or feedback weights or projections, which are
+            not; None for exact backpropagation.
+        opt_state: the optimiser's state, over `params`, or over `(params, feedback weights)` if the
+            optimiser updates feedback.
+        step: int32 scalar, the number of completed parameter updates; `make_train_step` defines
+            which calls complete an update.
     """
 
     params: chex.ArrayTree
@@ -64,15 +65,15 @@ class TrainState(NamedTuple):
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]
-"""`(state, batch) -> (state, loss)`."""
+"""A function `(state, batch) -> (state, loss)`."""
 
 
 class Evaluation(NamedTuple):
-    """A model's quality on a data set.
+    """A model's loss and accuracy on a data set.
 
     Attributes:
         loss: scalar, the mean loss.
-        accuracy: scalar, the share of examples whose largest output is the target's; NaN if any
+        accuracy: scalar, the share of examples whose largest output is at the label; NaN if any
             output is not finite.
     """
 
@@ -81,7 +82,11 @@ class Evaluation(NamedTuple):
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean softmax cross-entropy of `logits` `(batch, classes)` and integer `labels` `(batch,)`.
+    """Computes the mean softmax cross-entropy.
+
+    Args:
+        logits: `(batch, classes)`.
+        labels: `(batch,)`, integers.
 
     Example:
         >>> import jax.numpy as jnp
@@ -98,7 +103,7 @@ def init_train_state(
     feedback: FeedbackState | chex.ArrayTree | None = None,
     learn_feedback: bool = False,
 ) -> TrainState:
-    """The state before the first update.
+    """Makes the state before the first update.
 
     Args:
         params: the parameters.
@@ -120,7 +125,7 @@ def init_train_state(
 
 
 def feedback_weights(feedback: FeedbackState | chex.ArrayTree | None) -> chex.ArrayTree | None:
-    """What an `apply_fn` is given: a state's feedback tree, or weights as they are.
+    """Returns the feedback argument of an `apply_fn`: a state's feedback tree, or given weights.
 
     Example:
         >>> feedback_weights({"projection": 1}), feedback_weights(None)
@@ -136,40 +141,40 @@ def make_train_step(
     loss_fn: LossFn = cross_entropy,
     learn_feedback: bool = False,
 ) -> TrainStep:
-    """Makes the step of training: sync feedback, take the gradient, update the parameters.
+    """Makes a training step: syncs feedback, computes the gradient, updates the parameters.
 
     Feedback is synced first, with the number of completed updates, so learning starts with synced
-    feedback. A call completes an update unless the optimiser's state says that the update was held
+    feedback. A call completes an update unless the optimiser's state shows that the update was held
     back:
 
-    -   by `optax.MultiSteps`, between two real updates, or where its `should_skip_update_fn` skips;
+    -   by `optax.MultiSteps`, between two updates, or if its `should_skip_update_fn` skips one;
     -   by `optax.apply_every`, between two updates;
-    -   by `optax.apply_if_finite`, where the gradient is not finite. (Its state does not tell when
-        it has had too many of these and lets one through: that one does not count either.)
+    -   by `optax.apply_if_finite`, if the gradient is not finite. (After too many of these it
+        applies such an update. Its state does not show this, so this call does not count either.)
 
-    Such a call leaves `step` as it is, and the next one does not sync again. Every other call
-    counts, whether or not it changed a parameter: also where `optax.conditionally_mask` or a
-    wrapper of your own set the update to zero, since their states do not say so, and where
-    `apply_if_finite` or `apply_every` acts within `optax.masked` or `optax.partition`, on a part
-    of the parameters alone.
+    After such a call `step` is unchanged, and the next call does not sync again. Every other call
+    counts, even if no parameter changed. So a call counts if `optax.conditionally_mask` or your own
+    wrapper sets the update to zero, since their states do not show this. It also counts if
+    `apply_if_finite` or `apply_every` is used inside `optax.masked` or `optax.partition`, on a part
+    of the parameters only.
 
-    The optimiser gets the extra arguments of Optax's protocol: `value`, the loss; `grad`; and
-    `value_fn`, the loss as a function of what is learnt, on this batch and with this feedback. Its
-    gradient is the one that is trained by, a pseudo-gradient under feedback.
+    The optimiser gets Optax's extra arguments: `value`, the loss; `grad`; and `value_fn`, the loss
+    as a function of the learned values, for this batch and feedback. The gradient of `value_fn` is
+    the training gradient, with feedback a pseudo-gradient.
 
     Args:
-        apply_fn: `(params, feedback, x) -> outputs`; feedback is `state.feedback.feedback`, or
-            None where the state has no feedback.
-        optimizer: the optimiser that the state was made with.
+        apply_fn: `(params, feedback, x) -> outputs`; feedback is `state.feedback.feedback`, or None
+            if the state has no feedback.
+        optimizer: the optimiser with which the state was made.
         loss_fn: `(outputs, targets) -> loss`.
-        learn_feedback: whether the optimiser also learns feedback, as Kolen-Pollack and the losses
-            of `soap_jax.local` ask: it then is one over the pair `(params, feedback weights)`, and
-            the gradient by feedback is what `feedback_bar` of the layers or of `with_feedback` says
-            (zeros, unless they were given it).
+        learn_feedback: whether the optimiser also updates feedback, for Kolen-Pollack learning and
+            the losses of `soap_jax.local`. The optimiser is then over the pair `(params, feedback
+            weights)`, and `feedback_bar` of the layers or of `with_feedback` sets the gradient by
+            feedback (zeros by default).
 
     Returns:
-        A pure function `(state, batch) -> (state, loss)`, the loss before the update. Jit it with
-        `donate_argnums=0`, or scan it.
+        A pure function `(state, batch) -> (state, loss)`, with the loss before the update. Jit it
+        with `donate_argnums=0`, or scan it.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -203,24 +208,25 @@ def make_gradient_step(
     learn_feedback: bool = False,
     has_aux: bool = False,
 ) -> TrainStep:
-    """Makes the step of training from any function that gives a gradient.
+    """Makes a training step from any function that returns a loss and a gradient.
 
-    For losses that need more than outputs and targets, such as `soap_jax.direct.direct_target`,
-    and for gradients that are not `jax.grad`'s, such as those of `soap_jax.activity`.
+    It is for losses that need more than outputs and targets, such as
+    `soap_jax.direct.direct_target`, and for gradients that `jax.grad` does not compute, such as
+    those of `soap_jax.activity`.
 
     Args:
-        value_and_grad: called as `value_and_grad(params, feedback weights, batch, step=step)`,
-            with `step` the number of completed updates; returns `(loss, gradient)`. The gradient is
-            by params, or with `learn_feedback` by `(params, feedback weights)`.
+        value_and_grad: `(params, feedback weights, batch, step=step) -> (loss, gradient)`, with
+            `step` the number of completed updates. The gradient is by params, or with
+            `learn_feedback` by `(params, feedback weights)`.
         optimizer: as in `make_train_step`.
         learn_feedback: as in `make_train_step`.
-        has_aux: whether `value_and_grad` returns `((loss, aux), gradient)`, as `jax.grad` has it.
+        has_aux: whether `value_and_grad` returns `((loss, aux), gradient)`, as in `jax.grad`.
 
     Returns:
         As `make_train_step`; with `has_aux`, a function `(state, batch) -> (state, (loss, aux))`.
 
     Raises:
-        ValueError: when the step is traced, if feedback is to be learnt and there is none.
+        ValueError: when the step is traced, if `learn_feedback` is True and there is no feedback.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -284,23 +290,23 @@ def train_epoch(
     *,
     batch_size: int,
 ) -> tuple[TrainState, jax.Array]:
-    """Trains on every example once, in an order drawn from `key`, as one scan.
+    """Trains on every example once, in a random order, as one scan.
 
-    Data stay on the device as they are stored, a copy on each (on an explicit mesh, replicated); a
-    last, incomplete batch is left out.
+    Data stay on the device in their dtype, with one copy per device (replicated on an explicit
+    mesh). A last, incomplete batch is left out.
 
     On CPU convolutions are computed as matrix products, which are fast in a loop; see
     `soap_jax.convolutions`.
 
     Args:
-        step: from `make_train_step`.
-        state: the state before; it is donated, so use the returned one from then on.
+        step: a training step from `make_train_step`.
+        state: the state before the epoch; it is donated, so use only the returned state afterwards.
         data: `(x, targets)`.
-        key: for the order.
-        batch_size: examples per step.
+        key: a PRNG key for the order.
+        batch_size: number of examples per step.
 
     Returns:
-        The state after, and the loss of each step, `(examples // batch_size,)`.
+        The state after the epoch, and the loss of each step, `(examples // batch_size,)`.
 
     Raises:
         ValueError: if the batch size is not between 1 and the number of examples.
@@ -318,7 +324,7 @@ def train_epoch(
 
 
 def epoch_order(key: chex.PRNGKey, num_examples: int, batch_size: int) -> jax.Array:
-    """Draws the batches of an epoch: indices, `(num_examples // batch_size, batch_size)`.
+    """Draws the batches of an epoch, as indices `(num_examples // batch_size, batch_size)`.
 
     Raises:
         ValueError: if the batch size is not between 1 and the number of examples.
@@ -340,9 +346,18 @@ def epoch_order(key: chex.PRNGKey, num_examples: int, batch_size: int) -> jax.Ar
 def scan_batches(
     step: TrainStep, state: TrainState, data: Batch, order: jax.Array
 ) -> tuple[TrainState, jax.Array]:
-    """Scans `step` over the batches that `order` `(steps, batch_size)` picks from `data`.
+    """Scans `step` over the batches of `data` with the indices `order`.
 
     On CPU convolutions are computed as matrix products, as in `train_epoch`.
+
+    Args:
+        step: as in `train_epoch`.
+        state: the state before the first step.
+        data: `(x, targets)`.
+        order: `(steps, batch_size)`, indices of examples, as from `epoch_order`.
+
+    Returns:
+        The state after the last step, and the loss of each step, `(steps,)`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -369,15 +384,15 @@ def evaluate(
     loss_fn: LossFn = cross_entropy,
     batch_size: int = 1000,
 ) -> Evaluation:
-    """Mean loss and accuracy over a data set, a batch at a time.
+    """Computes the mean loss and the accuracy over a data set, batch by batch.
 
     Args:
         apply_fn: as in `make_train_step`.
         params: the parameters.
-        feedback: a feedback tree or state, which the forward pass does not use, or None.
+        feedback: a feedback tree or state, or None; the forward pass does not depend on its values.
         data: `(x, labels)`.
-        loss_fn: a mean over examples.
-        batch_size: the largest number of examples at a time.
+        loss_fn: `(outputs, labels) -> loss`, a mean over examples.
+        batch_size: the largest number of examples in one batch.
 
     Returns:
         An `Evaluation`.
@@ -406,7 +421,7 @@ def evaluate(
 
 
 def _without_aliases(opt_state, params):
-    """Copies what the optimiser's state has twice, or has of params: no buffer is donated twice."""
+    """Copies arrays that occur twice in the optimiser's state or in params, for donation."""
     seen = {id(leaf) for leaf in jax.tree.leaves(params)}
 
     def own(leaf):
@@ -419,28 +434,28 @@ def _without_aliases(opt_state, params):
 
 
 def _check_learns_feedback(optimizer, opt_state, learnt):
-    """Raises ValueError unless the optimiser's state is one over `(params, feedback)`."""
+    """Raises ValueError unless the optimiser's state is over `(params, feedback)`."""
     expected = jax.tree.structure(jax.eval_shape(optimizer.init, learnt))
     if expected != jax.tree.structure(opt_state):  # type: ignore[operator]
         raise ValueError(
-            "the optimiser's state is not one over (params, feedback), which learn_feedback=True "
-            "asks for; expected init_train_state(..., learn_feedback=True), or "
-            "optimizer.init((params, feedback))."
+            "the optimiser's state is not over (params, feedback), as learn_feedback=True needs; "
+            "expected init_train_state(..., learn_feedback=True), or optimizer.init((params, "
+            "feedback))."
         )
 
 
 def _with_extra_args(optimizer):
-    """The optimiser's `update`, which takes Optax's extra arguments whether it uses them or not."""
-    if isinstance(optimizer, optax.MultiSteps):  # no GradientTransformation, but hands them on
+    """Returns the optimiser's `update`, which accepts Optax's extra arguments."""
+    if isinstance(optimizer, optax.MultiSteps):  # not a GradientTransformation, but passes them on
         return optimizer.update
     return optax.with_extra_args_support(optimizer).update
 
 
 def _value_fn(value_and_grad, has_aux):
-    """The value alone, differentiable: its gradient is the one that comes with it.
+    """Returns the loss as a function whose gradient is the one that `value_and_grad` returns.
 
-    To differentiate `value_and_grad(x)[0]` would be wrong: it would differentiate the forward pass
-    of custom derivatives as it stands, so the error would pass the kernels themselves.
+    To differentiate `value_and_grad(x)[0]` would be wrong: it would differentiate the forward
+    passes of functions with custom derivatives, so errors would be multiplied by kernels.
     """
 
     def loss_and_grad(x):
@@ -462,7 +477,7 @@ def _value_fn(value_and_grad, has_aux):
 
 
 def _sync(params, feedback, state):
-    """Syncs, unless the last call's update was held back: then feedback is synced already."""
+    """Syncs feedback, unless the update of the last call was held back, after its sync."""
     held_back = [_held_back(wrapper) for wrapper in _wrappers(state.opt_state)]
     if not held_back:
         return sync_feedback(params, feedback, state.step)
@@ -471,7 +486,7 @@ def _sync(params, feedback, state):
 
 
 def _after_sync(batch, feedback):
-    """The batch, to be used on GPU only once feedback is synced.
+    """Returns the batch; on GPU it depends on the synced feedback, so the sync comes first.
 
     If the forward pass comes before the sync, XLA for GPU may keep the errors of all layers until
     the end of the backward pass, since the sync and the update both use the params' memory.
@@ -491,7 +506,7 @@ def _after_sync(batch, feedback):
 
 
 def _held_back(wrapper) -> jax.Array:
-    """Whether the update of the last call was held back, as a wrapper's state tells."""
+    """Whether the update of the last call was held back, according to a wrapper's state."""
     if isinstance(wrapper, optax.ApplyIfFiniteState):
         return jnp.logical_not(wrapper.last_finite)
     if isinstance(wrapper, optax.ApplyEvery):
@@ -502,10 +517,10 @@ def _held_back(wrapper) -> jax.Array:
 
 
 def _completed_updates(before, after) -> jax.Array | int:
-    """1, or 0 where a wrapper held the update back, from the optimiser's states around a call."""
+    """Returns 1, or 0 if a wrapper held back the update between two states of the optimiser."""
     completed: jax.Array | int = 1
     for old, new in zip(_wrappers(before), _wrappers(after), strict=True):
-        if isinstance(new, optax.MultiStepsState):  # counts, whichever way an update is skipped
+        if isinstance(new, optax.MultiStepsState):  # its count covers all kinds of skipped updates
             now = new.gradient_step != old.gradient_step
         else:
             now = jnp.logical_not(_held_back(new))
@@ -517,13 +532,13 @@ _WRAPPERS = (optax.MultiStepsState, optax.ApplyIfFiniteState, optax.ApplyEvery)
 
 
 def _wrappers(opt_state) -> list:
-    """The states of wrappers that hold updates back, the outermost first."""
+    """The states of wrappers that hold back updates, outermost first."""
     found = list(_find_wrappers(opt_state))
     num = sum(isinstance(state, optax.MultiStepsState) for state in found)
     if num > 1:
         raise ValueError(
-            f"the optimiser's state has {num} states of optax.MultiSteps; expected one at "
-            "most, since its updates are the clock that feedback is synced by."
+            f"the optimiser's state has {num} states of optax.MultiSteps; expected at most "
+            "one, since feedback is synced by the number of its updates."
         )
     return found
 

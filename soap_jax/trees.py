@@ -1,9 +1,9 @@
-"""Paths into trees, and which feedback leaf belongs to which kernel.
+"""Paths into trees, and pairs of a kernel and its feedback.
 
-A feedback tree mirrors `params`: the feedback for `params[path]` lies at the same path. An NNX
-module cannot hold two attributes of one name, so there the leaf is called `feedback` and pairs
-with its sibling `kernel`. `map_pairs` knows both forms, and everything that compares or combines
-kernels with feedback goes through it. A missing or `None` leaf means exact backpropagation.
+A feedback tree mirrors `params`: the feedback for `params[path]` is at the same path. An NNX module
+cannot have two attributes of the same name, so there the leaf is called `feedback` and belongs to
+its sibling `kernel`. `map_pairs` supports both forms, and all code that compares or combines
+kernels with feedback uses it. A missing or `None` leaf means exact backpropagation.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import jax.numpy as jnp
 from soap_jax import dtypes, factors
 
 Path = tuple[str, ...]
-"""Names from a tree's root to a leaf; the box that Flax may put around a leaf does not count."""
+"""The names from a tree's root to a leaf, without a Flax box around the leaf."""
 
 Where = str | Sequence[str] | Callable[[str, jax.Array], bool] | None
-"""Selects leaves: glob patterns over "a/b/c" paths, or a predicate `(path, leaf) -> bool`."""
+"""A selection of leaves: glob patterns for paths "a/b/c", or a predicate `(path, leaf) -> bool`."""
 
 KERNEL_NAMES = ("kernel", "w", "weight")
-"""Leaves of these names, of two axes or more, get feedback by default."""
+"""The names of leaves that get feedback by default, if they have at least two axes."""
 
 
 def map_pairs(
@@ -39,17 +39,17 @@ def map_pairs(
 
     Args:
         fn: what to compute from one pair.
-        params: a tree that holds the kernels: a dict of arrays, an `nnx.State`, any pytree.
-        feedback: a tree whose leaves lie at their kernels' paths, or are called `feedback` beside
-            a `kernel`. `None` leaves are passed over.
-        stored: whether `fn` gets feedback that is stored as factors as it is, not as one array.
+        params: a tree that contains the kernels: a dict of arrays, an `nnx.State`, any pytree.
+        feedback: a tree whose leaves are at their kernels' paths, or are called `feedback` next to
+            a `kernel`. `None` leaves are skipped.
+        stored: whether `fn` gets factored feedback as factors, instead of as one array.
 
     Returns:
-        A tree of feedback's structure; `None` leaves stay `None`, and factors are one leaf.
+        A tree of feedback's structure; `None` leaves stay `None`, and factors count as one leaf.
 
     Raises:
-        ValueError: if a feedback leaf has no kernel, or not its kernel's shape, if it is complex
-            and its kernel real, or if its kernel is not floating point.
+        ValueError: if a feedback leaf has no kernel or not its kernel's shape, if it is complex and
+            its kernel real, or if its kernel is not floating point.
 
     Example:
         >>> import jax.numpy as jnp
@@ -80,12 +80,11 @@ def map_pairs(
                 else ("Was feedback left out of the call, or swapped with params?")
             )
             if path[-1] in ("left", "right"):
-                guess = "Factors are a soap_jax.factors.Product or LowRank, no dict of arrays."
+                guess = "Factors are a soap_jax.factors.Product or LowRank, not a dict of arrays."
             raise ValueError(
                 f"feedback at {show(path)} has no kernel: params has no leaf there. ({guess}) "
-                "Feedback lies "
-                "at its kernel's path (in NNX: is called 'feedback' beside a 'kernel'). The "
-                f"leaves of params: {', '.join(map(show, kernels)) or 'none'}."
+                "Expected feedback at its kernel's path (in NNX: an attribute 'feedback' next to "
+                f"a 'kernel'). The leaves of params: {', '.join(map(show, kernels)) or 'none'}."
             )
         check_kernel(kernel, path)
         check_feedback(leaf, kernel, path)
@@ -100,7 +99,7 @@ def map_pairs(
 def pairs(
     params: chex.ArrayTree, feedback: chex.ArrayTree, *, stored: bool = False
 ) -> dict[Path, tuple[jax.Array, Any]]:
-    """The pairs that `map_pairs` maps over, `(kernel, feedback)` by path.
+    """Returns the pairs that `map_pairs` maps over: `(kernel, feedback)` by path.
 
     Example:
         >>> import jax.numpy as jnp
@@ -115,7 +114,7 @@ def pairs(
 def by_kernel(
     params: chex.ArrayTree, feedback: chex.ArrayTree, *, stored: bool = False
 ) -> dict[Path, Any]:
-    """Feedback leaves by their kernel's path, also where they are called `feedback` beside it.
+    """Returns feedback leaves by their kernel's path, also if they are called `feedback`.
 
     Args:
         params: as in `map_pairs`.
@@ -138,15 +137,15 @@ def by_kernel(
 
 
 def at_kernels(params: chex.ArrayTree, feedback: chex.ArrayTree) -> chex.ArrayTree:
-    """The feedback tree that makes the same model's gradients exact: `feedback := kernel`.
+    """Returns the feedback tree with which gradients are exact: `feedback := kernel`.
 
     Args:
         params: as in `map_pairs`.
-        feedback: as in `map_pairs`; gives the structure. Its values are not used, nor are its
-            dtypes, in which kernels would be rounded.
+        feedback: as in `map_pairs`; only its structure is used. The result has the kernels' dtypes,
+            so kernels are not rounded.
 
     Returns:
-        A tree of feedback's structure that holds the kernels.
+        A tree of feedback's structure that contains the kernels.
 
     Raises:
         ValueError: as `map_pairs`.
@@ -160,11 +159,11 @@ def at_kernels(params: chex.ArrayTree, feedback: chex.ArrayTree) -> chex.ArrayTr
 
 
 def select(params: chex.ArrayTree, where: Where) -> set[Path]:
-    """The paths of the kernels that `where` names; floating point all of them.
+    """Returns the paths of the kernels that `where` selects.
 
     Raises:
-        ValueError: if a pattern matches nothing, if nothing at all is selected, or if what is
-            selected is not floating point or has no entries.
+        ValueError: if a pattern matches nothing, if nothing is selected, or if a selected leaf is
+            not floating point or is empty.
     """
     leaves = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
     if where is None:
@@ -176,8 +175,8 @@ def select(params: chex.ArrayTree, where: Where) -> set[Path]:
         patterns = (where,) if isinstance(where, str) else where
         if not isinstance(patterns, Iterable):
             raise ValueError(
-                f"where is {where!r}; expected glob patterns such as 'Dense_1/kernel', what "
-                "soap_jax.explain returned, or a predicate (path, leaf) -> bool."
+                f"where is {where!r}; expected glob patterns such as 'Dense_1/kernel', the result "
+                "of soap_jax.explain, or a predicate (path, leaf) -> bool."
             )
         chosen = set()
         for pattern in patterns:
@@ -190,10 +189,10 @@ def select(params: chex.ArrayTree, where: Where) -> set[Path]:
             chosen |= matched
     if not chosen:
         why = (
-            f"by default these do: leaves named {' or '.join(KERNEL_NAMES)} with two axes or more; "
-            "say otherwise with `where`"
+            f"by default leaves named {' or '.join(KERNEL_NAMES)} with at least two axes do; "
+            "select others with `where`"
             if where is None
-            else "`where` selects none (an explanation: the kernels whose effect is feedback)"
+            else "`where` selects none (an explanation selects kernels with the effect 'feedback')"
         )
         raise ValueError(
             f"no leaf of params gets feedback: {why}. The leaves are: "
@@ -209,8 +208,8 @@ def check_kernel(kernel: jax.Array, path: Path = ()) -> None:
     """Raises ValueError unless the kernel is floating point."""
     if not is_inexact(kernel):
         raise ValueError(
-            f"the kernel{_at(path)} {_kind(kernel)}; expected a floating-point dtype, since only "
-            "such a kernel has a gradient. Leave it out, or cast it."
+            f"the kernel{_at(path)} {_kind(kernel)}; expected a floating-point dtype, since other "
+            "kernels have no gradient. Leave it out, or cast it."
         )
 
 
@@ -219,21 +218,21 @@ def check_not_empty(kernel: jax.Array, path: Path = ()) -> None:
     if 0 in jnp.shape(kernel):
         raise ValueError(
             f"the kernel{_at(path)} has shape {jnp.shape(kernel)}, which is empty; expected at "
-            "least one weight. Give it no feedback: leave it out of `where`, or make its leaf None."
+            "least one weight. Leave it out of `where`, or set its feedback leaf to None."
         )
 
 
 def check_feedback(feedback: Any, kernel: jax.Array, path: Path = ()) -> None:
-    """Raises ValueError unless feedback has its kernel's shape, and is real if the kernel is.
+    """Raises ValueError unless feedback has its kernel's shape, and is real if the kernel is real.
 
-    No forward pass would notice either.
+    The forward pass cannot detect these mistakes, since it does not use feedback.
     """
     if factors.is_factored(feedback):
         return _check_factors(feedback, kernel, path)
     if isinstance(feedback, tuple | list) or dtypes.of(feedback) is None:
         raise ValueError(
             f"feedback{_at(path)} is a {type(feedback).__name__}; expected an array of numbers, or "
-            "factors: a soap_jax.factors.Product or LowRank."
+            "factors, that is a soap_jax.factors.Product or LowRank."
         )
     if jnp.shape(feedback) != jnp.shape(kernel):
         raise ValueError(
@@ -244,12 +243,12 @@ def check_feedback(feedback: Any, kernel: jax.Array, path: Path = ()) -> None:
     if not dtypes.holds(jnp.result_type(kernel), dtype):
         raise ValueError(
             f"feedback{_at(path)} has dtype {dtype} and its kernel {jnp.result_type(kernel)}; "
-            "expected real feedback for a real kernel, whose error has no imaginary part."
+            "expected real feedback for a real kernel, since the error is real."
         )
 
 
 def _check_factors(feedback, kernel, path) -> None:
-    """Raises ValueError unless factors are real, and their product has the kernel's shape."""
+    """Raises ValueError unless factors are real and their product has the kernel's shape."""
     kind = type(feedback).__name__
     named = " and ".join(f"{jnp.result_type(f)}{list(jnp.shape(f))}" for f in feedback)
     if not all(jnp.issubdtype(jnp.result_type(f), jnp.floating) for f in feedback):
@@ -267,13 +266,13 @@ def _check_factors(feedback, kernel, path) -> None:
 
 
 def is_inexact(leaf: Any) -> bool:
-    """Whether a leaf is an array, or a number, that has a derivative."""
+    """Whether a leaf is a floating-point or complex array or number."""
     dtype = dtypes.of(leaf)
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
 def path_of(keys: Sequence[Any]) -> Path:
-    """The names in a `jax.tree_util` key path, without the `value` of a Flax box."""
+    """Returns the names in a `jax.tree_util` key path, without the `value` of a Flax box."""
     keys = tuple(keys)
     if len(keys) > 1 and keys[-1] == jax.tree_util.GetAttrKey("value"):
         keys = keys[:-1]  # an nnx.Variable or nn.Partitioned
@@ -281,12 +280,12 @@ def path_of(keys: Sequence[Any]) -> Path:
 
 
 def named(tree: chex.ArrayTree) -> dict[str, Any]:
-    """The leaves of a tree by their paths in one string, as loggers and tables want them.
+    """Returns the leaves of a tree by path, with each path as one string, for loggers and tables.
 
-    `None` is no leaf. What has no path, a single array, is called "".
+    `None` is not a leaf. A tree that is a single array has the path "".
 
     Raises:
-        ValueError: if two leaves have one name.
+        ValueError: if two leaves have the same name.
 
     Example:
         >>> named({"Dense_0": {"kernel": 1.0, "bias": None}})
@@ -296,23 +295,26 @@ def named(tree: chex.ArrayTree) -> dict[str, Any]:
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = "/".join(path_of(keys))
         if name in found:
-            raise ValueError(f"two leaves are called {name!r}; expected one: do names hold a '/'?")
+            raise ValueError(
+                f"two leaves are called {name!r}; expected different names. Names must not contain "
+                "'/'."
+            )
         found[name] = leaf
     return found
 
 
 def matches(pattern: str, path: Path) -> bool:
-    """Whether the glob `pattern` matches the path; `*` also spans "/"."""
+    """Whether the glob `pattern` matches the path; `*` also matches "/"."""
     if not isinstance(pattern, str):
         raise ValueError(
-            f"a pattern is {pattern!r}; expected a string over paths, such as 'Dense_1/kernel' or "
-            "'Dense_*/kernel'."
+            f"a pattern is {pattern!r}; expected a string that matches paths, such as "
+            "'Dense_1/kernel' or 'Dense_*/kernel'."
         )
     return fnmatch.fnmatchcase("/".join(path), pattern)
 
 
 def show(path: Path) -> str:
-    """The path as error messages print it: `['Dense_1']['kernel']`; of a tree's root, `params`."""
+    """Formats the path for messages: `['Dense_1']['kernel']`, or `params` for a tree's root."""
     return "".join(f"[{name!r}]" for name in path) or "params"
 
 

@@ -449,7 +449,7 @@ def test_a_name_used_twice_raises(other):
     def f(tap, w):
         return jnp.sum(tap("h", w)) + jnp.sum(tap("h", other))
 
-    raises("tap's name 'h' is used twice; expected a name of its own", f)
+    raises("tap's name 'h' is used twice; expected a different name", f)
 
 
 def test_a_name_used_twice_by_one_jitted_function_raises():
@@ -515,7 +515,7 @@ def in_custom_vjp(tap, w):
     ],
 )
 def test_a_tap_in_a_mapped_or_repeated_part_raises(f, inside):
-    raises(f"tap 'h' lies inside {inside}.*, where it is not called once on a whole", f)
+    raises(f"tap 'h' is inside {inside}.*, so it is not called once on a whole", f)
 
 
 def test_outside_a_scan_or_vmap_one_may_tap():

@@ -247,7 +247,7 @@ def test_directory_may_hold_one_folder_per_data_set(publish, monkeypatch):
 def test_data_dir_goes_before_the_environment_variable(publish, monkeypatch):
     folder = publish("mnist", *map(idx_gz, small_arrays()))
     monkeypatch.setenv(data.DATA_DIR_VARIABLE, str(folder))
-    with pytest.raises(FileNotFoundError, match=r"data_dir is '.*', which is not a directory"):
+    with pytest.raises(FileNotFoundError, match=r"data_dir is '.*'; expected a directory"):
         data.load("mnist", data_dir=folder / "absent")
 
 
@@ -299,8 +299,8 @@ IMAGES, LABELS = small_arrays()[:2]
         (0, idx_bytes(IMAGES), "train-images.* is not a gzip file.*0000; expected 1f8b"),
         (1, b"", "train-labels.* is not a gzip file.*none; expected 1f8b"),
         (0, idx_gz(IMAGES)[:-300], "train-images.* is truncated: its compressed data ends"),
-        (0, gz(idx_bytes(IMAGES)[:-1]), "holds 5487 bytes of data; expected 5488"),
-        (0, gz(idx_bytes(IMAGES) + b"x"), "holds 5489 bytes of data; expected 5488"),
+        (0, gz(idx_bytes(IMAGES)[:-1]), "has 5487 bytes of data; expected 5488"),
+        (0, gz(idx_bytes(IMAGES) + b"x"), "has 5489 bytes of data; expected 5488"),
         (0, gz(idx_bytes(IMAGES)[:9]), "ends after 9 bytes, inside its 16-byte header"),
         (0, gz(b""), "starts with the bytes ; expected 00000803"),
         (0, idx_gz(LABELS), "starts with the bytes 00000801; expected 00000803.*swapped"),
@@ -342,7 +342,7 @@ def test_wrong_checksum_names_the_file_and_both_sums(publish):
 def test_file_of_another_data_set_is_recognised(publish):
     publish("mnist", *map(idx_gz, small_arrays()))
     folder = publish("kmnist", *map(idx_gz, small_arrays(seed=1)))
-    with pytest.raises(ValueError, match=r"wrong checksum.*It is the file of that name of kmnist"):
+    with pytest.raises(ValueError, match=r"wrong checksum.*It is the file of this name of kmnist"):
         data.load("mnist", data_dir=folder)
 
 
@@ -407,13 +407,13 @@ def test_unpacked_files_without_a_published_checksum_are_said_not_to_be_checked(
 def test_unpacked_files_of_another_data_set_are_recognised(asked, unpack, tmp_path):
     unpack(asked, tmp_path / "own", known=asked == "mnist", seed=1)
     unpack("fashion_mnist", tmp_path / "other")
-    with pytest.raises(ValueError, match=r"wrong checksum: MD5 .* of that name of fashion_mnist"):
+    with pytest.raises(ValueError, match=r"wrong checksum: MD5 .* of this name of fashion_mnist"):
         data.load(asked, data_dir=tmp_path / "other")
 
 
 def test_an_unpacked_file_under_the_packed_name_says_how_to_call_it(publish):
     folder = publish("mnist", *corrupted(0, idx_bytes(IMAGES)))
-    with pytest.raises(ValueError, match=r"not a gzip file.*an unpacked one its name without \.gz"):
+    with pytest.raises(ValueError, match=r"not a gzip file.*unpacked, remove \.gz from its name"):
         data.load("mnist", data_dir=folder)
 
 
@@ -451,7 +451,7 @@ def test_a_file_that_unpacks_to_more_than_the_published_one_is_refused_at_once(w
     folder = publish("mnist", *corrupted(which, bomb(2**30)))
 
     def load():
-        with pytest.raises(ValueError, match=f"{IDX[which]} holds more than [0-9]+ bytes"):
+        with pytest.raises(ValueError, match=f"{IDX[which]} has more than [0-9]+ bytes"):
             data.load("mnist", data_dir=folder)
 
     assert peak_memory(load) < 150e6  # three times the largest file
@@ -460,11 +460,11 @@ def test_a_file_that_unpacks_to_more_than_the_published_one_is_refused_at_once(w
 def test_a_file_longer_than_the_published_one_is_refused_unread(publish, tmp_path, unpack):
     folder = publish("mnist", *map(idx_gz, small_arrays()))
     os.truncate(folder / IDX[1], 2**40)  # zeros after the end: gzip would skip them all
-    with pytest.raises(ValueError, match=r"train-labels.* holds more than 60008 bytes"):
+    with pytest.raises(ValueError, match=r"train-labels.* has more than 60008 bytes"):
         data.load("mnist", data_dir=folder)
     unpack("kmnist", tmp_path / "unpacked")
     os.truncate(tmp_path / "unpacked" / IDX[2].removesuffix(".gz"), 2**40)
-    with pytest.raises(ValueError, match=r"t10k-images.* holds more than 7840016 bytes"):
+    with pytest.raises(ValueError, match=r"t10k-images.* has more than 7840016 bytes"):
         data.load("kmnist", data_dir=tmp_path / "unpacked")
 
 
@@ -477,7 +477,7 @@ def test_a_tar_file_that_unpacks_to_more_than_the_published_one_is_refused(
     data.load("cifar10", data_dir=folder)
     files = (archive.files[0]._replace(unpacked_size=10**6),)
     monkeypatch.setitem(_archives.ARCHIVES, "cifar10", archive._replace(files=files))
-    with pytest.raises(ValueError, match="holds more when unpacked than the published file"):
+    with pytest.raises(ValueError, match="is longer, unpacked, than the published file"):
         data.load("cifar10", data_dir=folder)
 
 

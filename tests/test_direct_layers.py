@@ -554,9 +554,9 @@ def test_an_nnx_block_with_more_than_params_raises(make, kinds):
 @pytest.mark.parametrize(
     "block, length, message",
     [
-        (nn.Dense, 3, r"block is a class; expected an instance, such as nn.Dense\(64\)"),
-        (nn.tanh, 3, "block is a .*; expected an instance"),
-        (12, Block(), r"length is a Block; expected an integer: DirectStack\(block, length\)"),
+        (nn.Dense, 3, r"block is a class; expected a module instance, such as nn.Dense\(64\)"),
+        (nn.tanh, 3, "block is a .*; expected a module instance"),
+        (12, Block(), r"length is a Block; expected an integer, as in DirectStack\(block,"),
         (nn.Dropout(0.5, deterministic=True), 3, "a Dropout, has no params; expected params only"),
     ],
 )
@@ -574,8 +574,8 @@ def nothing(rngs):
     [
         (nnx.Linear(6, 6, rngs=nnx.Rngs(0)), 3, "make_block is a Linear; expected a function of"),
         (12, nothing, "make_block is a int; expected a function of rngs"),
-        (nothing, 3.0, r"length is a float; expected an integer: DirectStack\(make_block, length,"),
-        (nothing, 3, "has no nnx.Param; expected a block that learns"),
+        (nothing, 3.0, r"length is a float; expected an integer, as in DirectStack\(make_block,"),
+        (nothing, 3, "has no nnx.Param; expected a block with parameters"),
     ],
 )
 def test_what_makes_no_nnx_block_raises(make, length, message):

@@ -257,7 +257,7 @@ TABLE = """\
  out                          feedback    dot_general   64×256 · 256×10     10.2 kB
 
 26 params: 1 no effect, 12 exact, 12 feedback, 1 backprop; 2.9 MB of feedback.
-Exact, since no error passes them: 12 bias (add)."""
+Exact, since no error passes through them: 12 bias (add)."""
 
 
 HALF = jnp.bfloat16
@@ -549,7 +549,7 @@ def test_rows_are_found_by_name():
     explanation = explain(mlp, PARAMS, X)
     assert explanation["b"].path == ("b",) and explanation["b"].shape == (5, 5)
     assert [row.path for row in explanation] == [("a",), ("bias",), ("b",), ("c",)]
-    with pytest.raises(KeyError, match=r"'scale' is none.*a, bias, b, c"):
+    with pytest.raises(KeyError, match=r"'scale' is not a param.*a, bias, b, c"):
         explanation["scale"]
 
 

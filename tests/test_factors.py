@@ -321,7 +321,9 @@ def test_ops_keep_no_product_for_the_backward_pass():
 
 def test_a_rule_for_factors_raises():
     for rule in (soap_jax.SignSync(), {"w2": soap_jax.Fixed(), "*": soap_jax.Transport()}):
-        with pytest.raises(ValueError, match=r"is a Product and its rule .*expected Fixed"):
+        with pytest.raises(
+            ValueError, match=r"is a Product and its rule .*expected the rule Fixed"
+        ):
             soap_jax.init_feedback(
                 jax.random.key(0), PARAMS, rule, where=["w2", "w3"], initializer=KINDS["PFA"]
             )

@@ -149,7 +149,7 @@ def test_records_tell_initialisers_apart():
 
 @pytest.mark.parametrize("rtol", [1.0, -0.1, "1e-6", None])
 def test_a_tolerance_that_is_no_share_raises(rtol):
-    with pytest.raises(ValueError, match=r"rtol is .*; expected a share"):
+    with pytest.raises(ValueError, match=r"rtol is .*; expected a number"):
         initializers.match_projections([jnp.ones((3, 2))], rtol=rtol)
 
 

@@ -1167,7 +1167,7 @@ def test_the_hook_outside_of_a_flax_layer_raises():
             return self.dot_general_cls()(x, w, (((1,), (0,)), ((), ())))
 
     x = jnp.ones((4, 3))
-    message = r"FeedbackDotGeneral was called within {}; expected a layer of Flax with a param"
+    message = r"FeedbackDotGeneral was called within {}; expected a Flax layer with a param"
     with pytest.raises(ValueError, match=message.format("Mine")):
         Mine(HOOK).init(jax.random.key(0), x)
     with pytest.raises(ValueError, match=message.format("NoneType")):

@@ -359,7 +359,7 @@ def test_what_is_not_a_pair_raises():
 
 def test_feedback_of_integers_raises():
     params, signs = {"kernel": jnp.ones((3, 2))}, {"kernel": jnp.ones((3, 2), jnp.int8)}
-    with pytest.raises(ValueError, match=r"\['kernel'\] has dtype int8; expected floating point"):
+    with pytest.raises(ValueError, match=r"\['kernel'\] has dtype int8; expected a floating-point"):
         kolen_pollack(optax.sgd(0.1), decay=0.5).init((params, signs))
 
 

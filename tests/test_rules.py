@@ -554,7 +554,7 @@ def test_a_mirrors_decay_lies_in_the_unit_interval(options, shown):
 def test_a_kernel_of_one_axis_takes_no_noise(shape):
     kernel = jnp.ones(shape)
     with pytest.raises(
-        ValueError, match=rf"shape {re.escape(str(shape))} takes no noise; expected"
+        ValueError, match=rf"has shape {re.escape(str(shape))}; expected \(\*window"
     ):
         rules.WeightMirror()(kernel, kernel, KEY)
 
@@ -594,10 +594,10 @@ def test_periods_and_rates_go_by_name():
             lambda: rules.SignSync(10),
             r"SignSync\(10\) .* expected SignSync\(period=..., magnitude=",
         ),
-        (lambda: rules.SignSync("unit"), r"SignSync\('unit'\) has values without names"),
+        (lambda: rules.SignSync("unit"), r"SignSync\('unit'\) has positional arguments"),
         (lambda: rules.Transport(10, 0.5), r"Transport\(10, 0.5\) .* Transport\(period=..., rate="),
         (lambda: rules.WeightMirror(10), r"expected WeightMirror\(period=..., rate=..., decay="),
-        (lambda: rules.Fixed(10), r"Fixed\(10\) has values without names; expected Fixed\(\)"),
+        (lambda: rules.Fixed(10), r"Fixed\(10\) has positional arguments; expected Fixed\(\)"),
     ):
         with pytest.raises(ValueError, match=message):
             make()

@@ -79,7 +79,7 @@ BAD_TASKS = {
     ),
     "lengths": (lambda: changed(train=(X, Y[:5])), "train has examples: 48 at .* 5 at"),
     "empty": (lambda: changed(test=(X[:0], Y[:0])), "test has examples: 0"),
-    "no arrays": (lambda: changed(validation=(X, 3)), "validation holds 3"),
+    "no arrays": (lambda: changed(validation=(X, 3)), "validation has 3"),
     "no function": (lambda: changed(init=3), "init is 3; expected a function"),
 }
 

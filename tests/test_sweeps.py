@@ -494,7 +494,9 @@ def test_too_low_a_limit_says_what_is_needed(compiled):
         swept(memory_limit=1e5)
     needed = min(compiled.values())
     compiled.clear()
-    with pytest.raises(ValueError, match=re.escape(f"the smallest program needs {needed:.3g}.")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"the smallest program needs {needed:.3g} bytes.")
+    ):
         swept(memory_limit=1e5)
 
 

@@ -69,7 +69,7 @@ def test_labels_of_strange_integer_types_and_idx_files_of_any_size(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"y_test": None}, "it lacks y_test"),
+        ({"y_test": None}, "y_test is missing"),
         ({"y_train": np.arange(19)}, r"y_train have the shapes \(20, 4, 3\) and \(19,\)"),
         ({"x_test": np.zeros((7, 4, 2))}, r"shape \(20, 4, 3, 1\) and x_test \(7, 4, 2, 1\)"),
         ({"y_train": np.arange(20.0)}, "labels are float64, 0.0 to 19.0; expected integers"),
@@ -83,14 +83,17 @@ def test_labels_of_strange_integer_types_and_idx_files_of_any_size(tmp_path):
         ),
         (
             {"x_test": np.full((7, 4, 3), np.nan)},
-            "x_test and y_test: inputs are of float64, or not",
+            "x_test and y_test: inputs have dtype float64, or are not",
         ),
-        ({"x_test": np.full((7, 4, 3), 1e300)}, "or not finite as float32"),
-        ({"x_train": np.full((20, 4, 3), "a")}, "inputs are of <U1"),
+        ({"x_test": np.full((7, 4, 3), 1e300)}, "or are not finite as float32"),
+        ({"x_train": np.full((20, 4, 3), "a")}, "inputs have dtype <U1"),
         ({"x_train": np.full((20, 4, 3), None)}, "cannot be read"),
         ({"x_train": np.zeros(20)}, "expected .examples, ...."),
-        ({"x_train": np.ones((20, 4, 3), bool)}, "to train on that differ"),
-        ({"x_train": ARRAYS["x_train"][:4], "y_train": np.arange(4)}, "at least 5 to train on"),
+        ({"x_train": np.ones((20, 4, 3), bool)}, "at least 5 training examples, not all"),
+        (
+            {"x_train": ARRAYS["x_train"][:4], "y_train": np.arange(4)},
+            "at least 5 training examples",
+        ),
     ],
 )
 def test_what_is_wrong_with_arrays_is_said(changes, message, tmp_path):
@@ -101,7 +104,9 @@ def test_what_is_wrong_with_arrays_is_said(changes, message, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and then nothing", b"\x93NUMPY"])
 def test_a_file_that_is_no_npz_is_named(content, tmp_path):
     (tmp_path / "a.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.npz cannot be read .*; expected a file by np\.savez"):
+    with pytest.raises(
+        ValueError, match=r"a\.npz cannot be read .*; expected a file from np\.savez"
+    ):
         tasks.read(tmp_path / "a.npz")
     np.save(tmp_path / "b.npy", np.zeros(3))
     with pytest.raises(ValueError, match="cannot be read"):
@@ -137,7 +142,7 @@ def test_binary_batches_of_cifar10_are_read_and_a_fifth_held_out(tmp_path):
     assert len(tasks.read(tmp_path).train.labels) == 30  # packed and unpacked counts once
     (tmp_path / "data_batch_2.bin.gz").unlink()
     (tmp_path / "data_batch_2.bin").write_bytes(b"123")
-    with pytest.raises(ValueError, match=r"data_batch_2.bin is no binary batch of CIFAR-10"):
+    with pytest.raises(ValueError, match=r"data_batch_2.bin is not a binary batch of CIFAR"):
         tasks.read(tmp_path)
 
 

@@ -620,25 +620,25 @@ def refused(match, cell=leaky, of_loss=loss, feedback=FEEDBACK, state=H0, params
 
 
 def test_a_state_that_changes_its_type_is_refused():
-    refused(r"state \(one array\) went in as float32\[5\] and came out as float32\[2\]",
+    refused(r"state \(one array\) was float32\[5\] before the step and is float32\[2\] after it",
             lambda params, h, x: h @ params["out"])  # fmt: skip
-    refused(r"came out as bfloat16\[5\]", lambda params, h, x: h.astype(jnp.bfloat16))
-    refused("the cell returned .*; expected a state of the structure",
+    refused(r"is bfloat16\[5\] after it", lambda params, h, x: h.astype(jnp.bfloat16))
+    refused("the cell returned .*; expected a state of the same structure",
             lambda params, h, x: {"h": h})  # fmt: skip
     refused(r"shape \(3, 5, 1\); expected \(batch, units\)", state=H0[..., None])
-    refused("one batch in all of them", state=(H0, H0[:2]), cell=lambda params, s, x: s)
-    refused("is complex; expected its real", state=H0.astype(complex))
+    refused("same batch size in all of them", state=(H0, H0[:2]), cell=lambda params, s, x: s)
+    refused("is complex; expected two real", state=H0.astype(complex))
 
 
 def test_a_jacobian_that_is_not_elementwise_is_refused():
     fixed = normal(18, UNITS, UNITS)
-    match = "state '' does not depend on '' unit by unit: in dot_general at .*test_temporal.py"
+    match = "state '' does not depend on '' unit by unit: dot_general at .*test_temporal.py"
     refused(match, lambda params, h, x: jnp.tanh(h @ fixed + x @ params["u"]))
-    refused("unit by unit: in reduce_sum", lambda params, h, x: h / jnp.sum(h) + x @ params["u"])
+    refused("unit by unit: reduce_sum", lambda params, h, x: h / jnp.sum(h) + x @ params["u"])
     refused(r"not so: \['w'\] in dot_general at .*, after abs",
             lambda params, h, x: jnp.tanh(h @ jnp.abs(params["w"]) + x @ params["u"]))  # fmt: skip
-    refused("unit by unit: in rev", lambda params, h, x: h[::-1] + x @ params["u"])
-    refused("unit by unit: in scan",
+    refused("unit by unit: rev", lambda params, h, x: h[::-1] + x @ params["u"])
+    refused("unit by unit: scan",
             lambda params, h, x: lax.fori_loop(0, 3, lambda i, h: 0.9 * h, h) + x @ params["u"],
             )  # fmt: skip
 
@@ -680,7 +680,7 @@ def test_feedback_that_does_not_fit_is_refused():
 
 
 def test_params_that_no_learning_signal_reaches_are_refused():
-    with pytest.raises(ValueError, match=r"no learning signal comes to the param 'first/.*`where`"):
+    with pytest.raises(ValueError, match=r"the param 'first/.* gets no learning signal.*`where`"):
         learn(stacked, of_second)(STACK, None, STACK0, XS, TARGETS)
 
     def reset_before(params, h, x):
@@ -689,12 +689,12 @@ def test_params_that_no_learning_signal_reaches_are_refused():
         return 0.5 * h + jnp.tanh((gate * h) @ params["w"] + x @ params["u"])
 
     params = PARAMS | {"gate": normal(21, INPUTS, UNITS)}
-    refused("comes to the param 'gate'", reset_before, params=params)
+    refused("the param 'gate' gets no learning signal", reset_before, params=params)
     learn(
         lambda p, h, x: reset_before(p | {"gate": lax.stop_gradient(p["gate"])}, h, x)
     )(params, FEEDBACK, H0, XS, TARGETS)  # fmt: skip
 
 
 def test_sequences_of_two_lengths_are_refused():
-    with pytest.raises(ValueError, match="expected a first axis of one length, time"):
+    with pytest.raises(ValueError, match="expected a first axis of one length, the time"):
         learn(leaky)(PARAMS, FEEDBACK, H0, XS, TARGETS[:-1])

@@ -243,16 +243,16 @@ LINE = r"test_transform_cut\.py:\d+"
 @pytest.mark.parametrize(
     "block, message",
     [
-        (by_vjp, rf"the tap 'h' at .*{LINE}.* is inside custom_vjp_call at .*{LINE}.*Name what it"),
-        (by_jvp, rf"the tap 'h' at .*{LINE}.* is inside custom_jvp_call at .*{LINE}.*Name what it"),
-        (by_cond, rf"the tap 'h' at .*{LINE}.* is inside cond at .*{LINE}.*Name what it returns"),
+        (by_vjp, rf"the tap 'h' at .*{LINE}.* is inside custom_vjp_call at .*{LINE}.*Name its"),
+        (by_jvp, rf"the tap 'h' at .*{LINE}.* is inside custom_jvp_call at .*{LINE}.*Name its"),
+        (by_cond, rf"the tap 'h' at .*{LINE}.* is inside cond at .*{LINE}.*Name its result"),
         (by_while, rf"the tap 'h' at .*{LINE}.* is inside while at .*{LINE}.*lax.scan"),
         (by_shard_map, rf"the tap 'h' at .*{LINE}.* inside shard_map at .*{LINE}.* inside shard_m"),
-        (by_with_feedback, rf"the tap 'h' at .*{LINE}.*with_feedback goes around"),
-        (by_loop, rf"the tap 'h' occurs 2 times, at .*{LINE}.*name of its own"),
-        (by_two_calls, rf"the tap 'h' occurs 2 times, at .*{LINE}.*name of its own"),
-        (by_a_tree, r"the tap 'h' occurs 2 times, .*Arrays of a tree are named one by one"),
-        (unused, rf"the tap 'h' at .*{LINE}.* is not used\. Go on with what checkpoint_name"),
+        (by_with_feedback, rf"the tap 'h' at .*{LINE}.*call with_feedback on the result"),
+        (by_loop, rf"the tap 'h' occurs 2 times, at .*{LINE}.*its own name"),
+        (by_two_calls, rf"the tap 'h' occurs 2 times, at .*{LINE}.*its own name"),
+        (by_a_tree, r"the tap 'h' occurs 2 times, .*In a tree, name each array separately"),
+        (unused, rf"the tap 'h' at .*{LINE}.* is not used\. Use the result of checkpoint_name"),
         (not_named, r"the tap 'h' does not occur: the function names 'other', 'z'"),
     ],
 )
@@ -334,7 +334,7 @@ def test_a_scan_without_the_output_wants_to_know_what_it_runs_over():
 
     with pytest.raises(ValueError, match=f"'h' at .*{LINE}.* inside a scan at .*{LINE}.*'blocks'"):
         with_direct_feedback(loss, "h", "z")(PARAMS, P, XS)
-    with pytest.raises(ValueError, match=r"values are \(5, 4\) in each round.*0 or 1"):
+    with pytest.raises(ValueError, match=r"values are \(5, 4\) in each iteration.*0 or 1"):
         with_direct_feedback(loss, "h", "z", stacked=3)(PARAMS, P, XS)
     with pytest.raises(ValueError, match=f"'h' at .*{LINE}.* inside 2 scans"):
         with_direct_feedback(outside, "h", "z", stacked=1)(PARAMS, P, XS)

@@ -594,14 +594,14 @@ def test_a_function_that_returns_something_else_is_refused(returned):
         ({"taps": "z"}, "different names"),
         ({"taps": (3,)}, "different names"),
         ({"output": None}, "or a function of fun's arguments"),
-        ({"target": lambda *args: X}, "alone"),
+        ({"target": lambda *args: X}, "only a function of fun"),
         ({"output": None, "target": X}, "function of fun's arguments"),
-        ({"output": None, "target": lambda *args: X, "error": "sign"}, "alone"),
+        ({"output": None, "target": lambda *args: X, "error": "sign"}, "only a function"),
         ({"error": "signs"}, "'exact' .* or 'sign'"),
         ({"stacked": "layers"}, "'blocks' .* 'time'"),
         ({"stacked": -1}, "the output's axis"),
         ({"stacked": True}, "the output's axis"),
-        ({"stacked": {"other": "time"}}, "mapping of taps"),
+        ({"stacked": {"other": "time"}}, "mapping from taps"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(kwargs, message):
@@ -610,5 +610,5 @@ def test_bad_arguments_are_refused_at_once(kwargs, message):
 
 
 def test_projections_are_drawn_for_nothing_else():
-    with pytest.raises(ValueError, match="expected what with_direct_feedback"):
+    with pytest.raises(ValueError, match="expected the result of with_direct_feed"):
         init_projections(KEY, mlp, PARAMS, X, Y)

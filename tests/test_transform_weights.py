@@ -539,7 +539,7 @@ def test_a_kernel_scaled_by_a_number_made_of_it_is_refused(name):
     def normalised(params, x):
         return jnp.sum(jnp.sin(x @ (params["w"] / number(params["w"])))) + jnp.sum(x @ params["w"])
 
-    with pytest.raises(ValueError, match="where other weights meet it"):
+    with pytest.raises(ValueError, match="where other weights multiply it"):
         jax.eval_shape(jax.grad(with_feedback(normalised), (0, 2)), {"w": W}, {"w": B}, X)
 
     def scaled(params, x):

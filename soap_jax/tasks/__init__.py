@@ -1,9 +1,9 @@
-"""Tasks for `soap_jax.study.compare`: a model, its data and its loss, without a learning method.
+"""Tasks for `soap_jax.study.compare`: a model, its data and a loss, without a learning method.
 
     task = tasks.mlp(depth=3)                      # or your own: tasks.Task(init, loss, train, ...)
     study.compare(task, ["bp", "fa", "dfa", "frozen"], learning_rates=(0.05, 0.1, 0.2), epochs=5)
 
-Tasks that name their hidden values (`Task.taps`) can be learnt by direct feedback, too.
+Tasks that name their hidden values (`Task.taps`) also work with direct feedback.
 """
 
 from soap_jax.tasks.files import read

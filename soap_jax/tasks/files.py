@@ -1,4 +1,4 @@
-"""Data of one's own, read from files."""
+"""Your own data sets, read from files."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from soap_jax import _archives, data
 
 
 def read(path: str | os.PathLike[str]) -> data.Dataset:
-    """Reads a data set of one's own.
+    """Reads your own data set.
 
     Args:
-        path: FILE.npz, which holds x_train, y_train, x_test and y_test; or a directory of four IDX
-            files with MNIST's names, `train-images-idx3-ubyte` and so on, unpacked or `.gz`; or one
-            with CIFAR-10's binary batches, `data_batch_1.bin` and so on, unpacked, `.gz` or `.xz`,
-            or with some of them: without `test_batch.bin` the last fifth is for testing. Inputs
-            have any shape and number of examples; labels are integers from 0.
+        path: one of three forms. FILE.npz with x_train, y_train, x_test and y_test. A directory
+            with four IDX files with MNIST's names, `train-images-idx3-ubyte` and so on, unpacked or
+            `.gz`. Or a directory with some of CIFAR-10's binary batches, `data_batch_1.bin` and so
+            on, unpacked, `.gz` or `.xz`; without `test_batch.bin` the last fifth is for testing.
+            Inputs may have any shape and number of examples; labels are integers from 0.
 
     Returns:
-        The data set; its source has a checksum of its content.
+        The data set; its source contains a checksum.
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: if something lacks, does not fit, or is no number.
+        ValueError: if something is missing, does not fit, or is not a number.
     """
     path, digest = pathlib.Path(path).expanduser(), hashlib.sha256()
     arrays = _reader(path)(path)
@@ -45,18 +45,18 @@ def read(path: str | os.PathLike[str]) -> data.Dataset:
     if x.shape[1:] != test.images.shape[1:] or len(x) < 5 or np.ptp(x) == 0:
         raise ValueError(
             f"{path}: x_train has the shape {x.shape} and x_test {test.images.shape}; expected "
-            "examples alike in shape, and at least 5 to train on that differ."
+            "examples of the same shape, and at least 5 training examples, not all equal."
         )
     if x.dtype != test.images.dtype:
         raise ValueError(
             f"{path}: x_train is kept as {x.dtype} and x_test as {test.images.dtype}; expected the "
-            "same, on one scale."
+            "same dtype and scale."
         )
     if labels.min() > 0 or test.labels.max() > labels.max():
         raise ValueError(
             f"{path}: labels are {labels.min()} to {labels.max()} in y_train and "
-            f"{test.labels.min()} to {test.labels.max()} in y_test; expected classes from 0 on, "
-            "and none that is in y_test alone."
+            f"{test.labels.min()} to {test.labels.max()} in y_test; expected classes from 0, and "
+            "none that is only in y_test."
         )
     return data.Dataset(
         path.name.removesuffix(".npz"),
@@ -69,19 +69,19 @@ def read(path: str | os.PathLike[str]) -> data.Dataset:
 
 
 def _checked(who, x, y) -> data.Split:
-    """Inputs as uint8 or float32, images with their channels, and int32 labels."""
+    """Checks inputs and labels; converts to uint8 or float32 with a channel axis, and int32."""
     if x.ndim < 2 or y.shape != x.shape[:1] or not x.size:
         raise ValueError(
             f"{who} have the shapes {x.shape} and {y.shape}; expected (examples, ...) and "
-            "(examples,), as many of each: a label is one integer."
+            "(examples,), with one integer label per example."
         )
     numbers = x.dtype.kind in "biuf"
     with np.errstate(over="ignore"):  # refused below
         images = x.astype(np.uint8 if x.dtype == np.uint8 else np.float32) if numbers else x
     if not numbers or not np.isfinite(images).all():
         raise ValueError(
-            f"{who}: inputs are of {x.dtype}, or not finite as float32; expected numbers, and no "
-            "NaN among them."
+            f"{who}: inputs have dtype {x.dtype}, or are not finite as float32; expected finite "
+            "numbers."
         )
     if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= 2**16:
         seen = f", {y.min()} to {y.max()}" if y.dtype.kind in "iuf" else ""
@@ -94,11 +94,11 @@ def _read_npz(path):
     try:
         with path.open("rb") as stream, zipfile.ZipFile(stream), np.load(stream) as file:
             if missing := [name for name in names if name not in file]:
-                raise ValueError(f"it lacks {', '.join(missing)}")
+                raise ValueError(f"{', '.join(missing)} is missing")
             return [file[name] for name in names]
     except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"{path} cannot be read ({error}); expected a file by np.savez with the arrays "
+            f"{path} cannot be read ({error}); expected a file from np.savez with the arrays "
             f"{', '.join(names)}."
         ) from error
 
@@ -110,7 +110,7 @@ def _reader(path):
 
 
 def _read_batches(path):
-    """CIFAR-10's binary batches: records of a label and 3 x 32 x 32 pixels."""
+    """Reads CIFAR-10's binary batches: records of a label and 3 x 32 x 32 pixels."""
     openers: dict[str, Callable[..., Any]] = {".bin": open, ".gz": gzip.open, ".xz": lzma.open}
 
     def records(file):
@@ -118,13 +118,16 @@ def _read_batches(path):
             with openers[file.suffix](file, "rb") as stream:
                 found = np.frombuffer(stream.read(), np.uint8).reshape(-1, 1 + 3 * 32 * 32)
         except (ValueError, KeyError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            raise ValueError(f"{file} is no binary batch of CIFAR-10 ({error}).") from error
+            raise ValueError(
+                f"{file} is not a binary batch of CIFAR-10 ({error}); expected records of "
+                "3073 bytes."
+            ) from error
         if found[:, 0].max(initial=0) > 9:
-            raise ValueError(f"{file} is no binary batch of CIFAR-10: a label is above 9.")
+            raise ValueError(f"{file} is not a binary batch of CIFAR-10: a label is above 9.")
         images = found[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         return images, found[:, 0]
 
-    def once(pattern):  # a batch that is there packed and unpacked counts once
+    def once(pattern):  # a batch that exists packed and unpacked counts once
         return {file.name.split(".")[0]: file for file in sorted(path.glob(pattern))}.values()
 
     batches = map(records, once("data_batch_*.bin*"))

@@ -1,4 +1,4 @@
-"""Images to be told apart: by a multilayer perceptron, or by small convolutional networks."""
+"""Image classification by a multilayer perceptron or a small convolutional network."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ def classification(
     scale: Scaling | None = None,
     taps: Sequence[str] = (),
 ) -> Task:
-    """The task of telling classes apart, by cross-entropy.
+    """Makes a classification task with the cross-entropy loss.
 
-    A fifth of the training examples, at most 5,000, are for validation. Inputs stay as they are
-    stored and are scaled in the loss. The accuracy is NaN if any output is not finite.
+    A fifth of the training examples, at most 5,000, are for validation. Inputs keep their stored
+    dtype, and are scaled in the loss. The accuracy is NaN if any output is not finite.
 
     Args:
-        model: Linen's, `(batch, ...) -> (batch, classes)`, without feedback of its own.
+        model: a Linen module `(batch, ...) -> (batch, classes)`, without feedback of its own.
         dataset: from `soap_jax.data.load` or `read`.
-        scale: of inputs; by default `scaling(dataset)`.
-        taps: names of the model's values that get direct feedback; its output is named "logits".
+        scale: the scaling of inputs; by default `scaling(dataset)`.
+        taps: names of the model's values that get direct feedback; the output must be named
+            "logits".
 
     Returns:
         The task; batches are `(images, labels)`.
@@ -71,13 +72,13 @@ def mlp(
     dataset: data.Dataset | None = None,
     activation: models.Activation = nn.tanh,
 ) -> Task:
-    """Tell apart the classes of images by a multilayer perceptron.
+    """Makes the task of image classification by a multilayer perceptron.
 
     Args:
-        depth: hidden layers.
-        width: of each.
+        depth: number of hidden layers.
+        width: width of each hidden layer.
         dataset: from `soap_jax.data.load` or `read`; by default the digits of scikit-learn.
-        activation: of hidden layers.
+        activation: activation of hidden layers.
 
     Returns:
         The task, with the hidden activations named for direct feedback.
@@ -98,11 +99,11 @@ def mlp(
 
 
 def small_conv(dataset: data.Dataset | None = None, *, channels: Sequence[int] = (16, 32)) -> Task:
-    """Tell apart the classes of small images by a small convolutional network.
+    """Makes the task of image classification by a small convolutional network.
 
-    Convolutions of 3 x 3 with stride 2 and ReLUs, then a dense layer. Images of 28 x 28 or more,
-    such as MNIST's, are made half as large, by the mean over 2 x 2 pixels, so that a training takes
-    a minute on a CPU.
+    The network has 3 x 3 convolutions with stride 2 and ReLUs, then a dense layer. Images of
+    28 x 28 pixels or more, such as MNIST's, are reduced to half their size by the mean over 2 x 2
+    pixels, so that a training takes a minute on a CPU.
 
     Args:
         dataset: images, from `soap_jax.data.load` or `read`; by default the digits of scikit-learn.
@@ -136,8 +137,8 @@ def _halved(part: data.Split) -> data.Split:
 class MoskovitzNet(nn.Module):
     """Architecture 1 of Moskovitz et al.: `(batch, height, width, channels) -> (batch, classes)`.
 
-    The middle 24 x 24 pixels; twice an unpadded 5 x 5 convolution with 64 channels, ReLU and a
-    2 x 2 max pool; then 576-384-192-classes with ReLUs.
+    It uses the middle 24 x 24 pixels: twice an unpadded 5 x 5 convolution with 64 channels, ReLU
+    and 2 x 2 max pooling; then dense layers 576-384-192-classes with ReLUs.
 
     Attributes:
         classes: size of the output.
@@ -167,13 +168,13 @@ class MoskovitzNet(nn.Module):
 
 
 def moskovitz_conv(dataset: data.Dataset) -> Task:
-    """Tell apart CIFAR-10's classes by the network of `MoskovitzNet`, as the paper trains it.
+    """Makes the task of image classification by `MoskovitzNet`, in the paper on CIFAR-10.
 
-    The paper's optimiser is Adam, its batches 128 images.
+    The paper uses Adam with batches of 128 images.
 
     Args:
-        dataset: images of at least 24 x 24 pixels, such as `soap_jax.data.load("cifar10")`; or a
-            part of CIFAR-10, by `read`.
+        dataset: images of at least 24 x 24 pixels, such as `soap_jax.data.load("cifar10")`, or a
+            part of CIFAR-10 from `read`.
 
     Returns:
         The task, with the hidden activations named for direct feedback.
@@ -193,13 +194,17 @@ def moskovitz_conv(dataset: data.Dataset) -> Task:
 
 
 def split(dataset: data.Dataset) -> tuple[data.Split, data.Split, data.Split]:
-    """Training, validation and test examples; a fifth of the first, at most 5,000, validate."""
+    """Splits off a fifth of the training examples, at most 5,000, for validation.
+
+    Returns:
+        Training, validation and test examples.
+    """
     num = min(len(dataset.train.labels) // 5, 5000)
     return *data.split_validation(dataset.train, num), dataset.test
 
 
 class Scaling(NamedTuple):
-    """How inputs as they are stored become float32: `(x - mean) / std`."""
+    """The scaling of stored inputs to float32: `(x - mean) / std`."""
 
     mean: float
     std: float
@@ -210,12 +215,12 @@ class Scaling(NamedTuple):
 
 
 def scaling(dataset: data.Dataset, inputs: str = "standard") -> Scaling:
-    """The scaling of a data set's inputs, one for all values.
+    """Computes the scaling of a data set's inputs, with one mean and std for all values.
 
     Args:
-        dataset: the data.
-        inputs: "standard", for mean 0 and variance 1 over the training examples without those for
-            validation; or "unit", where `dataset.max_value` becomes 1.
+        dataset: the data set.
+        inputs: "standard", for mean 0 and variance 1 over the training examples (without validation
+            examples); or "unit", which divides by `dataset.max_value`.
     """
     if inputs == "unit":
         return Scaling(0.0, float(dataset.max_value))

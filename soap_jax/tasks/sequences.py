@@ -1,4 +1,4 @@
-"""Tasks in time: a cue to be held in memory, and sines to be drawn."""
+"""Tasks with sequences: remembering a cue, and generating a sum of sines."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from soap_jax import grids, training
 from soap_jax.tasks.task import Taps, Task, accuracy
 
 HELD_OUT = 512
-"""Sequences for validation, and as many for testing."""
+"""The number of validation sequences, and of test sequences."""
 
 
 class NamedLSTMCell(nn.OptimizedLSTMCell):
-    """Flax's LSTM, which names what it carries "c" and "h"."""
+    """Flax's LSTM cell, with its carry named "c" and "h"."""
 
     def __call__(self, carry, inputs):
         """Returns `((c, h), h)`."""
@@ -29,11 +29,11 @@ class NamedLSTMCell(nn.OptimizedLSTMCell):
 
 
 class LSTMReader(nn.Module):
-    """Reads a sequence and answers at its end: `(batch, time, features) -> (batch, classes)`.
+    """An LSTM with an output at the last step: `(batch, time, features) -> (batch, classes)`.
 
     Attributes:
-        units: of the LSTM.
-        classes: size of the answer.
+        units: number of units of the LSTM.
+        classes: size of the output.
     """
 
     units: int = 32
@@ -56,28 +56,30 @@ def delayed_cue(
     forget_bias: float = 1.0,
     batch_size: int = 32,
 ) -> Task:
-    """An LSTM must remember a cue until it is asked.
+    """Makes the task of an LSTM that must remember a cue until the last step.
 
-    A cue of +1 or -1 comes at step 0, then normal noise, and at step `length` the question.
-    With more than one cue the answer is their parity (whether an odd number was +1), so the error
-    at one cue depends on the others: one error for all steps does not suit it.
+    The input is a cue of +1 or -1 at step 0, then normal noise, and a signal at step `length` that
+    asks for the answer. With one cue the answer is the cue. With several cues the answer is their
+    parity (whether the number of +1 is odd). The error at one cue then depends on the other cues,
+    so one error for all steps is not enough.
 
-    Direct feedback goes to what the LSTM carries, c and h, at every step: all steps get the same
-    projected error of the answer, and none goes back through time.
+    Direct feedback goes to the LSTM's carry, c and h, at every step. All steps get the same
+    projected error of the output, and no error goes back through time.
 
     Args:
-        length: the step of the question.
-        cues: the steps at which cues come.
-        units: of the LSTM.
+        length: the last step, at which the answer is asked for.
+        cues: the steps of the cues.
+        units: number of units of the LSTM.
         noise: standard deviation of the input's noise.
-        forget_bias: of the forget gates' biases at the start; Flax's own is 0.
-        batch_size: sequences in a batch.
+        forget_bias: initial bias of the forget gates; Flax's default is 0.
+        batch_size: number of sequences in a batch.
 
     Returns:
-        The task; batches `((batch, length + 1, 2), (batch,))` are made by a function: pass `steps`.
+        The task. A function makes its batches, `((batch, length + 1, 2), (batch,))`, so give the
+        study `steps`, not `epochs`.
 
     Raises:
-        ValueError: for a number out of range.
+        ValueError: if a number is out of range.
 
     References:
         Sepp Hochreiter, Jürgen Schmidhuber. Long short-term memory. Neural Computation, 1997.
@@ -117,18 +119,18 @@ def delayed_cue(
 
 
 UNITS, TIME, TAU = 50, 100, 10.0
-"""The tanh units of `sines`, its steps, and the steps in which a unit forgets."""
+"""The number of tanh units of `sines`, its number of steps, and the time constant of a unit."""
 
 
 def sines() -> Task:
-    """Leaky tanh units without input learn to draw a sum of three sines.
+    """Makes the task of leaky tanh units that learn a sum of three sines, without input.
 
         h ← h + (tanh(W h) - h) / 10,    y = V h,    target = Σₖ sin(k φ) / k,  k = 1, 2, 4
 
-    The loss is the mean squared error over 100 steps. Fifty units start at 0.1, W with gain 1.5.
-    There is one example, the units' start `(batch, 50)` and the target `(batch, 100, 1)`: pass
-    `batch_size=1`. For rules that learn step by step `soap_jax.temporal` takes `sine_cell` and
-    `sine_loss`.
+    The loss is the mean squared error over 100 steps. The initial state of the 50 units is 0.1, and
+    W is drawn with gain 1.5. There is one example, the initial state `(batch, 50)` and the target
+    `(batch, 100, 1)`: use `batch_size=1`. For time-local learning give `sine_cell` and `sine_loss`
+    to `soap_jax.temporal`.
 
     References:
         James Murray. Local online learning in recurrent networks with random feedback. eLife, 2019.
@@ -155,10 +157,10 @@ def sines() -> Task:
 
 
 def sine_cell(params, h: jax.Array, x: None) -> jax.Array:
-    """A step of the units of `sines`."""
+    """Computes one step of the units of `sines`."""
     return h + (jnp.tanh(h @ params["recurrent"]) - h) / TAU
 
 
 def sine_loss(params, h: jax.Array, target: jax.Array) -> jax.Array:
-    """A step of the loss of `sines`; the steps' sum is the loss."""
+    """Computes the loss of `sines` at one step; the sum over steps is the loss."""
     return jnp.mean((h @ params["readout"] - target) ** 2) / TIME

@@ -1,4 +1,4 @@
-"""What is learnt: a model's start, its loss, its data and its metrics, but no learning method."""
+"""A task: a model's initial params, its loss, data and metrics, without a learning method."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 
 Data: TypeAlias = chex.ArrayTree
-"""A tree of arrays with one leading axis, that of the examples."""
+"""A tree of arrays, all with examples as their first axis."""
 
 
 class Taps(NamedTuple):
-    """The values to which direct feedback goes, as the loss names them, and what is sent.
+    """The names of values that get direct feedback, and of the error or target that is sent.
 
-    A value is named by `jax.ad_checkpoint.checkpoint_name(h, "h")`; see
+    The loss names a value with `jax.ad_checkpoint.checkpoint_name(h, "h")`; see
     `soap_jax.with_direct_feedback`.
 
     Attributes:
-        names: of the values.
+        names: the names of the values.
         output: the name of the value whose error is sent, such as the logits.
-        target: `batch -> targets`, which DRTP sends, such as one-hot labels; None without any.
-        stacked: of values inside a scan, as in `with_direct_feedback`.
+        target: `batch -> targets`, such as one-hot labels, which DRTP sends; None if there are
+            none.
+        stacked: for values inside a scan, as in `with_direct_feedback`.
     """
 
     names: tuple[str, ...]
@@ -36,31 +37,31 @@ class Taps(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """Everything of a training but the learning method: what `soap_jax.study.compare` compares on.
+    """A task, with everything that training needs except the learning method.
 
     With `init_state` the model has a state, such as the statistics of batch normalisation, and its
-    loss draws, as dropout does; the functions then take more:
+    loss may draw random numbers, as for dropout. The functions then have more arguments:
 
         loss      (params, state, batch, key) -> (scalar, state)
         metrics   (params, state, batch) -> scalar
 
-    Functions must be pure. What a loss closes over is constant to it: the batch is an argument.
+    Functions must be pure. Values that a loss closes over are constants: the batch is an argument.
 
     Attributes:
         init: `key -> params`, any pytree of any library.
         loss: `(params, batch) -> scalar`, the mean over the batch.
         train: the training examples; or a function `key -> batch` that makes them on the device.
-        validation: held-out examples, by which learning rates are chosen; None without any.
-        test: examples that are looked at once, at the end of a run; None without any.
-        metrics: by name, `(params, batch) -> scalar`, the mean over the batch. One named "loss"
-            takes the place of the loss in evaluations. Otherwise the loss of a model with a state
-            is evaluated with a fixed key, and the state that it returns is dropped.
-        init_state: `key -> state`; None for a model without one.
-        taps: the values that the loss names for direct feedback (DFA and its kin); None without.
+        validation: validation examples, with which learning rates are chosen; or None.
+        test: test examples, which are used once, at the end of a run; or None.
+        metrics: functions by name, `(params, batch) -> scalar`, the mean over the batch. A metric
+            named "loss" replaces the loss in evaluations. Otherwise the loss of a model with a
+            state is evaluated with a fixed key, and the state that it returns is dropped.
+        init_state: `key -> state`; None for a model without a state.
+        taps: the named values of the loss for direct feedback (DFA, sDFA, DRTP); or None.
 
     Raises:
-        ValueError: if a function is none, a metric's name is no name of a column, or the arrays of
-            a part differ in length or are empty.
+        ValueError: if `init`, `loss`, `init_state` or a metric is not a function, if a metric's
+            name cannot name a column, or if the arrays of a part differ in length or are empty.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -105,12 +106,12 @@ class Task:
 
     @property
     def generated(self) -> bool:
-        """Whether the training examples are made by a function."""
+        """Whether a function makes the training examples."""
         return callable(self.train)
 
     @property
     def examples(self) -> dict[str, int]:
-        """The number of examples of each part that is made of arrays."""
+        """The number of examples of each part that consists of arrays."""
         parts = {name: getattr(self, name) for name in ("train", "validation", "test")}
         return {
             name: jax.tree.leaves(part)[0].shape[0]
@@ -120,7 +121,7 @@ class Task:
 
 
 def _as_array(leaf):
-    """What is made of arrays as one, such as pandas' tables, in the machine's order of bytes."""
+    """Converts array-like leaves, such as pandas tables, to arrays in native byte order."""
     if isinstance(leaf, jax.Array) or not getattr(leaf, "shape", ()):
         return leaf
     array = np.asanyarray(leaf)
@@ -136,20 +137,22 @@ def _check_data(name, part):
     for keys, leaf in leaves.items():
         if not getattr(leaf, "shape", ()):
             raise ValueError(
-                f"{name} holds {leaf!r} at {keys}; expected arrays whose first axis is that of the "
-                "examples."
+                f"{name} has {leaf!r} at {keys}; expected arrays with examples as their first axis."
             )
         kinds = (np.number, np.bool_, jax.dtypes.prng_key)
         if isinstance(leaf, np.ma.MaskedArray) or not any(
             jnp.issubdtype(leaf.dtype, kind) for kind in kinds
         ):
             raise ValueError(
-                f"{name} holds {type(leaf).__name__} of {leaf.dtype} at {keys}; expected numbers."
+                f"{name} has {type(leaf).__name__} of {leaf.dtype} at {keys}; expected numbers."
             )
         held: Any = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
         whole = held != leaf.dtype and np.issubdtype(held, np.integer)
         if whole and np.any(leaf != np.asarray(leaf).astype(held)):
-            raise ValueError(f"{name} holds integers beyond {held} at {keys}, JAX's widest now.")
+            raise ValueError(
+                f"{name} has integers that are too large for {held} at {keys}; expected integers "
+                f"within {held}, JAX's widest integer dtype in this configuration."
+            )
         lengths[keys] = leaf.shape[0]
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         said = ", ".join(f"{length} at {keys}" for keys, length in lengths.items()) or "none"
@@ -157,6 +160,6 @@ def _check_data(name, part):
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The share of labels that are the largest logit; NaN if any logit is not finite."""
+    """Computes the share of examples whose largest logit is at the label; NaN if not finite."""
     hits = jnp.argmax(logits, -1) == labels
     return jnp.where(jnp.isfinite(logits).all(), hits.mean(), jnp.nan)

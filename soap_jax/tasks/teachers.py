@@ -1,4 +1,4 @@
-"""Labels by a random network, with any number of classes."""
+"""Classification with labels from a random network, with any number of classes."""
 
 from __future__ import annotations
 
@@ -10,38 +10,39 @@ from soap_jax import grids, models, training
 from soap_jax.tasks.task import Taps, Task, accuracy
 
 HELD_OUT = 2048
-"""Examples for validation, and as many for testing."""
+"""The number of validation examples, and of test examples."""
 STREAM = 2**30 - 1
-"""Folded into the teacher's key: else a student of the same seed would start as the teacher."""
+"""A number folded into the teacher's key, so that no student has the teacher's initial weights."""
 
 
 def teacher(
     classes: int, *, features: int = 32, depth: int = 3, width: int = 64, seed: int = 0
 ) -> Task:
-    """Tell apart the classes of a random network of ReLUs.
+    """Makes the task of learning the classes of a random ReLU network, the teacher.
 
-    Teacher and student have the same shape, `features`, then `depth` layers of `width` ReLUs, then
-    `classes`; the student starts from other weights. Inputs x are standard normal, fresh ones in
-    every batch, and the label is the largest of the teacher's outputs, each made of mean 0 and
-    variance 1 over inputs:
+    Teacher and student have the same architecture: `features` inputs, `depth` hidden layers of
+    `width` ReLUs, and `classes` outputs. The student starts from other weights. Inputs x are
+    standard normal, new in every batch. The label is the index of the largest output of the
+    teacher, after each output is normalised to mean 0 and variance 1 over inputs:
 
         label = argmaxⱼ (tⱼ(x) - mean tⱼ) / std tⱼ
 
-    so that few classes are rare. The error has one entry for each class, so the task shows what
-    direct feedback loses as the output grows.
+    so that few classes are rare. The error has one entry per class, so the task shows how direct
+    feedback depends on the size of the output.
 
     Args:
-        classes: at least 2.
-        features: of an input.
-        depth: hidden layers of both networks.
-        width: of each.
-        seed: of the teacher and of held-out examples.
+        classes: number of classes, at least 2.
+        features: number of inputs.
+        depth: number of hidden layers of both networks.
+        width: width of each hidden layer.
+        seed: seed of the teacher and of validation and test examples.
 
     Returns:
-        The task; batches are made by a function, 64 examples each: pass `steps`, not `epochs`.
+        The task. A function makes its batches of 64 examples, so give the study `steps`, not
+        `epochs`.
 
     Raises:
-        ValueError: for a number out of range.
+        ValueError: if a number is out of range.
 
     Example:
         >>> teacher(5).examples

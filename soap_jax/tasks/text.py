@@ -1,4 +1,4 @@
-"""A small transformer that reads text, character by character."""
+"""Prediction of the next character of a text by a small transformer."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from soap_jax import grids, models, training
 from soap_jax.tasks.task import Taps, Task, accuracy
 
 CHARACTERS = 128
-"""The ASCII ones; all others count as "?"."""
+"""The number of ASCII characters; all other characters count as "?"."""
 HELD_OUT = 256
-"""Windows of text for validation, and as many for testing."""
+"""The number of validation windows of text, and of test windows."""
 
 
 class Transformer(nn.Module):
     """A causal transformer: `(batch, time)` characters to logits `(batch, time, 128)`.
 
-    Blocks as in GPT-2: x + attention(norm(x)), then x + mlp(norm(x)). It names, for direct
-    feedback, "embedding", of each block i what its attention gets, "query_i", "key_i" and
-    "value_i", the residual stream after it, "attention_i", the hidden layer of its mlp, "hidden_i",
-    and the stream after the block, "block_i"; and "logits".
+    Blocks are as in GPT-2: x + attention(norm(x)), then x + mlp(norm(x)). These values are named
+    for direct feedback: "embedding" and "logits", and in each block i the inputs of attention
+    ("query_i", "key_i", "value_i"), the residual stream after attention ("attention_i"), the hidden
+    layer of the mlp ("hidden_i"), and the residual stream after the block ("block_i").
 
     Attributes:
-        blocks: how many.
-        width: of the residual stream.
-        heads: of attention.
-        context: the most characters of a sequence.
+        blocks: number of blocks.
+        width: width of the residual stream.
+        heads: number of attention heads.
+        context: the largest number of characters in a sequence.
     """
 
     blocks: int = 2
@@ -44,7 +44,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Returns the logits of the next character at every place."""
+        """Returns the logits of the next character at every position."""
         dense = functools.partial(nn.Dense, kernel_init=models.glorot_normal)
         position = self.param("position", nn.initializers.normal(0.02), (self.context, self.width))
         x = nn.Embed(CHARACTERS, self.width, name="embed")(tokens)
@@ -71,12 +71,12 @@ class Transformer(nn.Module):
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The names of every layer's output, inside attention as well."""
+        """The names of every layer's output, also inside attention."""
         within = ("query", "key", "value", "attention", "hidden", "block")
         return ("embedding", *(f"{name}_{i}" for i in range(self.blocks) for name in within))
 
 
-def _attention(i, query, key, value, mask=None):  # Flax passes on what is named here
+def _attention(i, query, key, value, mask=None):  # Flax passes only arguments with these names
     query, key, value = (
         checkpoint_name(x, f"{name}_{i}")
         for name, x in (("query", query), ("key", key), ("value", value))
@@ -90,21 +90,22 @@ def char_lm(
     model: Transformer | None = None,
     batch_size: int = 16,
 ) -> Task:
-    """A transformer learns to predict the next character of a text.
+    """Makes the task of a transformer that predicts the next character of a text.
 
-    The last tenth of the text is for validation, the tenth before it for testing: windows that lie
-    evenly in it. The loss is the mean cross-entropy over places, in nats for each character. Direct
-    feedback goes to the residual stream between blocks (`Transformer.streams`): within a block
-    there is backpropagation, through attention as well.
+    The last tenth of the text is for validation, the tenth before it for testing, each as equally
+    spaced windows. The loss is the mean cross-entropy over positions, in nats per character. Direct
+    feedback goes to the residual stream between blocks (`Transformer.streams`). Within a block the
+    gradient is exact, also through attention.
 
     Args:
-        text: a file; by default the topics of Python's own help (`pydoc_data.topics`), which differ
-            between versions of Python: a study's record has a hash of what was read.
+        text: a text file; by default the topics of Python's help (`pydoc_data.topics`), which
+            differ between versions of Python. A study's record has a hash of the text.
         model: the transformer.
-        batch_size: windows in a batch.
+        batch_size: number of windows in a batch.
 
     Returns:
-        The task; batches `(batch, context + 1)` are windows drawn by a function: pass `steps`.
+        The task. A function draws its batches of windows, `(batch, context + 1)`, so give the study
+        `steps`, not `epochs`.
 
     Raises:
         OSError: if the file cannot be read.
@@ -126,8 +127,8 @@ def char_lm(
     tenth = len(codes) // 10
     if tenth < size:
         raise ValueError(
-            f"the text has {len(codes)} characters; expected at least {10 * size}, ten times the "
-            "context and one more."
+            f"the text has {len(codes)} characters; expected at least {10 * size}, ten times "
+            "(context + 1)."
         )
     train = jnp.asarray(codes[: -2 * tenth])
 

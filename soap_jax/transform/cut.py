@@ -1,14 +1,14 @@
-"""The cut of `with_direct_feedback`: a jaxpr whose named values are joined to its output.
+"""The cut of `with_direct_feedback`: connects named values of a jaxpr to its output.
 
-A jaxpr is evaluated again, equation by equation, and
+The jaxpr is evaluated equation by equation, with two changes:
 
-1.  at a *tap* the value goes on detached, so that no error comes back to it from whatever uses it:
-    the next block, a skip connection, the next step of a recurrent net;
-2.  where the *output* is named, all taps so far are joined to it.
+1.  A *tap* is detached, so it gets no error from its later uses: the next block, a skip connection,
+    the next step of a recurrent net.
+2.  At the named *output* all taps so far are connected to it.
 
-Until then a tap's value is one more result of the calls, scans and checkpoints that it is in. These
-are made again by the public functions that made them, so that a scan stays a scan. All other
-equations, custom derivatives included, are bound as they are.
+Up to there, the calls, scans and checkpoints that contain a tap return its value as an additional
+result. These are rebuilt with JAX's public functions, so a scan stays a scan. All other equations,
+including custom derivatives, are applied unchanged.
 """
 
 from __future__ import annotations
@@ -29,44 +29,44 @@ from soap_jax.transform import nested, tracing
 from soap_jax.transform import values as vals
 
 Stacked = Literal["blocks", "time"] | int
-"""What a scan runs over that has a tap and not the output: blocks, time, or the output's axis."""
+"""The iterations of a scan with a tap but without the output: blocks, time, or an output axis."""
 
 Values = dict[str, jax.Array]
 """Values of taps, by name."""
 
 
 class Place(NamedTuple):
-    """Where a value is named: in which equation, and in the jaxprs of which others."""
+    """The place of a named value: its equation, and the equations whose jaxprs contain it."""
 
     eqn: core.JaxprEqn
     within: tuple[core.JaxprEqn, ...]
 
     @property
     def line(self) -> str:
-        """File, line and function."""
+        """The file, line and function."""
         return _line(self.eqn, *reversed(self.within))
 
 
 class State(NamedTuple):
-    """Values of taps on their way to the output, and a key for what is drawn there."""
+    """The values of taps before the output, and a key for draws at the output."""
 
     values: Values
     key: chex.PRNGKey | None = None
 
 
 class Cut:
-    """A traced function whose taps are cut and joined to its output.
+    """A traced function whose taps are cut and connected to its output.
 
     Args:
         traced: the function.
         taps: names of taps.
-        output: the output's name; None: the first floating-point output of the function.
-        words: by tap, what its scans run over.
-        join: `(output, values, key, cut) -> output`, where the output is named.
+        output: the name of the output, or None for the function's first floating-point output.
+        words: by tap, what its scans iterate over.
+        join: `(output, values, key, cut) -> output`, which is called at the output.
         exact: taps that are not cut.
 
     Attributes:
-        rounds: how often the output is computed, by the scans that it is in.
+        rounds: how often scans compute the output.
     """
 
     def __init__(
@@ -90,12 +90,12 @@ class Cut:
             self._check_word(tap)
 
     def scans(self, tap: str) -> list[core.JaxprEqn]:
-        """The scans that have the tap and not the output, from the outermost."""
+        """The scans that contain the tap and not the output, outermost first."""
         within = self.taps[tap].within
         return [eqn for eqn in within if _is_scan(eqn) and id(eqn) not in self.around_output]
 
     def stacked(self, tap: str) -> bool:
-        """Whether the tap's value has a first axis of blocks where it is joined."""
+        """Whether the tap's value has a first axis of blocks at the output."""
         return bool(self.scans(tap)) and self.words.get(tap) == "blocks"
 
     def _check_word(self, tap: str) -> None:
@@ -103,29 +103,29 @@ class Cut:
         if scans and word is None:
             raise ValueError(
                 f"the tap {tap!r} at {self.taps[tap].line} is inside a scan at {_line(scans[0])} "
-                "that does not have the output. Say what it runs over: stacked='blocks' (each "
-                "round gets a projection of its own), stacked='time' (all share one, and each gets "
-                "the same error), or an integer, the output's axis of time (all share one, and "
-                "each gets its own step's error)."
+                "that does not contain the output. Say what it iterates over: stacked='blocks' "
+                "(each iteration has its own projection), stacked='time' (all share one projection "
+                "and get the same error), or an integer, the output's axis of time (all share one "
+                "projection, and each gets the error of its own step)."
             )
         if len(scans) > 1 and isinstance(word, int):
             raise ValueError(
                 f"the tap {tap!r} at {self.taps[tap].line} is inside {len(scans)} scans that do "
-                f"not have the output, and stacked is {word}; expected one scan, over the output's "
-                "axis."
+                f"not contain the output, and stacked is {word}; expected one scan, over this axis "
+                "of the output."
             )
 
     def show(self, taps: Collection[str]) -> str:
-        """Names and lines."""
+        """Formats the names and lines of taps."""
         return ", ".join(f"{tap!r} at {self.taps[tap].line}" for tap in taps)
 
     @property
     def args(self) -> list[Any]:
-        """What the function was traced with."""
+        """The arguments with which the function was traced."""
         return self.traced.operands[self.traced.num_hoisted :]
 
     def evaluate(self, args: Sequence[Any], key: chex.PRNGKey | None = None) -> list[Any]:
-        """The function's outputs; `key` goes to `join`, another one in each round of a scan."""
+        """Computes the function's outputs; `join` gets `key`, or a new key per scan iteration."""
         outs, state = self._run(self.traced.closed, args, State({}, key))
         if self.output is None:
             k = next(k for k, out in enumerate(outs) if vals.inexact(out))
@@ -166,11 +166,11 @@ class Cut:
 
 
 Join = Callable[[jax.Array, Values, chex.PRNGKey | None, Cut], jax.Array]
-"""`(output, values, key, cut) -> output`."""
+"""A function `(output, values, key, cut) -> output`."""
 
 
 def _call(cut: Cut, eqn, args, state):
-    """A call or a checkpoint."""
+    """Rebuilds a call or a checkpoint, which returns the values of its taps too."""
     shardings = [eqn.params.get(f"{of}_shardings") for of in ("in", "out")]
 
     def f(*args):
@@ -190,7 +190,7 @@ def _call(cut: Cut, eqn, args, state):
 
 
 def _scan(cut: Cut, eqn, args, state):
-    """A scan, which returns its taps' values beside what it returns."""
+    """Rebuilds a scan, which returns the values of its taps too."""
     consts, init, xs = nested.scan_parts(eqn, args)
     keys = None
     if state.key is not None:
@@ -209,42 +209,43 @@ def _scan(cut: Cut, eqn, args, state):
 
 
 def _hoisted(cut: Cut, tap, eqn, value):
-    """The values of all rounds, `(rounds, ...)`, as the output is to get them."""
+    """Converts the values of all iterations, `(rounds, ...)`, to the form used at the output."""
     word = cut.words[tap]
     if word == "time":
-        return lax.reduce_sum(value, (0,))  # whose cotangent is every round's
+        return lax.reduce_sum(value, (0,))  # every iteration gets the cotangent of the sum
     if word == "blocks":
         is_innermost = eqn is cut.scans(tap)[-1]
         return value if is_innermost else value.reshape(-1, *value.shape[2:])
     if not isinstance(word, int) or word >= value.ndim:
         raise ValueError(
             f"stacked is {word} for the tap {tap!r} at {cut.taps[tap].line}, whose values are "
-            f"{value.shape[1:]} in each round; expected the output's axis of time, 0 or 1."
+            f"{value.shape[1:]} in each iteration; expected the output's axis of time, 0 or 1."
         )
     return jnp.moveaxis(value, 0, word)
 
 
-# What can be cut
+# Checks
 
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat", "scan")
 
 _OTHERS = {
-    "cond": "which may not run. Name what it returns",
-    "custom_jvp_call": "which has a derivative of its own. Name what it returns",
-    "custom_vjp_call": "which has a derivative of its own. Name what it returns (with_feedback "
-    "goes around with_direct_feedback, not inside)",
-    "shard_map": "whose values are split. Call with_direct_feedback inside shard_map",
-    "while": "which JAX differentiates only forwards. Use lax.scan, or lax.fori_loop with a fixed "
-    "number of rounds",
+    "cond": "which may not run. Name its result instead",
+    "custom_jvp_call": "which has a custom derivative. Name its result instead",
+    "custom_vjp_call": "which has a custom derivative. Name its result instead (and call "
+    "with_feedback on the result of with_direct_feedback, not the other way round)",
+    "shard_map": "whose values are sharded. Call with_direct_feedback inside shard_map",
+    "while": "which JAX cannot differentiate in reverse mode. Use lax.scan, or lax.fori_loop with "
+    "a fixed number of iterations",
 }
 
 
 def _checked(traced, taps: Sequence[str], output: str | None) -> dict[str, Place]:
-    """The places of taps and output.
+    """Returns the places of taps and output.
 
     Raises:
-        ValueError: if no error would come from the output to a tap.
+        ValueError: if a name is missing or occurs twice, or if a tap cannot get an error from the
+            output.
     """
     found = list(_named(traced.closed.jaxpr))
     used = {name for name, _ in _named(_live(traced, [True] * traced.num_outputs))}
@@ -257,14 +258,14 @@ def _checked(traced, taps: Sequence[str], output: str | None) -> dict[str, Place
             others = ", ".join(sorted({repr(n) for n, _ in found if not n.startswith("soap_jax")}))
             raise ValueError(
                 f"{what} does not occur: the function names {others or 'nothing'}. Name the value "
-                f"in it, h = jax.ad_checkpoint.checkpoint_name(h, {name!r})."
+                f"in the function: h = jax.ad_checkpoint.checkpoint_name(h, {name!r})."
             )
         if len(mine) > 1:
             lines = " and ".join(dict.fromkeys(place.line for _, place in mine))
             raise ValueError(
-                f"{what} occurs {len(mine)} times, at {lines}. Give each value a name of its own, "
-                "such as f'block{i}', or scan over the blocks. Arrays of a tree are named one by "
-                "one."
+                f"{what} occurs {len(mine)} times, at {lines}; expected once. Give each value its "
+                "own name, such as f'block{i}', or scan over the blocks. In a tree, name each "
+                "array separately."
             )
         ((order[name], places[name]),) = mine
         for eqn in places[name].within:
@@ -276,8 +277,8 @@ def _checked(traced, taps: Sequence[str], output: str | None) -> dict[str, Place
                 )
         if name not in used:
             raise ValueError(
-                f"{what} at {places[name].line} is not used. Go on with what checkpoint_name "
-                "returns, not with the value before."
+                f"{what} at {places[name].line} is not used. Use the result of checkpoint_name "
+                "in the rest of the function, not its argument."
             )
     if output:
         _check_output(traced, taps, output, places, order)
@@ -289,7 +290,7 @@ def _check_output(traced, taps, output, places, order):
         if order[tap] > order[output]:
             raise ValueError(
                 f"the output {output!r} at {places[output].line} comes before the tap {tap!r} at "
-                f"{places[tap].line}, to which no error would come. Name the output after it."
+                f"{places[tap].line}, which would get no error. Name the output after the tap."
             )
     avals = traced.closed.out_avals
     loss = [k for k, first in enumerate(traced.first) if first]
@@ -298,13 +299,14 @@ def _check_output(traced, taps, output, places, order):
     live = _live(traced, [k in loss and vals.inexact(aval) for k, aval in enumerate(avals)])
     if output not in {name for name, _ in _named(live)}:
         raise ValueError(
-            f"the loss does not depend on the output {output!r} at {places[output].line}, so that "
-            "no error would come to the taps. Go on with what checkpoint_name returns."
+            f"the loss does not depend on the output {output!r} at {places[output].line}, so the "
+            "taps would get no error. Use the result of checkpoint_name in the rest of the "
+            "function."
         )
 
 
 def _live(traced, outputs: Sequence[bool]) -> core.Jaxpr:
-    """What these outputs are made of."""
+    """The jaxpr without the equations that these outputs do not need."""
     return partial_eval.dce_jaxpr(traced.closed.jaxpr, outputs, instantiate=True)[0]
 
 
@@ -328,6 +330,6 @@ def _is_scan(eqn) -> bool:
 
 
 def _line(*eqns: core.JaxprEqn) -> str:
-    """The line of the first that has one: what JAX takes from its cache has none."""
+    """The line of the first equation that has one; equations from JAX's cache have none."""
     lines = (source_info_util.summarize(eqn.source_info) for eqn in eqns)
     return next(filter(None, lines), "an unknown line")

@@ -1,7 +1,7 @@
-"""The errors of layers: the cotangents of the products in which kernels meet activations.
+"""The errors of layers: the cotangents of the products of kernels and activations.
 
-Zeros, the *taps*, are added to these products; the gradient by a tap is the error there. So all
-errors come from one backward pass, which is that of `with_feedback`.
+Zeros, called *taps*, are added to these products; the gradient by a tap is the error of the
+product. So one backward pass, that of `with_feedback`, gives all errors.
 """
 
 from __future__ import annotations
@@ -22,33 +22,35 @@ from soap_jax.transform.reader import Reader
 from soap_jax.transform.values import Value
 
 Errors = dict[str, jax.Array]
-"""Errors by their kernels' paths, such as "Dense_0/kernel"."""
+"""Errors by the paths of their kernels, such as "Dense_0/kernel"."""
 
 
 def layer_errors(fun: Callable, *, has_aux: bool = False) -> Callable[..., Errors]:
-    """Gives a function that returns the errors of all layers of `fun`.
+    """Returns a function that computes the errors of all layers of `fun`.
 
         y = x · W,    error of W = y_bar
 
-    for every kernel W (a param of rank 2 or more) that meets an activation in a product: with and
-    without feedback, the first layer as well. It costs less than the gradient; call it under `jit`.
+    for every kernel W (a param with at least two axes) in a product with an activation x, with or
+    without feedback, including the first layer. It costs less than the gradient; call it under
+    `jit`.
 
-    An error has the shape of the product, with the kernel's output axes last, so that the batch
-    comes first in what libraries of layers write (`vmap` of `W @ x` included). Of a kernel that is
-    used several times it is that of the first use; kernels that are joined before their product
-    (the gates of an LSTM) share one. Inside `lax.scan`, over time or over layers, it has the
-    iterations in front. Products in `while_loop`, `cond`, `shard_map` and in functions with
-    derivatives of their own are left out, and so are kernels that meet no activation.
+    An error has the shape of the product, with the kernel's output axes last. So the batch axis is
+    first for the usual layer libraries, also for `vmap` of `W @ x`. If a kernel is used several
+    times, the error is that of the first use. Kernels that are joined before their product (the
+    gates of an LSTM) share one error. Inside `lax.scan`, over time or over layers, the first axis
+    of the error is the iteration. There are no errors for products in `while_loop`, `cond`,
+    `shard_map` and functions with custom derivatives, or for kernels in no product with an
+    activation.
 
-    Where `fun` is a mean over a batch, an example's error is divided by the batch's size.
+    If `fun` is a mean over a batch, the error of an example is divided by the batch size.
 
     Args:
         fun: `(params, *args, **kwargs) -> scalar`, as for `with_feedback`.
         has_aux: whether it returns `(scalar, aux)`, as in `jax.grad`; aux is dropped.
 
     Returns:
-        `(params, feedback, *args, **kwargs) -> errors`: the errors under `with_feedback(fun)`, by
-        their kernels' paths. Feedback of None is backpropagation.
+        `(params, feedback, *args, **kwargs) -> errors`: the errors of `with_feedback(fun)`, by the
+        paths of their kernels. With feedback of None they are those of backpropagation.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -69,7 +71,7 @@ def layer_errors(fun: Callable, *, has_aux: bool = False) -> Callable[..., Error
 def gradient_and_errors(
     fun: Callable, *, has_aux: bool = False
 ) -> Callable[..., tuple[chex.ArrayTree, Errors]]:
-    """The same beside the gradient by params, `(gradient, errors)`, at the gradient's cost."""
+    """Like `layer_errors`, for `(gradient by params, errors)` at the cost of the gradient."""
 
     def gradient_and_errors_of(params, feedback, *args, **kwargs):
         traced = tracing.trace(fun, params, args, kwargs)
@@ -102,12 +104,12 @@ def gradient_and_errors(
 
 
 class Tap(NamedTuple):
-    """What is added to a product.
+    """An array of zeros that is added to a product.
 
     Attributes:
-        leaves: the kernels that meet an activation there.
-        aval: its type.
-        order: the product's axes, the kernel's last.
+        leaves: the kernels in the product.
+        aval: the type of the array.
+        order: the product's axes, with the kernel's output axes last.
     """
 
     leaves: tuple[int, ...]
@@ -120,8 +122,8 @@ class _Tapper(Reader):
 
     Args:
         paths: as in `Reader`.
-        kernels: the kernels whose products get a tap, each at its first.
-        taps: the arrays to add; None: zeros.
+        kernels: the kernels whose first product gets a tap.
+        taps: the arrays to add, or None for zeros.
 
     Attributes:
         found: the taps so far.
@@ -148,14 +150,14 @@ class _Tapper(Reader):
         return list(map(Value, outs, arrays))
 
     def take(self, tap: Tap) -> jax.Array:
-        """The array of a tap."""
+        """Records a tap, and returns its array."""
         self.left -= set(tap.leaves)
         self.found.append(tap)
         return vals.zeros(tap.aval) if self.taps is None else next(self.taps)
 
 
 def _tap(eqn, labels: Sequence[lb.Label], kernels: set[int]) -> Tap | None:
-    """The tap of an equation in which some of these kernels meet data in a product."""
+    """The tap of an equation that is a product of some of these kernels and data, or None."""
     if lb.kind(eqn) not in lb.PRODUCTS:
         return None
     for k, (mine, other) in enumerate(zip(labels[:2], labels[1::-1], strict=True)):
@@ -169,7 +171,7 @@ def _tap(eqn, labels: Sequence[lb.Label], kernels: set[int]) -> Tap | None:
 
 
 def _order(eqn, kernel: int) -> tuple[int, ...]:
-    """A product's axes, those of its kernel last."""
+    """A product's axes, with its kernel's output axes last."""
     axes = tuple(range(eqn.outvars[0].aval.ndim))
     if eqn.primitive.name == "conv_general_dilated":
         batch, features, *window = eqn.params["dimension_numbers"].out_spec
@@ -198,7 +200,7 @@ def _find(paths, kernels, closed: core.ClosedJaxpr, labels: Sequence[lb.Label]) 
 
 
 def _scan(tapper: _Tapper, eqn, values, outs):
-    """A scan, over whose taps it scans as well."""
+    """Evaluates a scan that scans over its taps too."""
     labels = nested.scan_body(tapper, eqn, [value.label for value in values])
     closed, length = eqn.params["jaxpr"], eqn.params["length"]
     kernels = set(tapper.left)

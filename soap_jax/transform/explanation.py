@@ -1,8 +1,9 @@
-"""`explain`: what feedback does for every param, found out before a run.
+"""`explain`: the effect of feedback on every param, without running the function.
 
-The program that `with_feedback` evaluates is read without any arithmetic, as if every param had
-feedback. What the reader notes of each (where an error passes its feedback, where it would pass
-what has none) is the explanation; so the two cannot differ.
+The program that `with_feedback` evaluates is analysed without computing anything, as if every param
+had feedback. The explanation consists of the reader's notes: where an error is multiplied by a
+param's feedback, and where it would be multiplied by weights that have none. Both functions use the
+same reader, so they agree.
 """
 
 from __future__ import annotations
@@ -34,21 +35,21 @@ Gradient = Literal["exact", "direct", "mixed", "none"]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What feedback does for one param.
+    """The effect of feedback on one param.
 
     Attributes:
         path: the param's path in params.
-        effect: one of those that `explain` lists.
-        uses: where it is used to this effect and, for "error" and "backprop", what stands in the
-            way.
-        shape: of the param, and of its feedback.
-        dtype: of the param.
+        effect: one of the effects that `explain` lists.
+        uses: the places where it is used with this effect; for "error" and "backprop", also the
+            problem there.
+        shape: the shape of the param, and of its feedback.
+        dtype: the dtype of the param.
         stored: the dtype in which feedback is stored.
-        used: the dtype in which feedback is used: that of the operand at the product that the error
-            passes, or before, where it is masked or scaled; the widest of several.
-        nbytes: of the feedback, if there is any to be stored.
-        gradient: how errors come to the param, whatever its feedback: "exact", as JAX
-            differentiates `fun`; "direct", by direct feedback; "mixed", by both; "none".
+        used: the dtype in which feedback is used: the dtype of the operand in the product, or
+            earlier if it is masked or scaled before; of several, the widest.
+        nbytes: the size of the feedback that is stored, or 0.
+        gradient: how errors reach the param, whatever its feedback: "exact", as in JAX's gradient
+            of `fun`; "direct", by direct feedback; "mixed", by both; or "none".
     """
 
     path: trees.Path
@@ -64,10 +65,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: a table to print, and a `where` for `init_feedback`.
+    """The result of `explain`: a table to print, and a `where` for `init_feedback`.
 
     Attributes:
-        rows: one for each floating-point param, in order of first use.
+        rows: one row for each floating-point param, in order of first use.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -92,14 +93,16 @@ class Explanation:
         return len(self.rows)
 
     def __getitem__(self, path: str) -> Row:
-        """The row of a param, by its path as it is printed, "Dense_1/kernel"."""
+        """Returns the row of a param, by its path as printed, such as "Dense_1/kernel"."""
         rows = {"/".join(row.path): row for row in self.rows}
         if path not in rows:
-            raise KeyError(f"{path!r} is none of the params: {', '.join(rows) or 'there are none'}")
+            raise KeyError(
+                f"{path!r} is not a param; expected one of: {', '.join(rows) or '(no params)'}"
+            )
         return rows[path]
 
     def __call__(self, path: str, leaf: jax.Array) -> bool:
-        """Whether feedback serves the kernel at the path: a predicate for `init_feedback`."""
+        """Whether the effect at the path is "feedback": a predicate for `init_feedback`."""
         return any("/".join(row.path) == path and row.effect == "feedback" for row in self.rows)
 
     def __str__(self) -> str:
@@ -114,43 +117,43 @@ def explain(
     has_aux: bool = False,
     **kwargs,
 ) -> Explanation:
-    """Says for every param of a function how the error passes it under `with_feedback`.
+    """Finds the effect of feedback on every param of a function under `with_feedback`.
 
-    Its `effect` is
+    The `effect` of a param is one of
 
-        "feedback"      the error passes its feedback
-        "own feedback"  the same, of a layer of `soap_jax` that has feedback of its own
-        "backprop"      the error passes the param itself; the uses say why
-        "exact"         no error passes it: a bias, a table, a penalty, a norm used as a number
-        "no effect"     no error comes this far: a first layer, whose input is data
-        "error"         `with_feedback` refuses the feedback that it has
+        "feedback"      the error is multiplied by its feedback
+        "own feedback"  the same, for a `soap_jax` layer with feedback of its own
+        "backprop"      the error is multiplied by the param itself; the uses say why
+        "exact"         it multiplies no error: a bias, a table, a penalty, a norm used as a number
+        "no effect"     no error passes through it: a first layer, whose input is data
+        "error"         `with_feedback` refuses its feedback
 
-    Beside it stands how the param's `gradient` comes about where there is direct feedback
-    (`with_direct_feedback`, `direct_feedback`, and the layers made of it), in any function:
+    For functions with direct feedback (`with_direct_feedback`, `direct_feedback`, or layers that
+    use it), the `gradient` of a param is one of
 
         "direct"        by direct feedback
-        "mixed"         by direct feedback, and by an error that comes around it
-        "exact"         as JAX differentiates the function
-        "none"          no error comes to it: it does not learn
+        "mixed"         by direct feedback, and by an error on a path around it
+        "exact"         as in JAX's gradient of the function
+        "none"          no error reaches the param: it does not learn
 
-    A param that only scales activations elementwise (of a normalisation, a gate) is "backprop"
+    A param that only scales activations elementwise (in a normalisation or a gate) is "backprop",
     unless you name it in `where`; then `with_feedback` gives it feedback.
 
-    Nothing is computed: `fun` is traced with the types of its arguments, and so is its gradient by
-    `params`, with a cotangent for every output, or with `has_aux` for the first alone.
+    Nothing is computed. `fun` and its gradient by `params` are traced with the types of the
+    arguments, with a cotangent for every output, or for the first output only with `has_aux`.
 
     Args:
         fun: `(params, *args, **kwargs) -> outputs`, as for `with_feedback`.
-        params: its params; like `args`, arrays or `jax.ShapeDtypeStruct`s.
-        *args: its other arguments.
-        feedback: the feedback tree of which to ask. Without one: what feedback for each param
-            would do.
+        params: the params of `fun`; like `args`, arrays or `jax.ShapeDtypeStruct`s.
+        *args: the other arguments of `fun`.
+        feedback: the feedback tree to explain. By default every param is explained as if it had
+            feedback.
         has_aux: whether `fun` returns `(outputs, aux)`, as in `jax.grad`.
-        **kwargs: its keyword arguments.
+        **kwargs: the keyword arguments of `fun`.
 
     Returns:
-        The explanation. Print it; or hand it to `init_feedback` as `where`, so that just the
-        kernels whose effect is "feedback" get any.
+        The explanation. Print it, or pass it to `init_feedback` as `where`, so that only kernels
+        with the effect "feedback" get feedback.
 
     Raises:
         ValueError: if feedback does not fit `params`.
@@ -187,13 +190,13 @@ def explain(
 def read(
     traced: tracing.Traced, kernels: Sequence[int], active: Sequence[bool], *, has_aux: bool = False
 ) -> reader.Reader:
-    """Reads the derivative of the live outputs, by the active operands.
+    """Analyses the derivative of the live outputs by the active operands.
 
     Args:
         traced: the function.
         kernels: the operands that are kernels with feedback.
-        active: by operand, whether one differentiates by it, if it is floating point.
-        has_aux: whether the first of the function's outputs alone is live.
+        active: by operand, whether to differentiate by it; integers are never active.
+        has_aux: whether only the first of the function's outputs is live.
     """
     active = [mine and vals.inexact(x) for mine, x in zip(active, traced.operands, strict=True)]
     beside = [x if i in kernels else None for i, x in enumerate(traced.operands)]
@@ -211,7 +214,7 @@ def read(
     outs = found.run(program.replace(jaxpr=live), inputs)
     found.ways = lb.all_ways(out.label for out in outs)
     marks.run(traced.closed, inputs[traced.num_hoisted : len(traced.operands)])
-    for i in kernels:  # layers mark kernels in the function alone, not in its derivative
+    for i in kernels:  # layers mark kernels in the function only, not in its derivative
         found.note(i).layer = marks.note(i).layer
     return found
 
@@ -222,7 +225,7 @@ Found = tuple[Effect, Sequence[Use]]
 
 
 def _row(notes: reader.Notes) -> Found:
-    """What feedback would do for a leaf."""
+    """The effect that feedback would have on a leaf."""
     hard = [use for use in notes.broken if not use.mixed]
     if notes.layer:
         return ("own feedback" if notes.served_by_layer else "no effect"), [notes.layer]
@@ -239,7 +242,7 @@ def _row(notes: reader.Notes) -> Found:
 
 
 def _given(notes: reader.Notes) -> Found:
-    """What feedback does for a leaf that has some."""
+    """The effect of feedback on a leaf that has feedback."""
     if notes.layer:
         problem = "where its layer has feedback of its own"
         return "error", [notes.layer._replace(problem=problem)]
@@ -249,18 +252,18 @@ def _given(notes: reader.Notes) -> Found:
         return "feedback", [*notes.served]
     if notes.met:
         return "no effect", [*notes.met]
-    problem = "where it meets no activation while it has its feedback"
+    problem = "where it is in no product with an activation that could use its feedback"
     return "error", [notes.first._replace(problem=problem)] if notes.first else []
 
 
 def _kept(notes: reader.Notes) -> Found:
-    """What happens to a leaf that has no feedback."""
+    """The effect for a leaf without feedback."""
     effect, uses = _row(notes)
     return ("backprop" if effect == "feedback" else effect), uses
 
 
 def _gradient(i: int, ways: frozenset[tuple[int, bool]]) -> Gradient:
-    """How errors come to a leaf."""
+    """How errors reach a leaf."""
     if (i, True) in ways:
         return "mixed" if (i, False) in ways else "direct"
     return "exact" if (i, False) in ways else "none"
@@ -278,7 +281,7 @@ def _finished(leaf, path, effect, uses, used, given, open_question, gradient) ->
 
 
 def _gradients(explanation: Explanation) -> list[str]:
-    """How the gradients come about, if not all are exact; with the params of exceptions."""
+    """Lines about gradients that are not exact, or none if all are exact."""
     found: dict[str, list[str]] = {}
     for row in explanation:
         found.setdefault(row.gradient, []).append("/".join(row.path))
@@ -298,8 +301,8 @@ def _shape(operand: jax.ShapeDtypeStruct) -> str:
 
 
 def _table(explanation: Explanation) -> str:
-    """Rows that differ by numbers in their paths share a line, as the layers of a stack do."""
-    from rich import box, console, filesize, table, text  # here, since importing it takes a while
+    """The printed table; rows whose paths differ only by numbers share a line."""
+    from rich import box, console, filesize, table, text  # imported here, since it is slow
 
     grid = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("param", "effect", "used in", "operands"):
@@ -347,7 +350,7 @@ def _table(explanation: Explanation) -> str:
     )
     if exact:
         kinds = ", ".join(f"{times} {kind}" for kind, times in exact.items())
-        lines.append(f"Exact, since no error passes them: {kinds}.")
+        lines.append(f"Exact, since no error passes through them: {kinds}.")
     lines += _gradients(explanation)
     shown = [line.rstrip() for line in file.getvalue().splitlines() if line.strip()]
     shown = [*shown, ""] if groups else []

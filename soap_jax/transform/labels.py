@@ -1,8 +1,8 @@
-"""What is known of a value: is it weights, an activation, or a tangent, and of which params.
+"""Labels of values: weights, activation or tangent, and their params; rules for one equation.
 
-A value is *weights* if it is made of kernels with feedback and of no activation. It still has its
-feedback if the kernels were only laid out on the way: then the same layout of feedback stands
-beside it. Here are the rules for one equation; `soap_jax.transform.reader` applies them.
+A value is *weights* if it is computed from kernels with feedback and from no activation. If only
+the layout of the kernels was changed, it also has a form with feedback: the same layout of their
+feedback. This module has the rules for one equation; `soap_jax.transform.reader` applies them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax.extend import core
 from soap_jax import ops
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general")
-"""Products: weights and data make an activation here."""
+"""Product primitives, where the result of weights and data is an activation."""
 
 LAYOUTS = (
     *("all_gather", "all_gather_invariant", "all_to_all", "broadcast_in_dim", "conj", "copy"),
@@ -28,15 +28,15 @@ LAYOUTS = (
     *("rev", "sharding_constraint", "slice", "split", "squeeze", "stop_gradient", "tile"),
     *("transpose", "unstack"),
 )
-"""Linear primitives of one array, whose other operands are indices: they lay out weights anew."""
+"""Linear primitives of one array, with indices as other operands, which change the layout only."""
 
 JOINS = (
     *("complex", "concatenate", "dynamic_update_slice", "pad", "scatter", "select_n", "stack"),
 )
-"""Primitives that lay out several arrays together."""
+"""Primitives that combine the elements of several arrays in one layout."""
 
 ELEMENTWISE = ("mul", "div")
-"""Elementwise products: weights and activations make activations; with a mask they stay weights."""
+"""Elementwise products: weights times an activation is an activation, times a mask weights."""
 
 SUMS = ("add", "add_any", "sub")
 
@@ -52,28 +52,28 @@ REDUCTIONS = (
     "reduce_sum",
     "svd",
 )
-"""Primitives that make each element of an output of all elements along some axes."""
+"""Primitives that compute each output element from all elements along some axes."""
 
 PARTS = ("dynamic_slice", "gather", "slice", "split", "unstack")
-"""Layouts that take a part, after which weights are no longer the whole kernel."""
+"""Layout primitives that take a part, so that the result is no longer a whole kernel."""
 
 MOVES = (
     *(*PARTS, "broadcast_in_dim", "copy", "copy_p", "device_put", "expand_dims", "name"),
     *("optimization_barrier", "pcast", "pvary", "reshape", "reshard", "rev", "sharding_constraint"),
     *("squeeze", "stop_gradient", "tile", "transpose"),
 )
-"""Layouts that do no arithmetic: feedback in fewer bits than its kernel stays as it is stored."""
+"""Layout primitives without arithmetic, which keep the dtype in which feedback is stored."""
 
 
 class Broken(NamedTuple):
-    """Why weights have no feedback any more.
+    """The reason why weights have no form with feedback.
 
     Attributes:
-        problem: what was done to them.
-        primitive: the primitive that did it.
-        line: file, line and function.
-        others: the params that were mixed into them, by number.
-        rows: whether rows of them were looked up since.
+        problem: the operation on them, as a phrase for messages.
+        primitive: the primitive of that operation.
+        line: its file, line and function.
+        others: the numbers of the params that were mixed in.
+        rows: whether rows were looked up afterwards.
     """
 
     problem: str
@@ -88,33 +88,33 @@ class Broken(NamedTuple):
 
 
 Status = Broken | Literal["laid out", "looked up"]
-"""What became of a kernel: only its layout was changed; rows of it were looked up by an integer
-argument, as in an embedding; or it is broken."""
+"""The status of a kernel: "laid out", only its layout was changed; "looked up", rows of it were
+looked up by an integer argument, as in an embedding; or broken."""
 
 
 class Label(NamedTuple):
-    """What is known of a value, without the value.
+    """The properties of a value that are known without computing it.
 
     Attributes:
-        kernels: by the kernels' numbers: of weights, what became of each; of a tangent, the kernels
-            that multiplied it, though it is their own, so that it has two forms: one with the
-            kernels, for what is theirs alone, and one with their feedback.
+        kernels: by number of the kernel: for weights, the status of each kernel; for a tangent, the
+            kernels that multiplied their own tangent. A tangent with kernels has two forms: one
+            with the kernels, for terms of these kernels alone, and one with their feedback.
         data: whether it depends on an argument other than params.
-        params: the params of which it is made; empty for an activation.
-        active: whether it carries a tangent.
-        floats: whether it depends on params or on an argument that is no integer.
-        number: whether it is a single number, or that number broadcast.
+        params: the params from which it is computed; empty for an activation.
+        active: whether it has a tangent.
+        floats: whether it depends on params or on an argument that is not an integer.
+        number: whether it is a single number, or a broadcast number.
         whole: whether each element depends on all of a kernel.
         tangent: whether it is a tangent.
-        owners: of a tangent, the params of which it is a linear function, and no activation
-            multiplies it; None of an error.
-        rows: of a tangent, whether rows were looked up by an integer argument.
-        used: of weights, the dtypes in which they were first computed with; none if they were only
-            cast and moved.
-        layer: whether it was just named by a layer that has feedback of its own.
-        ways: of a tangent, the params to which an error comes back through it, each with whether it
-            comes by direct feedback; followed only where nothing is computed.
-        refused: of a tangent that no error may come back through, why.
+        owners: for a tangent that no activation multiplies, the params of which it is a linear
+            function; None for other tangents, through which errors pass.
+        rows: for a tangent, whether rows were looked up by an integer argument.
+        used: for weights, the dtypes in which they were first used in arithmetic; empty if they
+            were only cast and moved.
+        layer: whether a layer with feedback of its own has just named it.
+        ways: for a tangent, pairs of a param that an error reaches through it, and whether it does
+            so by direct feedback; only known if nothing is computed.
+        refused: for a tangent through which no error may pass, the reason.
     """
 
     kernels: Mapping[int, Status] = {}
@@ -134,24 +134,24 @@ class Label(NamedTuple):
 
     @property
     def activation(self) -> bool:
-        """Whether it is made of data and carries a tangent, and is not params under a mask."""
+        """Whether it is computed from data and has a tangent, and is not masked params."""
         return self.from_data and self.active
 
     @property
     def from_data(self) -> bool:
-        """Whether it is made of data, not of params under a mask."""
+        """Whether it is computed from data, and is not masked params."""
         return self.data and not self.params
 
     @property
     def two_forms(self) -> bool:
-        """Whether the same of feedback stands beside it."""
+        """Whether it has a form with feedback."""
         return bool(self.kernels) and not any(
             isinstance(status, Broken) for status in self.kernels.values()
         )
 
 
 def worst(statuses: Iterable[Status]) -> Status:
-    """The status of a value that is made of several."""
+    """The status of a value that is computed from values of several statuses."""
     found = list(statuses)
     for status in found:
         if isinstance(status, Broken):
@@ -160,13 +160,13 @@ def worst(statuses: Iterable[Status]) -> Status:
 
 
 def merged(labels: Sequence[Label]) -> dict[int, Status]:
-    """The kernels of several labels."""
+    """The kernels of several labels, each with its worst status."""
     leaves = dict.fromkeys(leaf for label in labels for leaf in label.kernels)
     return {i: worst(lab.kernels[i] for lab in labels if i in lab.kernels) for i in leaves}
 
 
 def derived(labels: Sequence[Label]) -> Label:
-    """What holds of whatever is computed of the values."""
+    """The label of any value computed from values with these labels."""
     apart = any(label.activation for label in labels)
     return Label(
         data=any(label.data for label in labels),
@@ -177,7 +177,7 @@ def derived(labels: Sequence[Label]) -> Label:
 
 
 def computed(eqn: core.JaxprEqn, labels: Sequence[Label]) -> Label:
-    """The same of what an equation computes, where params and data may become an activation."""
+    """Like `derived`, for the result of an equation, which may be an activation."""
     out, name = derived(labels), kind(eqn)
     met = name in PRODUCTS and any(
         a.data and (b.data or b.params)
@@ -190,7 +190,7 @@ def computed(eqn: core.JaxprEqn, labels: Sequence[Label]) -> Label:
 
 
 def used(eqn: core.JaxprEqn, labels: Sequence[Label]) -> frozenset[np.dtype]:
-    """The dtypes in which weights are computed with, in an equation or before."""
+    """The dtypes in which weights are used in arithmetic, in an equation or before."""
     moved = eqn.primitive.name in (*MOVES, "convert_element_type")
     found: frozenset[np.dtype] = frozenset()
     for var, label in zip(eqn.invars, labels, strict=True):
@@ -201,7 +201,7 @@ def used(eqn: core.JaxprEqn, labels: Sequence[Label]) -> frozenset[np.dtype]:
 
 
 def kind(eqn: core.JaxprEqn) -> str:
-    """The primitive's name; "mul" for an einsum that sums nothing."""
+    """The primitive's name; "mul" for a `dot_general` without contracted axes."""
     name = eqn.primitive.name
     if name == "dot_general" and not eqn.params["dimension_numbers"][0][0]:
         return "mul"
@@ -209,12 +209,12 @@ def kind(eqn: core.JaxprEqn) -> str:
 
 
 def join(a: Label, b: Label, broken: Broken) -> Label:
-    """The label of what is one value or the other: a loop's carry, or what `cond` returns.
+    """The label of a value that is one of two: a loop's carry, or the result of `cond`.
 
     Args:
         a: one label.
-        b: the other.
-        broken: what becomes of weights that may also be something else.
+        b: the other label.
+        broken: the status of weights that may also be something else.
     """
     if a == b:
         return a
@@ -248,7 +248,7 @@ def plain(eqn: core.JaxprEqn, out: Label, labels: Sequence[Label], var) -> Label
 
 
 def same_kind(a: Label, b: Label) -> Label:
-    """A loop's label `a`, as a tangent or made of data if the next round's, `b`, is."""
+    """A carry's label `a`, also a tangent or dependent on data if its next label `b` is."""
     return a._replace(
         data=a.data or b.data,
         params=frozenset() if a.activation or b.activation else a.params | b.params,
@@ -256,13 +256,13 @@ def same_kind(a: Label, b: Label) -> Label:
         floats=a.floats or b.floats,
         number=a.number and b.number,
         tangent=a.tangent or b.tangent,
-        owners=a.owners if a.tangent else frozenset(),  # zeros, as loops start with: anybody's
+        owners=a.owners if a.tangent else frozenset(),  # initial zeros, which any param may own
         ways=a.ways | b.ways,
     )
 
 
 def owned(tangents: Sequence[Label]) -> frozenset[int] | None:
-    """The params of which all these tangents are linear functions; None if an error is in them."""
+    """The params of which these tangents are linear functions; None if one has no owners."""
     owners: frozenset[int] = frozenset()
     for label in tangents:
         if label.owners is None:
@@ -272,32 +272,32 @@ def owned(tangents: Sequence[Label]) -> frozenset[int] | None:
 
 
 def all_ways(tangents: Iterable[Label]) -> frozenset[tuple[int, bool]]:
-    """The ways of a value that is made of these tangents."""
+    """The ways of a value that is computed from these tangents."""
     return frozenset().union(*(label.ways for label in tangents))
 
 
 class Met(NamedTuple):
-    """A kernel meets an activation: the result is one."""
+    """A note: a kernel is in a product with an activation."""
 
     leaf: int
 
 
 class Number(NamedTuple):
-    """A single number is made of a whole kernel."""
+    """A note: a single number is computed from a whole kernel."""
 
     leaf: int
 
 
 def primal(eqn: core.JaxprEqn, labels: Sequence[Label], line: str) -> tuple[list[Label], list]:
-    """Labels of what an equation computes forwards.
+    """Computes the labels of an equation's outputs in the forward pass.
 
     Args:
         eqn: the equation.
-        labels: of its operands; none is a tangent.
-        line: where it stands.
+        labels: the labels of its operands, none of them a tangent.
+        line: its line.
 
     Returns:
-        Its outputs' labels; and what is to be noted, `Met` and `Number`.
+        The labels of its outputs, and the notes, `Met` and `Number`.
     """
     name = eqn.primitive.name
     out = computed(eqn, labels)._replace(layer=name == "name" and eqn.params["name"] == ops.MARK)
@@ -324,9 +324,11 @@ def primal(eqn: core.JaxprEqn, labels: Sequence[Label], line: str) -> tuple[list
 
 
 def _status(i: int, eqn, labels, line) -> tuple[Status | None, bool]:
-    """What becomes of one kernel in an equation, as if no other param had feedback.
+    """The status of one kernel after an equation, as if no other param had feedback.
 
-    None for an activation. And whether the kernel meets another value in a product here.
+    Returns:
+        The status, or None if the result is an activation; and whether the kernel is in a product
+        with another value here.
     """
     name = kind(eqn)
     mine = [k for k, label in enumerate(labels) if i in label.kernels]
@@ -347,13 +349,13 @@ def _status(i: int, eqn, labels, line) -> tuple[Status | None, bool]:
         if alone and made:
             return None, met
         if not alone or params:
-            return lost("where other weights meet it"), met
+            return lost("where other weights multiply it"), met
         divided = name == "div" and mine == [1]
         return lost("where something is divided by it") if divided else status, False
     if name in SUMS:
         if alone and _activation(others):
             return None, False
-        return lost("where it is summed with something else"), False
+        return lost("where it is added to something else"), False
     moved = all(is_float(eqn.invars[k].aval) for k in mine)
     if name in JOINS and moved:
         floats = [
@@ -368,7 +370,7 @@ def _status(i: int, eqn, labels, line) -> tuple[Status | None, bool]:
         if name in LOOKUPS and _by_integers(labels):
             return broken._replace(rows=True) if broken else "looked up", False
         return status, False
-    return lost("which does not only lay it out anew"), False
+    return lost("which changes more than its layout"), False
 
 
 def _activation(labels) -> bool:
@@ -376,12 +378,12 @@ def _activation(labels) -> bool:
 
 
 def looked_up(status: Status) -> bool:
-    """Whether these are rows that an integer argument chose."""
+    """Whether these are rows that were looked up by an integer argument."""
     return status.rows if isinstance(status, Broken) else status == "looked up"
 
 
 def _by_integers(labels) -> bool:
-    """Whether the indices, which come after the table, are made of integer arguments alone."""
+    """Whether the indices (all operands but the first) depend on integer arguments only."""
     index = derived(labels[1:])
     return index.data and not index.floats
 
@@ -396,7 +398,7 @@ def _broken(kernels) -> bool:
 
 
 def _whole(eqn, labels) -> bool:
-    """Whether each element of an output depends on all of a kernel, if it is reduced."""
+    """Whether an output is a whole kernel, so that its reduction depends on all of the kernel."""
     name = eqn.primitive.name
     same = any(var.aval.shape == eqn.outvars[0].aval.shape for var in eqn.invars)
     if name in (*PARTS, *JOINS) or not (same or name in (*LAYOUTS, *REDUCTIONS)):
@@ -422,16 +424,15 @@ def _number(eqn, labels, var) -> bool:
 
 
 class Step(NamedTuple):
-    """How an equation on tangents is evaluated.
+    """The evaluation of an equation with tangents.
 
     Attributes:
-        label: of its outputs.
-        exact: positions of operands that stay themselves where others are put in their feedback's
-            form.
-        decided: whether only the form with feedback goes on.
-        served: kernels whose feedback an error passes here.
-        broken: weights that an error would pass, and that have no feedback, by kernel.
-        mixed: those of them that data are mixed into.
+        label: the label of its outputs.
+        exact: positions of operands that are not replaced by their form with feedback.
+        decided: whether only the form with feedback is computed from here.
+        served: kernels whose feedback multiplies an error here.
+        broken: by kernel, broken weights that would multiply an error here.
+        mixed: the kernels of `broken` into which data are mixed.
     """
 
     label: Label
@@ -443,15 +444,15 @@ class Step(NamedTuple):
 
 
 def tangent(eqn: core.JaxprEqn, labels: Sequence[Label], line: str = "") -> Step:
-    """What an equation does to tangents, which are linear in it.
+    """Finds how an equation with tangents, which is linear in them, is evaluated.
 
-    Coefficients that are weights multiply in the form of their feedback, except where the tangent
-    is the kernel's own: then both forms go on, until an activation multiplies one of them.
+    Coefficients that are weights are replaced by their form with feedback, except if the tangent is
+    the kernel's own. Then both forms are computed, until an activation multiplies them.
 
     Args:
         eqn: the equation.
-        labels: of its operands.
-        line: where it stands.
+        labels: the labels of its operands.
+        line: its line.
     """
     name = kind(eqn)
     tangents = [label for label in labels if label.tangent]
@@ -459,9 +460,9 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label], line: str = "") -> Step
     rows = any(label.rows for label in tangents)
     numbers = all(_size(var) == 1 for var in (*eqn.invars, *eqn.outvars))
     exact, mine, foreign, activation = set(), [], [], False
-    several = Broken("where one term is made of several params", name, line)
+    several = Broken("where one term contains several params", name, line)
     for k, label in enumerate(labels):
-        if label.tangent or name in SUMS:  # what is added to a tangent is one, if only zeros
+        if label.tangent or name in SUMS:  # a term added to a tangent is a tangent or zeros
             continue
         if owners and _rows(label):  # an embedding's rows multiply a param's tangent
             exact.add(k)
@@ -485,7 +486,8 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label], line: str = "") -> Step
     if not (activation or foreign):
         kernels = merged([*tangents, *mine])
         if out.whole and all(_reduces(eqn, var) for var in eqn.outvars):
-            kernels = {i: status for i, status in kernels.items() if {i} != owners}  # a number's
+            # A single number of one kernel is exact.
+            kernels = {i: status for i, status in kernels.items() if {i} != owners}
         if name in LOOKUPS and owners and _by_integers(labels):
             return Step(out._replace(owners=owners, rows=True), decided=False)
         return Step(out._replace(owners=owners, rows=rows, kernels=kernels), decided=False)
@@ -500,7 +502,7 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label], line: str = "") -> Step
 
 
 def _mixed(i, labels) -> bool:
-    """Whether data are mixed into all coefficients that are made of a kernel, or its tangents."""
+    """Whether data are mixed into all coefficients computed from a kernel, or its tangents."""
     coefficients = [label for label in labels if i in label.kernels and not label.tangent]
     made = coefficients or [label for label in labels if i in label.kernels]
     return all(label.data for label in made)

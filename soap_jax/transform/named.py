@@ -1,8 +1,8 @@
 """`with_direct_feedback`: direct feedback for any JAX function that names its values.
 
-A model names values by JAX's own `jax.ad_checkpoint.checkpoint_name(h, "block1")`, an identity. The
-names stand in the function's jaxpr, where `soap_jax.transform.cut` makes the cut, and
-`soap_jax.direct.direct_feedback` joins the values to the output, as one does by hand.
+A model names values with JAX's identity function `jax.ad_checkpoint.checkpoint_name(h, "block1")`.
+The names are in the function's jaxpr. `soap_jax.transform.cut` cuts the jaxpr there, and
+`soap_jax.direct.direct_feedback` connects the values to the output.
 """
 
 from __future__ import annotations
@@ -34,64 +34,67 @@ def with_direct_feedback(
     initializer: jax.nn.initializers.Initializer = glorot_normal,
     projection_bar: direct.ProjectionBar = None,
 ) -> WithDirectFeedback:
-    """Gives any function that names its values direct feedback (DFA, sDFA, DRTP).
+    """Adds direct feedback (DFA, sDFA, DRTP) to any function that names its values.
 
     With `fun_dfa = with_direct_feedback(fun, ("block1", "block2"), "logits")`,
-    `fun_dfa(params, projections, *args)` equals `fun(params, *args)`. Backwards, with e the error
-    of the value that is named "logits" and P = projections["block1"], the value a named "block1"
+    `fun_dfa(params, projections, *args)` equals `fun(params, *args)`. In the backward pass, with e
+    the error of the value named "logits" and P = projections["block1"], the value a named "block1"
     gets
 
         a_bar = e · P                  error="exact": DFA
         a_bar = sign(e) · P / rows     error="sign": sDFA
         a_bar = t · P / rows           target=: DRTP, with t = target(params, *args)
 
-    and nothing else: its path onwards is cut, for all its uses. What is inside a block, and the
-    head from the last tap to the loss, is differentiated as JAX does. Go on with what
-    `checkpoint_name` returns: a path that uses the value before it was named is not cut, nor is
-    one around it, such as a residual stream of which only the branches are named; name the sum.
-    `soap_jax.explain(fun_dfa, params, projections, *args)` says for every param whether its
-    gradient is exact, direct, mixed or none.
+    and nothing else: a is detached for all its later uses. The inside of a block, and the head from
+    the last tap to the loss, are differentiated exactly. Use the result of `checkpoint_name` in
+    the rest of the function: a path that uses the value before it is named is not cut. A path
+    around the value is not cut either, such as a residual stream with named branches; name the sum
+    instead. `soap_jax.explain(fun_dfa, params, projections, *args)` shows for every param whether
+    its gradient is exact, direct, mixed or none.
 
-    The function may come from Linen, NNX (`nnx.split` and `nnx.merge`), Equinox, Haiku or nowhere,
-    and name values inside `jit`, `vmap`, `remat` and `scan`. It is traced, as under `jit`; call the
-    result under `jit`, since each call outside traces it again.
+    The function may use Linen, NNX (`nnx.split` and `nnx.merge`), Equinox, Haiku or no library, and
+    may name values inside `jit`, `vmap`, `remat` and `scan`. It is traced, as under `jit`. Call the
+    result under `jit`, since each call outside `jit` traces it again.
 
-    **Scans.** If the tap and the output are named in one body (a step of a recurrent net), each
-    step's error goes to that step's value, and no error goes back through time where the tap names
-    what is carried. If the scan does not have the output, shapes cannot tell what it runs over:
+    **Scans.** If the tap and the output are named in the same scan body (a step of a recurrent
+    net), each step's error goes to that step's value. If the tap names the carry, no error goes
+    back through time. If only the tap is in a scan, and not the output, `stacked` must say what the
+    scan iterates over:
 
-        stacked="blocks"    each round has a projection of its own: (blocks, out, *features)
-        stacked="time"      all share one, and each gets the same error: a net read out at the end
-        stacked=1           all share one, and each gets its own step's error: the output has the
-                            steps as this axis, (batch, time, out)
+        stacked="blocks"    each iteration has its own projection: (blocks, out, *features)
+        stacked="time"      all iterations share one projection and get the same error, as in a
+                            recurrent net with one output at the end
+        stacked=1           all iterations share one projection, and each gets the error of its own
+                            step; the number is the output's axis of time, (batch, time, out)
 
     Args:
-        fun: `(params, *args, **kwargs) -> outputs`, as for `with_feedback`; a loss, alone or first
-            among its outputs.
-        taps: names of the values that get direct feedback, floating point, each named once.
-        output: name of the value whose error is sent, `(*leading, out)`, after all taps.
-        target: in place of `output`: `(params, *args, **kwargs) -> (*leading, out)`, such as the
-            one-hot labels; it is sent in place of an error.
+        fun: `(params, *args, **kwargs) -> outputs`, as for `with_feedback`; the only or first
+            output is the loss.
+        taps: names of the values that get direct feedback; floating point, each named once.
+        output: name of the value whose error is sent, `(*leading, out)`; named after all taps.
+        target: instead of `output`, a function `(params, *args, **kwargs) -> (*leading, out)`, such
+            as the one-hot labels, whose value is sent instead of an error.
         error: "exact" or "sign".
-        stacked: see above; or a mapping, by tap. Blocks in nested scans count as one axis.
-        rows: with "sign" and `target`, how many rows the loss is a mean of; by default the product
-            of the output's (the target's) axes but the last, and of the scans it is in.
-        initializer: with which projections are drawn, as in `soap_jax.direct.draw_projection`.
-        projection_bar: the projections' own cotangent, as in `soap_jax.direct.direct_feedback`:
+        stacked: see above; or a mapping from taps to these. Blocks in nested scans form one axis.
+        rows: with "sign" or `target`, the number of rows over which the loss is a mean; by default
+            the product of all axes of the output (or of the target) but the last, and of the
+            lengths of the scans that contain the output.
+        initializer: draws projections, as in `soap_jax.direct.draw_projection`.
+        projection_bar: the cotangent of the projections, as in `soap_jax.direct.direct_feedback`:
             "kernel" for direct Kolen-Pollack.
 
     Returns:
         `fun_dfa(params, projections, *args, projection_key=None, **kwargs) -> outputs`.
-        `projections` has an entry for every tap, such as `init_projections` draws, as in
-        `direct_feedback`: an array, a typed key, or a function `(error, shape, key) -> x_bar`, to
-        which a key made of `projection_key` goes. A tap with None is not cut, and None in place of
-        all is backpropagation. It raises ValueError when it is traced, with the names and lines,
-        if a name does not occur, or twice; if an output comes before a tap, or the loss does not
-        use it; if a tap is inside a custom derivative, `cond` or `while_loop`; or if a projection
-        does not fit.
+        `projections` is a mapping with an entry for every tap, as from `init_projections`. As in
+        `direct_feedback` an entry is an array, a typed key, or a function
+        `(error, shape, key) -> x_bar`, which gets a key derived from `projection_key`. A tap with
+        the entry None is not cut; None instead of the mapping is backpropagation. fun_dfa raises
+        ValueError when it is traced, with names and lines: if a name does not occur or occurs
+        twice; if an output comes before a tap, or the loss does not use it; if a tap is inside a
+        custom derivative, `cond` or `while_loop`; or if a projection does not fit.
 
     Raises:
-        ValueError: if names, `error` or `stacked` are none of these.
+        ValueError: if names, `target`, `error`, `stacked` or `projection_bar` are not as above.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -116,14 +119,14 @@ def with_direct_feedback(
     names = [*taps, output] if target is None else list(taps)
     if not taps or not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):
         raise ValueError(
-            f"taps are {taps!r} and the output is {output!r}; expected different names, as the "
-            "function gives them by jax.ad_checkpoint.checkpoint_name: at least one tap, and the "
+            f"taps are {taps!r} and the output is {output!r}; expected different names that the "
+            "function gives with jax.ad_checkpoint.checkpoint_name: at least one tap, and the "
             "output, or a function of fun's arguments as `target`."
         )
     if target is not None and (output is not None or error != "exact" or not callable(target)):
         raise ValueError(
-            f"target is {target!r}, with the output {output!r} and error={error!r}; expected a "
-            "function of fun's arguments alone, since the target is sent in place of an error."
+            f"target is {target!r}, with the output {output!r} and error={error!r}; expected only "
+            "a function of fun's arguments, since the target is sent instead of an error."
         )
     if error not in ("exact", "sign"):
         raise ValueError(f"error is {error!r}; expected 'exact' (DFA) or 'sign' (sDFA).")
@@ -131,9 +134,9 @@ def with_direct_feedback(
     words = dict(stacked) if isinstance(stacked, Mapping) else dict.fromkeys(taps, stacked)
     if set(words) - set(taps) or not all(map(_is_word, words.values())):
         raise ValueError(
-            f"stacked is {stacked!r}; expected 'blocks' (a projection for each round of a scan), "
-            "'time' (one for all), the number of the output's axis of time, or a mapping of taps "
-            "to these."
+            f"stacked is {stacked!r}; expected 'blocks' (one projection per iteration of a scan), "
+            "'time' (one projection for all), the output's axis of time as an integer, or a "
+            "mapping from taps to these."
         )
     return WithDirectFeedback(
         fun, taps, output, target, error, tuple(words.items()), rows, initializer, projection_bar
@@ -147,7 +150,7 @@ def _is_word(word) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class WithDirectFeedback:
-    """What `with_direct_feedback` returns; attributes are its arguments."""
+    """The function that `with_direct_feedback` returns; the attributes are its arguments."""
 
     fun: Callable
     taps: tuple[str, ...]
@@ -161,7 +164,7 @@ class WithDirectFeedback:
 
     @property
     def __name__(self) -> str:
-        """The function's, for profiles."""
+        """The function's name, for profiles."""
         return getattr(self.fun, "__name__", "with_direct_feedback")
 
     def __call__(
@@ -172,14 +175,14 @@ class WithDirectFeedback:
         projection_key: chex.PRNGKey | None = None,
         **kwargs,
     ):
-        """Computes the function, with direct feedback backwards."""
+        """Computes the function, with direct feedback in the backward pass."""
         if projections is None:
             return self.fun(params, *args, **kwargs)
         if not isinstance(projections, Mapping) or set(projections) != set(self.taps):
             found = list(projections) if isinstance(projections, Mapping) else type(projections)
             raise ValueError(
                 f"projections are {found}; expected a mapping with an entry for each of the taps "
-                f"{self.taps}, as init_projections(key, fun_dfa, params, *args) makes it."
+                f"{self.taps}, as from init_projections(key, fun_dfa, params, *args)."
             )
         target = None if self.target is None else self.target(params, *args, **kwargs)
 
@@ -205,14 +208,14 @@ class WithDirectFeedback:
                         projection_bar=self.projection_bar,
                     )
                 except ValueError as problem:
-                    raise ValueError(f"{problem} Named are {cut.show(mine)}.") from problem
+                    raise ValueError(f"{problem} The taps are {cut.show(mine)}.") from problem
             return output
 
         cut = self.cut(params, args, kwargs, join, [t for t in self.taps if projections[t] is None])
         return cut.traced.rebuild(cut.evaluate(cut.args, projection_key))
 
     def cut(self, params, args, kwargs, join: Join, exact: Sequence[str] = ()) -> Cut:
-        """The function, to be evaluated with its taps joined to its output; `exact` are not cut."""
+        """Returns the traced function with its taps cut, except those in `exact`."""
         traced = tracing.trace(self.fun, params, args, kwargs)
         return Cut(traced, self.taps, self.output, dict(self.stacked), join, exact)
 
@@ -227,22 +230,24 @@ def init_projections(
 ) -> dict[str, jax.Array]:
     """Draws a float32 projection for every tap of a function with direct feedback.
 
-    They are those of `soap_jax.direct.draw_projections` for the named activations: a draw depends
-    on `key` and the tap's name alone. Nothing is computed but the draws.
+    The projections are those of `soap_jax.direct.draw_projections` for the named activations. A
+    draw depends only on `key` and the tap's name. `fun` is traced, but not executed.
 
     Args:
         key: a PRNG key.
-        fun_dfa: what `with_direct_feedback` returned.
-        params: as for `fun`; like `args`, arrays or `jax.ShapeDtypeStruct`s.
-        *args: its other arguments.
-        stored: False returns the projections' keys, from which every backward pass draws again.
-        **kwargs: its keyword arguments.
+        fun_dfa: the result of `with_direct_feedback`.
+        params: the params of `fun`; like `args`, arrays or `jax.ShapeDtypeStruct`s.
+        *args: the other arguments of `fun`.
+        stored: whether to return projections. False returns their keys, from which every backward
+            pass draws the same projections.
+        **kwargs: the keyword arguments of `fun`.
 
     Returns:
-        By tap `(out, *features)`, or `(blocks, out, *features)` for the blocks of a scan; or keys.
+        By tap, a projection `(out, *features)`, or `(blocks, out, *features)` for the blocks of a
+        scan; or keys.
 
     Raises:
-        ValueError: as `fun_dfa`, when it is traced.
+        ValueError: as `fun_dfa` when it is traced.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -258,8 +263,8 @@ def init_projections(
     """
     if not isinstance(fun_dfa, WithDirectFeedback):
         raise ValueError(
-            f"fun_dfa is {fun_dfa!r}; expected what with_direct_feedback(fun, taps, output) "
-            "returns."
+            f"fun_dfa is {fun_dfa!r}; expected the result of with_direct_feedback(fun, taps, "
+            "output)."
         )
     found: dict[str, Any] = {}
 

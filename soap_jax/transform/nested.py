@@ -1,10 +1,10 @@
-"""Equations that hold jaxprs of their own.
+"""Reading of equations that contain jaxprs: calls, loops, branches and custom derivatives.
 
-First one finds the labels of what they return, by reading their bodies without computing anything
-(a loop's, until nothing new is found). Where kernels with feedback are in it, they are then made
-again by the public function that made them (`jax.jit`, `jax.lax.scan`, ...), whose body is read
-with arrays and what stands beside them. So structure is kept: a scan stays one scan, and what is
-scanned over has its feedback scanned over beside it.
+First the labels of their outputs are computed from their bodies, without arrays; the body of a loop
+is read until its labels do not change. If kernels with feedback are involved, the equation is then
+rebuilt with the JAX function that made it (`jax.jit`, `jax.lax.scan`, ...). Its body is read with
+arrays and their forms with feedback. So the structure is kept: a scan stays one scan, which also
+scans over the feedback of its kernels.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from soap_jax.transform.values import Value
 
 
 class Nested(NamedTuple):
-    """How an equation with jaxprs is read.
+    """The functions that read one kind of equation with jaxprs.
 
     Attributes:
-        labels: `(reader, eqn, labels) -> labels` of its outputs.
-        make: `(reader, eqn, values, labels) -> values`, made again; None: evaluated as it is.
+        labels: `(reader, eqn, labels) -> labels`, the labels of its outputs.
+        make: `(reader, eqn, values, labels) -> values`, which rebuilds the equation; None if it is
+            never rebuilt.
     """
 
     labels: Callable[..., list[lb.Label]]
@@ -38,7 +39,7 @@ class Nested(NamedTuple):
 
 
 def read(reader, eqn: core.JaxprEqn, values: Sequence[Value]) -> list[Value]:
-    """Reads an equation with jaxprs."""
+    """Reads an equation with jaxprs; returns the values of its outputs."""
     body = NESTED[eqn.primitive.name]
     labels = [value.label for value in values]
     if reader.abstract:
@@ -63,7 +64,7 @@ def read(reader, eqn: core.JaxprEqn, values: Sequence[Value]) -> list[Value]:
 
 
 def _inner(reader, closed, labels):
-    """A jaxpr as a function of arrays and the forms with feedback beside them."""
+    """Returns a jaxpr as a function of arrays and their forms with feedback."""
 
     def f(arrays, beside):
         return reader.run(closed, list(map(Value, labels, arrays, beside)))
@@ -72,7 +73,7 @@ def _inner(reader, closed, labels):
 
 
 def _split(values, labels=None):
-    """What can be handed to a traced function; the forms that `labels` ask for."""
+    """Splits values into arrays and forms with feedback, where `labels` have two forms."""
     labels = [value.label for value in values] if labels is None else labels
     beside = [
         v.with_feedback if lab.two_forms else None for v, lab in zip(values, labels, strict=True)
@@ -81,7 +82,7 @@ def _split(values, labels=None):
 
 
 def _wide(values):
-    """Values as they are carried and returned: both forms of one dtype."""
+    """Casts forms with feedback to their arrays' dtypes, as loops and branches need."""
     return [
         v if v.feedback is None else v._replace(feedback=v.feedback.astype(v.array.dtype))
         for v in values
@@ -89,7 +90,7 @@ def _wide(values):
 
 
 def close(jaxpr) -> core.ClosedJaxpr:
-    """A jaxpr as equations hold it, closed or not."""
+    """Returns the closed jaxpr of an equation's jaxpr, which may be closed already."""
     return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
 
 
@@ -101,7 +102,7 @@ def _called(name):
 
 
 def constrain(arrays, shardings):
-    """The arrays, constrained to a call's shardings if it has any."""
+    """Constrains arrays to a call's shardings, if it has any."""
     return [
         lax.with_sharding_constraint(array, sharding)
         if array is not None and isinstance(sharding, jax.sharding.Sharding)
@@ -131,7 +132,7 @@ def _call(reader, eqn, values, outs):
 
 def _remat(reader, eqn, values, outs):
     f = _inner(reader, close(eqn.params["jaxpr"]), [value.label for value in values])
-    cse: Any = eqn.params["prevent_cse"]  # of all operands, or by operand
+    cse: Any = eqn.params["prevent_cse"]  # one bool, or one per operand
     if not isinstance(cse, bool):
         cse = (list(cse), list(cse))
     g = jax.checkpoint(
@@ -168,10 +169,10 @@ def _shard_map(reader, eqn, values, outs):
 
 
 def _fixed(reader, eqn, init, body):
-    """The labels of what a loop carries: joined until nothing new is found.
+    """The labels of a loop's carry, joined until they do not change.
 
-    First what depends on data and what is a tangent, since a kernel's product with a constant is
-    weights and with data an activation; then the rest.
+    First the properties of `same_kind` are joined, such as dependence on data. They are needed for
+    the others: a kernel's product with a constant is weights, but with data an activation.
     """
     changed = lb.Broken("which changes it", eqn.primitive.name, reader.line_of(eqn))
     carry = list(init)
@@ -186,7 +187,7 @@ def _fixed(reader, eqn, init, body):
 
 
 def scan_parts(eqn, values):
-    """A scan's operands, or what is known of them: constants, carry, and what is scanned over."""
+    """Splits a scan's operands, or their labels, into constants, carry and scanned operands."""
     if "ft_in" in eqn.params:  # since JAX 0.11
         n, m, _ = map(len, eqn.params["ft_in"].unpack())
     else:
@@ -195,13 +196,13 @@ def scan_parts(eqn, values):
 
 
 def scan_options(eqn):
-    """The options of a scan that are no part of its body."""
+    """The options of a scan for `lax.scan`."""
     names = "length", "reverse", "unroll", "_split_transpose"
     return {name: eqn.params[name] for name in names if name in eqn.params}
 
 
 def scan_body(reader, eqn, labels):
-    """The labels that a scan's body gets, when nothing new is found."""
+    """The labels of the operands of a scan's body, after they do not change any more."""
     consts, init, xs = scan_parts(eqn, labels)
     rows = [
         label._replace(whole=False, number=not var.aval.ndim)
@@ -239,7 +240,7 @@ def _scan(reader, eqn, values, outs):
         return lax.scan(body, start, rows, **scan_options(eqn))
 
     operands = _split(consts), _split(_wide(init), carried), _split(xs, rows)
-    if "linear" in eqn.params:  # in older JAX
+    if "linear" in eqn.params:  # older JAX
         tangent = [_tangents(part) for part in (consts, carried, rows)]
         scan = _with_linear(scan, tangent)
     (arrays, beside), (ys, y_beside) = scan(*operands)
@@ -247,18 +248,18 @@ def _scan(reader, eqn, values, outs):
 
 
 _ONLY_FORWARDS = (
-    "an error would be sent back through a lax.while_loop, which JAX differentiates only "
-    "forwards. Use lax.scan or lax.fori_loop with a fixed number of rounds."
+    "an error would be sent back through a lax.while_loop, which JAX cannot differentiate in "
+    "reverse mode. Use lax.scan or lax.fori_loop with a fixed number of iterations."
 )
 
 
 def _no_tangent(value):
-    """A tangent that enters a while loop: what comes out has no use but to be refused."""
+    """Zeros in place of a tangent that enters a while loop, whose outputs are refused anyway."""
     return Value(value.label, jnp.zeros_like(value.array)) if value.label.tangent else value
 
 
 def _tangents(values):
-    """Which arrays, and which forms beside them, are tangents."""
+    """Whether each array, and each form with feedback, is a tangent."""
     labels = [value.label if isinstance(value, Value) else value for value in values]
     return [label.tangent for label in labels], [
         label.tangent if label.two_forms else None for label in labels
@@ -266,7 +267,7 @@ def _tangents(values):
 
 
 def _with_linear(scan, tangent):
-    """The scan, which says of its operands which are linear, as JAX's own transposition asks."""
+    """Returns the scan with its parameter `linear` set, which older JAX needs to transpose it."""
 
     def flagged(*operands):
         leaves = jax.tree.leaves(operands)
@@ -333,8 +334,8 @@ def _while(reader, eqn, values, outs):
 
 
 def _chosen(reader, eqn, by, labels):
-    """Labels of what a value chooses or repeats, which may be made of weights itself."""
-    problem = lb.Broken("which it decides", eqn.primitive.name, reader.line_of(eqn))
+    """The labels of outputs of a branch or loop that is controlled by a value with label `by`."""
+    problem = lb.Broken("which it controls", eqn.primitive.name, reader.line_of(eqn))
     found = []
     for label in labels:
         if by.kernels and label.tangent:
@@ -376,13 +377,13 @@ def _cond(reader, eqn, values, outs):
     return list(map(Value, outs, *made))
 
 
-# Derivatives that a function brings along
+# Custom derivatives
 
 
 def _backward(reader, eqn):
-    """The backward pass of a `jax.custom_vjp` function: residuals and cotangents to cotangents.
+    """The backward pass of a `jax.custom_vjp` function, `(residuals, cotangents) -> cotangents`.
 
-    It is traced once, since it may be a long program.
+    It is traced only once, since it may be long.
     """
     if id(eqn) not in reader.backward:
         reader.backward[id(eqn)] = eqn, _traced_backward(eqn)  # the equation keeps its id
@@ -397,7 +398,7 @@ def _traced_backward(eqn):
     )
 
     def f(residuals, cotangents):
-        known = [  # it may branch on flags among its residuals, which are no tracers
+        known = [  # it may branch on literal flags among its residuals
             v.val if isinstance(v, core.Literal) else x
             for v, x in zip(eqn.invars[:n], residuals, strict=True)
         ]
@@ -417,7 +418,7 @@ def _custom_lin_labels(reader, eqn, labels):
     residuals, tangents = labels[:n], labels[n:]
     owners = lb.owned(tangents)
     made_of = lb.merged(residuals)
-    problem = lb.Broken("which has a derivative of its own", "custom_vjp", reader.line_of(eqn))
+    problem = lb.Broken("which has a custom derivative", "custom_vjp", reader.line_of(eqn))
     data = any(label.data for label in residuals)
     if owners and len(owners) == 1 and set(made_of) <= owners and not data:
         kernels = dict.fromkeys([*made_of, *lb.merged(tangents)], problem)
@@ -435,12 +436,12 @@ def _custom_lin_labels(reader, eqn, labels):
             back = reader.labels(_backward(reader, eqn), [*residuals, *[error] * len(eqn.outvars)])
             refused = refused or next((out.refused for out in back if out.refused), None)
         label = label._replace(refused=refused)
-        for dot in tangents:  # of a layer's operands y, x, kernel and feedback, x is not zero
+        for dot in tangents:  # a layer's operands are y, x, kernel and feedback; check x's tangent
             for leaf in (dot.owners or frozenset()) & reader.notes.keys():
                 by_layer = not reader.quiet and not any(eqn.params["in_zeros"][1:2])
                 reader.note(leaf).served_by_layer |= by_layer
     ways = lb.all_ways(tangents)
-    if ops.DIRECT in str(eqn.source_info.name_stack):  # all but the output get its error directly
+    if ops.DIRECT in str(eqn.source_info.name_stack):  # all but the output get direct feedback
         output = [] if eqn.params["in_zeros"][0] else tangents[:1]
         ways = lb.all_ways(output) | {(i, True) for i, _ in lb.all_ways(tangents[len(output) :])}
     return [label._replace(ways=ways)] * len(eqn.outvars)

@@ -1,9 +1,9 @@
-"""The reader of a function's derivative: it evaluates it with feedback, or only says what is there.
+"""The reader of a function's derivative, which evaluates it with feedback or only analyses it.
 
-The program that it reads computes a function and its tangents, equation by equation, as
-`jax.make_jaxpr` of `jax.jvp` writes it. An equation without tangents is the function's own and
-stays as it is. In one with tangents, the other operands are coefficients, and `labels.tangent` says
-which of them are taken in the form of their feedback.
+The program, `jax.make_jaxpr` of `jax.jvp`, computes a function and its tangents, equation by
+equation. An equation without tangents belongs to the function and is not changed. In an equation
+with tangents the other operands are coefficients, and `labels.tangent` finds which of them are
+replaced by their form with feedback.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Use(NamedTuple):
 
     Attributes:
         primitive: the primitive's name.
-        line: file, line and function.
+        line: the file, line and function.
         operands: the operands' shapes and dtypes.
-        problem: why no feedback can serve here; empty where it does.
-        mixed: whether data are mixed into what is used here: it may be meant as an activation.
+        problem: the reason why feedback cannot be used here, or "".
+        mixed: whether data are mixed into the weights, which may be meant as an activation.
     """
 
     primitive: str
@@ -48,19 +48,19 @@ class Use(NamedTuple):
 
 @dataclasses.dataclass
 class Notes:
-    """What was found of one param.
+    """The reader's notes on one param.
 
     Attributes:
         first: the first place where it is used.
-        last: the last one.
-        met: places where it meets an activation, forwards.
-        served: places where an error passes its feedback.
-        broken: places where an error would pass what has no feedback.
-        lost: what broke it, forwards.
-        numbers: places where a single number is made of it, which is exact.
+        last: the last place where it is used.
+        met: places in the forward pass where it is in a product with an activation.
+        served: places where its feedback multiplies an error.
+        broken: places where broken weights of it would multiply an error.
+        lost: the operations that broke it in the forward pass.
+        numbers: places where a single number is computed from it, which is exact.
         used: the dtypes in which its feedback is used.
-        layer: whether it belongs to a layer with feedback of its own.
-        served_by_layer: whether an error passes that layer's feedback.
+        layer: the place where a layer with feedback of its own uses it, if there is one.
+        served_by_layer: whether that layer's feedback multiplies an error.
     """
 
     first: Use | None = None
@@ -76,7 +76,7 @@ class Notes:
 
 
 class Product(NamedTuple):
-    """A product of weights and something else, whose tangents come next in the program."""
+    """A product of weights and another operand, whose tangents come next in the program."""
 
     eqn: core.JaxprEqn
     operands: Sequence[Value]
@@ -95,16 +95,16 @@ class Product(NamedTuple):
 
 
 class Reader:
-    """Reads one program.
+    """The reader of one program.
 
     Args:
         paths: the paths of the kernels, by number.
-        abstract: whether nothing is to be computed.
+        abstract: whether to compute only labels.
         feedback_bar: as in `ops.feedback_op`.
 
     Attributes:
-        notes: what was found, by kernel, in order of first use.
-        ways: how errors come back to params from what was read last, see `labels.Label`.
+        notes: the notes by kernel, in order of first use.
+        ways: the ways of the outputs that were read last; see `labels.Label`.
     """
 
     def __init__(
@@ -121,16 +121,16 @@ class Reader:
         self.ways: frozenset[tuple[int, bool]] = frozenset()
         self.backward: dict[int, tuple[core.JaxprEqn, core.ClosedJaxpr]] = {}  # of custom_vjp
         self.quiet = False
-        self.product: Product | None = None  # the last one
-        self.line = "an unknown line"  # of the equation whose jaxpr is being read
+        self.product: Product | None = None  # the last product
+        self.line = "an unknown line"  # the line of the equation whose jaxpr is being read
 
     def note(self, leaf: int) -> Notes:
-        """The notes on a kernel."""
+        """Returns the notes on a kernel."""
         return self.notes.setdefault(leaf, Notes())
 
     @contextlib.contextmanager
     def only_labels(self, quiet: bool = True):
-        """Computes nothing, and takes no notes if quiet."""
+        """A context that computes only labels, and takes no notes if `quiet`."""
         before = self.abstract, self.quiet
         self.abstract, self.quiet = True, quiet or self.quiet
         try:
@@ -139,12 +139,12 @@ class Reader:
             self.abstract, self.quiet = before
 
     def labels(self, closed: core.ClosedJaxpr, labels: Sequence[lb.Label]) -> list[lb.Label]:
-        """The labels of a jaxpr's outputs."""
+        """Computes the labels of a jaxpr's outputs."""
         with self.only_labels(quiet=False):
             return [value.label for value in self.run(closed, list(map(Value, labels)))]
 
     def run(self, closed: core.ClosedJaxpr, values: Sequence[Value]) -> list[Value]:
-        """Reads a jaxpr."""
+        """Reads a jaxpr; returns the values of its outputs."""
         jaxpr = closed.jaxpr
         consts = [vals.constant(const) for const in closed.consts]
         env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *values], strict=True))
@@ -173,7 +173,7 @@ class Reader:
         return [read(atom) for atom in jaxpr.outvars]
 
     def equation(self, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
-        """Reads one equation."""
+        """Reads one equation; returns the values of its outputs."""
         name = eqn.primitive.name
         labels = [value.label for value in values]
         if not self.quiet and name not in nested.NESTED:
@@ -210,14 +210,14 @@ class Reader:
         return self._bind(eqn, values, outs, frozenset())
 
     def _tangent(self, eqn, values, labels):
-        """An equation with tangents; those without a form with feedback have one form."""
+        """Reads an equation with tangents."""
         inner = [v for v in eqn.params.values() if hasattr(v, "jaxpr") or hasattr(v, "eqns")]
         step = lb.tangent(eqn, labels, self.line_of(eqn))
-        if inner and eqn.primitive.name not in _LINEAR:  # it may hold a part of the function itself
+        if inner and eqn.primitive.name not in _LINEAR:  # it may contain a part of the function
             problem = lb.Broken("whose body is not read", *self._place(eqn))
             step = step._replace(broken=dict.fromkeys(lb.merged(labels), problem))
         product = self.product if self.product and self.product.has_tangent(eqn, labels) else None
-        if product:  # weights that meet data, though no error may come to these
+        if product:  # weights times data, though the data may get no error
             weights = product.operands[product.kernel].label
             broken = {i: s for i, s in weights.kernels.items() if isinstance(s, lb.Broken)}
             mixed = frozenset(broken) if weights.data else frozenset()
@@ -249,7 +249,7 @@ class Reader:
         return self._bind(eqn, values, [label] * len(eqn.outvars), step.exact)
 
     def refuse(self, eqn: core.JaxprEqn, step: lb.Step) -> str:
-        """Takes note of weights that an error would pass, and says so."""
+        """Notes broken weights that would multiply an error; returns the error message."""
         use = self._use(eqn)
         for i, broken in step.broken.items():
             problem = self.told(broken)
@@ -261,15 +261,15 @@ class Reader:
         paths = " and ".join(map(self.show, step.broken))
         return (
             f"an error would be sent back through the kernel at {paths} itself, not through its "
-            f"feedback: in {use}, {problem}. Feedback replaces a kernel of which only the layout "
-            "was changed before it meets an activation. Give the kernel no feedback (None at its "
-            "path), which is exact backpropagation; or stop the gradient (jax.lax.stop_gradient). "
-            "A mask made of weights, or a batch that the function closes over, is best passed as "
-            "an argument."
+            f"feedback: in {use}, {problem}. Feedback can replace a kernel only if nothing but its "
+            "layout is changed before its product with an activation. Give the kernel no feedback "
+            "(None at its path), which is exact backpropagation; or stop the gradient "
+            "(jax.lax.stop_gradient). Pass a mask computed from weights, or a batch that the "
+            "function closes over, as an argument."
         )
 
     def _bind(self, eqn, values, labels, exact: frozenset[int] | None):
-        """Evaluates an equation; in both forms, if `exact` says which operands stay themselves."""
+        """Evaluates an equation; also with feedback in all operands but `exact`, if not None."""
         if self.abstract:
             return list(map(Value, labels))
         arrays = vals.bind(eqn, [value.array for value in values])
@@ -281,15 +281,15 @@ class Reader:
         return list(map(Value, labels, arrays, beside))
 
     def _refuse_refs(self, eqn, labels):
-        """What is written to a mutable array cannot be followed."""
+        """Raises ValueError if kernels or errors are in a mutable array, which has no labels."""
         if any(label.kernels or label.tangent for label in labels):
             raise ValueError(
-                f"{self._use(eqn)} reads or writes a mutable array (jax.Ref) that a kernel with "
-                "feedback or an error passes; expected a function without such arrays."
+                f"{self._use(eqn)} reads or writes a mutable array (jax.Ref) with a kernel that "
+                "has feedback, or with an error; expected a function without mutable arrays."
             )
 
     def _learning(self, product, values, outs):
-        """Gives feedback the cotangent that a function of one product's operands returns."""
+        """Gives feedback the cotangent that the function `feedback_bar` returns for a product."""
         eqn, k = product.eqn, product.kernel
         feedback_dot = values[k].feedback
         if feedback_dot is None or eqn.primitive.name not in lb.PRODUCTS:
@@ -314,11 +314,11 @@ class Reader:
         return [out._replace(array=out.array + more)]
 
     def show(self, leaf: int) -> str:
-        """A param's path as error messages print it."""
+        """Formats a param's path for messages."""
         return trees.show(self.paths[leaf] or ())
 
     def told(self, broken: lb.Broken) -> str:
-        """The problem, with the names of the params that were mixed in."""
+        """Describes the problem, with the names of the params that were mixed in."""
         names = ", ".join(self.show(i) for i in sorted(broken.others))
         return broken.problem + (f" ({names})" if names else "")
 
@@ -335,12 +335,12 @@ class Reader:
         return eqn.primitive.name, self.line_of(eqn)
 
     def line_of(self, eqn: core.JaxprEqn) -> str:
-        """A function that JAX traced before and took from its cache has no line of its own."""
+        """The line of an equation, or of the enclosing one if it comes from JAX's cache."""
         return source_info_util.summarize(eqn.source_info) or self.line
 
 
 _EACH = ("optimization_barrier", "psum", "psum_invariant", "device_put", "pvary", "all_gather")
-"""Primitives that do the same to each of their operands."""
+"""Primitives that are applied to each of their operands separately."""
 
 _LINEAR = ("custom_linear_solve",)
-"""Primitives with jaxprs in them that are linear where tangents enter."""
+"""Primitives with jaxprs that are linear in all operands with tangents."""

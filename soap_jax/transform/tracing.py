@@ -1,4 +1,4 @@
-"""A function as the programs that `soap_jax.transform.reader` reads."""
+"""Traces a function to the programs that `soap_jax.transform.reader` analyses."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Traced(NamedTuple):
 
     Attributes:
         closed: its jaxpr.
-        operands: what it depends on: tracers that it closes over, then the arrays among its params
+        operands: its operands: the tracers that it closes over, then the arrays among its params
             and arguments.
-        paths: by operand: of a param its path, else None.
+        paths: by operand, the path of a param, or None.
         num_hoisted: the number of tracers that it closes over.
-        rebuild: from the jaxpr's outputs to those of the function.
-        first: which outputs belong to the first of the function's outputs.
+        rebuild: a function from the jaxpr's outputs to the function's outputs.
+        first: by output, whether it belongs to the first of the function's outputs.
     """
 
     closed: core.ClosedJaxpr
@@ -37,20 +37,20 @@ class Traced(NamedTuple):
 
     @property
     def num_outputs(self) -> int:
-        """Of the jaxpr."""
+        """The number of the jaxpr's outputs."""
         return len(self.closed.out_avals)
 
     def evaluate(self, operands: Sequence[Any]) -> list[Any]:
-        """The jaxpr's outputs."""
+        """Computes the jaxpr's outputs."""
         hoisted = iter(operands[: self.num_hoisted])
         consts = [next(hoisted) if _is_tracer(c) else c for c in self.closed.consts]
         closed = core.ClosedJaxpr(self.closed.jaxpr, consts)
         return core.jaxpr_as_fun(closed)(*operands[self.num_hoisted :])
 
     def derivative(self, active: Sequence[bool], operands: Sequence[Any]) -> core.ClosedJaxpr:
-        """The program of `jax.jvp`, from operands and the active ones' tangents.
+        """Returns the program of `jax.jvp`, with operands and active operands' tangents as inputs.
 
-        Its outputs are the function's, then the tangents of those that are floating point.
+        Its outputs are the function's outputs, then the tangents of the floating-point outputs.
         """
 
         def jvp(operands, tangents):
@@ -69,9 +69,9 @@ class Traced(NamedTuple):
         )
 
     def inputs(self, arrays, beside, active) -> list[vals.Value]:
-        """The program's operands, `beside` those with feedback.
+        """Returns the program's operands, with `beside` as their feedback.
 
-        What the function closes over is a constant, unless one differentiates by it.
+        A value that the function closes over is a constant, unless it is active.
         """
         return [
             vals.Value(
@@ -93,7 +93,7 @@ class Traced(NamedTuple):
         ]
 
     def tangent(self, i: int, dot: Any = None) -> vals.Value:
-        """An operand's tangent."""
+        """Returns an operand's tangent."""
         is_param = self.paths[i] is not None
         owners = frozenset({i}) if is_param else None
         label = lb.Label(tangent=True, owners=owners, data=not is_param, whole=True)
@@ -103,7 +103,7 @@ class Traced(NamedTuple):
 
 
 def trace(fun: Callable, params: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Traced:
-    """Traces `fun(params, *args, **kwargs)`; what is no array stays what it is."""
+    """Traces `fun(params, *args, **kwargs)`; arguments that are not arrays do not change."""
     _refuse_modules(params, *args, *kwargs.values())
     keyed, tree = jax.tree_util.tree_flatten_with_path((params, args, kwargs))
     arrays = {i: leaf for i, (_, leaf) in enumerate(keyed) if is_array(leaf)}
@@ -140,7 +140,7 @@ def trace(fun: Callable, params: Any, args: Sequence[Any], kwargs: dict[str, Any
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is traced."""
+    """Whether a leaf is an array, which is traced."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
@@ -149,13 +149,14 @@ def _is_tracer(x) -> bool:
 
 
 def _refuse_modules(*args):
-    """An NNX module's changes (batch statistics, keys of dropout) would be lost in a trace."""
+    """Raises ValueError for NNX modules: a trace would lose updates of their variables."""
     for arg in args:
         for base in type(arg).__mro__:
             if base.__name__ == "Module" and base.__module__.startswith("flax.nnx"):
                 raise ValueError(
-                    f"an argument is the NNX module {type(arg).__name__}, whose variables could "
-                    "not be updated. Split it, graphdef, params, rest = nnx.split(model, "
-                    "nnx.Param, ...); merge inside the function, nnx.merge(graphdef, params, "
-                    "rest); and return what changes, such as nnx.state(model, nnx.BatchStat)."
+                    f"an argument is the NNX module {type(arg).__name__}; expected arrays, since "
+                    "updates of its variables would be lost. Split it with graphdef, params, rest "
+                    "= nnx.split(model, nnx.Param, ...); merge it inside the function with "
+                    "nnx.merge(graphdef, params, rest); and return the updated state, such as "
+                    "nnx.state(model, nnx.BatchStat)."
                 )

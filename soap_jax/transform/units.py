@@ -1,12 +1,13 @@
-"""Which units a backward pass keeps apart, read off its program.
+"""Analysis of a backward pass: which of its values depend on one unit per element.
 
-A cotangent of one element a unit goes in. A value that is made of it is *local* if each of its
-elements depends on one unit alone, namely on unit `i % number`, with i its index along one axis.
-So the axis of several gates, one after the other, is local, too. Whatever else meets several units
-in one element is *mixed*, and the first equation that does so is remembered. What is multiplied by
-zeros (such as feedback of zeros) depends on nothing.
+The input is a cotangent with one element per unit. A value that depends on it is *local* if each of
+its elements depends on only one unit: the unit `i % number`, where i is the index along one axis.
+So an axis of several gates, one after the other, is local too. Any other value that depends on the
+cotangent is *mixed*, with the first equation that combined several units. A product with zeros
+(such as feedback of zeros) does not depend on the cotangent.
 
-The rules are sound and incomplete: what is called local is; an equation that is not known mixes.
+The rules are sound but incomplete: a value labelled local is local, but an unknown equation makes
+its outputs mixed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from soap_jax.transform import values as vals
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """Each element depends on the unit that its index along `axis`, modulo `number`, says."""
+    """Each element depends on one unit: the index along `axis` modulo `number`."""
 
     axis: int
     number: int
@@ -33,7 +34,7 @@ class Local:
 
 @dataclasses.dataclass(frozen=True)
 class Mixed:
-    """Elements depend on several units since this primitive, at this line."""
+    """Elements depend on several units; this primitive, at this line, combined them."""
 
     primitive: str
     line: str
@@ -44,7 +45,7 @@ class Mixed:
 
 
 Label = Local | Mixed | Literal["free", "zero"]
-"""How a value depends on the cotangent; "free": not at all, and "zero": it is zeros."""
+"""The dependence of a value on the cotangent; "free" means none, "zero" an array of zeros."""
 
 _ELEMENTWISE = (
     *("add", "add_any", "complex", "conj", "convert_element_type", "copy", "copy_p", "div", "imag"),
@@ -64,7 +65,7 @@ _MOVES = (
 )
 
 _LINEAR = {"div": slice(1), "dynamic_update_slice": slice(2), "select_n": slice(1, None)}
-"""The operands that an equation is linear in, where it is not all of them."""
+"""By primitive, the operands in which it is linear, if these are not all operands."""
 
 
 def depends(label: Label) -> bool:
@@ -73,12 +74,12 @@ def depends(label: Label) -> bool:
 
 
 def read(closed: core.ClosedJaxpr, labels: Sequence[Label], line: str = "") -> list[Label]:
-    """The labels of a program's outputs, by those of its inputs.
+    """Computes the labels of a program's outputs from the labels of its inputs.
 
     Args:
         closed: the program, a backward pass.
-        labels: by input: `Local(0, units)` for the cotangent.
-        line: where the program stands, for equations that have no line of their own.
+        labels: one label per input; `Local(0, units)` for the cotangent.
+        line: the line of the program, for equations without a line of their own.
     """
     env = dict(zip(closed.jaxpr.invars, labels, strict=True))
     for eqn in closed.jaxpr.eqns:
@@ -117,13 +118,13 @@ def _equation(eqn, labels, line) -> list[Label]:
 
 
 def _floats(eqn, labels) -> list[Label]:
-    """The labels of operands that are no indices."""
+    """The labels of the operands that are not indices."""
     pairs = zip(eqn.invars, labels, strict=True)
     return [label for operand, label in pairs if lb.is_float(operand.aval)]
 
 
 def _joined(eqn, labels, here) -> Label:
-    """Of an equation that only moves and joins its operands, element by element."""
+    """The label of an equation that moves or combines the elements of its operands in place."""
     name = eqn.primitive.name
     mine = range(len(labels))[_LINEAR.get(name, slice(None))]
     if any(depends(label) for k, label in enumerate(labels) if k not in mine):
@@ -145,7 +146,7 @@ def _joined(eqn, labels, here) -> Label:
 
 
 def _moved(eqn, shape, label) -> int | None:
-    """The axis to which an equation moves the units, or None if it does not keep them in order."""
+    """The axis to which an equation moves the units, or None if it changes their order."""
     name, params, axis, number = eqn.primitive.name, eqn.params, label.axis, label.number
     out = eqn.outvars[0].aval.shape
     if name in _ELEMENTWISE or name in ("dynamic_update_slice", "tile"):
@@ -190,7 +191,7 @@ def _moved(eqn, shape, label) -> int | None:
 
 
 def _product(eqn, labels) -> Local | Mixed | None:
-    """Of a matrix product: local where the units are not summed over."""
+    """The label of a matrix product: local if it does not sum over units, or None."""
     mixed = next((label for label in labels if isinstance(label, Mixed)), None)
     if mixed or all(map(depends, labels)):
         return mixed

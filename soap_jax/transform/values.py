@@ -1,4 +1,4 @@
-"""Values of a program: what is known of each, its array, and the same made of feedback."""
+"""The values of a program: label, array, and the form computed with feedback."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Value(NamedTuple):
     """A value of the program.
 
     Attributes:
-        label: what is known of it.
-        array: the value; None where nothing is computed.
-        feedback: the same made of feedback; None if there is no such form.
+        label: the properties of the value that are known without computing it.
+        array: the array; None if nothing is computed.
+        feedback: the array computed with feedback instead of kernels; None if there is none.
     """
 
     label: lb.Label
@@ -28,12 +28,12 @@ class Value(NamedTuple):
 
     @property
     def with_feedback(self) -> Any:
-        """The form with feedback, where there is one."""
+        """The form with feedback if there is one, else the array."""
         return self.array if self.feedback is None else self.feedback
 
 
 def constant(x: Any) -> Value:
-    """A value that the function closes over: a constant, unless it is traced outside."""
+    """Makes a value that the function closes over: a constant, unless it is a tracer."""
     traced = isinstance(x, jax.core.Tracer)
     label = lb.Label(data=traced, active=traced, floats=traced, number=not jnp.ndim(x))
     return Value(label, x)
@@ -41,16 +41,16 @@ def constant(x: Any) -> Value:
 
 def bind(eqn: core.JaxprEqn, arrays: Sequence[Any]) -> list:
     """Applies an equation's primitive to other operands."""
-    got = eqn.primitive.get_bind_params(eqn.params)  # with JAX 0.8 functions, too
+    got = eqn.primitive.get_bind_params(eqn.params)  # in JAX 0.8 also functions
     functions, params = got if isinstance(got, tuple) else ((), got)
     out = eqn.primitive.bind(*functions, *arrays, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
 def bind_wide(eqn: core.JaxprEqn, arrays: Sequence[Any]) -> list:
-    """Applies an equation's primitive to operands of which some are stored in fewer bits.
+    """Applies an equation's primitive to operands, some of which are stored in fewer bits.
 
-    They are cast where they are used, so that a scan saves what is stored.
+    These are cast at their use, so that a scan saves them in the dtype in which they are stored.
     """
     dtypes = [_dtype(var) for var in eqn.invars]
     narrow = [jnp.result_type(x) != dtype for x, dtype in zip(arrays, dtypes, strict=True)]
@@ -73,13 +73,13 @@ def bind_wide(eqn: core.JaxprEqn, arrays: Sequence[Any]) -> list:
 
 
 def linear(transpose, residuals: Any, tangents: Sequence[Any], avals: Sequence[Any]) -> list:
-    """A linear function of tangents of which only the transpose is known.
+    """Applies a linear function to tangents, given only its transpose.
 
     Args:
         transpose: `(residuals, cotangents) -> cotangents of the tangents`.
-        residuals: what it needs besides.
+        residuals: the residuals of `transpose`.
         tangents: the operands.
-        avals: the types of what it returns.
+        avals: the types of the outputs.
     """
 
     @jax.custom_vjp
@@ -102,7 +102,7 @@ def _dtype(var: Any) -> Any:
 
 
 def bits(dtype: Any) -> int:
-    """The number of bits of an element."""
+    """The number of bits per element."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return 8 * jnp.dtype(dtype).itemsize
     return (jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo)(dtype).bits
@@ -114,14 +114,14 @@ def inexact(x: Any) -> bool:
 
 
 def zeros(aval: Any) -> jax.Array:
-    """Zeros of a type, sharded as it is."""
+    """Makes zeros of a type, with its sharding."""
     if isinstance(aval, jax.ShapeDtypeStruct):
         return jnp.zeros(aval.shape, aval.dtype)
     return ad.zeros_like_aval(aval)
 
 
 def vary_like(x: Any, other: Any) -> Any:
-    """Inside `shard_map`, marks a value as varying over the axes over which another does."""
+    """Inside `shard_map`, marks `x` as varying over all axes over which `other` varies."""
     axes = tuple(varying(other) - varying(x))
     if not axes:
         return x

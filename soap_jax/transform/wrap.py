@@ -22,41 +22,41 @@ Out = TypeVar("Out")
 def with_feedback(
     fun: Callable[..., Out], *, feedback_bar: ops.FeedbackBar = None
 ) -> Callable[..., Out]:
-    """Gives any function of a tree of params a feedback argument.
+    """Adds a feedback argument to any function of a tree of params.
 
     With `fun_fa = with_feedback(fun)`, `fun_fa(params, feedback, *args)` equals
-    `fun(params, *args)`. Backwards, wherever a kernel W that has a feedback leaf B meets an
-    activation x in a product y = x · W (or elementwise, y = x * W),
+    `fun(params, *args)`. Let W be a kernel with a feedback leaf B, and y = x · W (or elementwise,
+    y = x * W) its product with an activation x. In the backward pass
 
-        x_bar = y_bar · Bᵀ        through feedback: whatever came before gets a pseudo-gradient
-        W_bar = xᵀ · y_bar        W's own
+        x_bar = y_bar · Bᵀ        with feedback: all layers below get a pseudo-gradient
+        W_bar = xᵀ · y_bar        as in backpropagation
 
-    and everything else is differentiated exactly. So feedback equal to the kernels is exact
-    backpropagation, and so is a missing or None leaf, for that kernel; None in place of the whole
-    tree is plain backpropagation.
+    and everything else is differentiated exactly. So if feedback equals the kernels, this is exact
+    backpropagation. A missing or None leaf means backpropagation for that kernel; None instead of
+    the whole tree means plain backpropagation.
 
-    The function may come from Linen, NNX (`nnx.split` and `nnx.merge`), Equinox, Haiku or nowhere.
-    It is traced, as under `jit`: arrays among its arguments are tracers, other arguments stay what
-    they are; arrays that it closes over are constants, so hand it its batch as an argument. The
-    result composes with `grad`, `value_and_grad`, `has_aux`, `jit`, `vmap`, `scan`, `checkpoint`
-    and `shard_map`, in reverse mode only, since a pseudo-gradient is defined by its backward pass.
-    Call it under `jit`: each call outside traces `fun` again.
+    The function may use Linen, NNX (`nnx.split` and `nnx.merge`), Equinox, Haiku or no library. It
+    is traced, as under `jit`: arrays among its arguments become tracers, and other arguments do not
+    change. Arrays that it closes over are constants, so pass the batch as an argument. The result
+    composes with `grad`, `value_and_grad`, `has_aux`, `jit`, `vmap`, `scan`, `checkpoint` and
+    `shard_map`. Only reverse mode works, since a pseudo-gradient is defined by its backward pass.
+    Call it under `jit`: each call outside `jit` traces `fun` again.
 
-    What holds without exception, and what is refused, the docstring of `soap_jax.transform` says.
-    Use `soap_jax.explain` to see it for your function, before you run it.
+    The docstring of `soap_jax.transform` states what is guaranteed and what is refused. Use
+    `soap_jax.explain` to see this for your function before you run it.
 
     Args:
         fun: `(params, *args, **kwargs) -> outputs`; `params` is any pytree.
-        feedback_bar: feedback's own cotangent, as in `soap_jax.ops.feedback_op`: None, "kernel"
+        feedback_bar: the cotangent of feedback, as in `soap_jax.ops.feedback_op`: None, "kernel"
             (Kolen-Pollack), or a function of one product's operands.
 
     Returns:
         `fun_fa(params, feedback, *args, **kwargs) -> outputs`, where `feedback` is a tree like
         `params` (see `soap_jax.trees`), such as `init_feedback(...).feedback`. It raises
         ValueError when it is traced, if a leaf's path or shape is not its kernel's or if its
-        kernel meets no activation; and when it is differentiated, if an error would flow back
-        through a kernel that has feedback after something else than its layout was changed: a
-        normalised kernel, two kernels combined, a mask made of weights.
+        kernel is in no product with an activation; and when it is differentiated, if an error would
+        flow back through a kernel with feedback after more than its layout was changed: a
+        normalised kernel, two kernels combined, a mask computed from weights.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -87,20 +87,20 @@ def with_feedback(
         ]
         return traced.rebuild(_through_feedback(traced, feedback_bar)(traced.operands, beside))
 
-    for name in ("__module__", "__name__", "__qualname__"):  # not `wraps`: another signature
+    for name in ("__module__", "__name__", "__qualname__"):  # not `wraps`: the signature differs
         if hasattr(fun, name):
             setattr(fun_fa, name, getattr(fun, name))
     return fun_fa
 
 
 def _through_feedback(traced: tracing.Traced, feedback_bar):
-    """`(operands, beside) -> outputs`, which equals the function; backwards, through feedback."""
+    """Returns `(operands, beside) -> outputs`, which uses feedback in its backward pass."""
 
     def f(operands, beside):
         del beside
         return traced.evaluate(operands)
 
-    f.__name__ = "with_feedback"  # by which `soap_jax.activity` knows it in a jaxpr
+    f.__name__ = "with_feedback"  # by which `soap_jax.activity` finds it in a jaxpr
     f = jax.custom_vjp(f)
 
     def f_fwd(operands, beside):
@@ -163,9 +163,9 @@ def _through_feedback(traced: tracing.Traced, feedback_bar):
 
 
 def _learning(i, dot, feedback_dot, feedback_bar):
-    """A kernel's tangent, beside which feedback's stands, to get a cotangent at each product.
+    """A kernel's tangent with the tangent of feedback, which then gets a cotangent at each product.
 
-    With "kernel" it is that of the kernel there: where an activation decides, the sum multiplies.
+    For "kernel" it is the kernel's cotangent: the form with feedback is the sum of both tangents.
     """
     feedback = dot.array + feedback_dot if feedback_bar == "kernel" else feedback_dot
     return dot._replace(label=dot.label._replace(kernels={i: "laid out"}), feedback=feedback)
@@ -194,7 +194,7 @@ def _instantiated(y_bar):
 
 @jax.tree_util.register_static
 class _Static:
-    """Static data among residuals."""
+    """A static value among the residuals."""
 
     def __init__(self, value):
         self.value = value
@@ -207,7 +207,7 @@ class _Static:
 
 
 def _as_stored(feedback, kernel, *, cast: bool):
-    """Feedback as it goes in: in fewer bits than its kernel, or in its kernel's dtype."""
+    """Casts feedback to its kernel's dtype, unless it is stored in fewer bits and need not be."""
     feedback = vals.vary_like(jnp.asarray(feedback), kernel)
     if cast or vals.bits(feedback.dtype) >= vals.bits(kernel.dtype):
         return feedback.astype(kernel.dtype)
@@ -215,7 +215,7 @@ def _as_stored(feedback, kernel, *, cast: bool):
 
 
 def _check_uses(traced, by_path):
-    """Raises ValueError if a kernel has feedback that nothing uses, or two."""
+    """Raises ValueError if a kernel has feedback that is not used, or feedback of its layer too."""
     reader = Reader(traced.paths, abstract=True)
     active = [True] * len(traced.operands)
     beside = [None if path is None else by_path.get(path) for path in traced.paths]
@@ -227,7 +227,8 @@ def _check_uses(traced, by_path):
         if notes.layer:
             raise ValueError(
                 f"the kernel at {trees.show(path)} belongs to a layer that has feedback of its "
-                f"own, at {notes.layer.line}. Put None at its path: the layer's own is used."
+                f"own, at {notes.layer.line}; expected None at its path, since the layer's "
+                "feedback is used."
             )
         if notes.met:
             continue
@@ -235,9 +236,9 @@ def _check_uses(traced, by_path):
         for broken in notes.lost:
             where = f"used in {broken}, {reader.told(broken)}"
         raise ValueError(
-            f"feedback at {trees.show(path)} would do nothing: its kernel meets no activation in a "
-            f"product while it has its feedback. It is {where}. Put None at its "
-            "path, or let init_feedback(key, params, where=soap_jax.explain(fun, params, *args)) "
-            "find the kernels that feedback serves. Arrays that the function closes over are "
-            "constants, no activations: pass the batch as an argument."
+            f"feedback at {trees.show(path)} would do nothing: its kernel is in no product with an "
+            f"activation in which feedback could replace it. It is {where}. Put None at its path, "
+            "or use init_feedback(key, params, where=soap_jax.explain(fun, params, *args)) to "
+            "select the kernels for which feedback has an effect. Arrays that the function closes "
+            "over are constants, not activations: pass the batch as an argument."
         )
