@@ -14,6 +14,7 @@ step it is 90.2%, with 0.76 of FA's steps to the same loss (95 % interval 0.61 t
     python examples/compare_conv.py
 """
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -25,6 +26,7 @@ import soap_jax
 from soap_jax import study
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FlipSigns(soap_jax.Rule):
     """Gives the signs of W to a share of the feedback weights, drawn anew at every sync."""
 

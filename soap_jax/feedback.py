@@ -121,8 +121,9 @@ def init_feedback(
         rule: how feedback changes; or a mapping from path patterns to rules, such as
             `{"Dense_1/*": SignSync(), "*": Fixed()}`. The first pattern that matches a leaf counts.
         where: the leaves of `params` that get feedback: the result of `soap_jax.explain`; glob
-            patterns over paths such as "Dense_1/kernel"; or a predicate `(path, leaf) -> bool`. By
-            default the leaves named kernel, w or weight that have at least two axes.
+            patterns over paths such as "Dense_1/kernel"; a predicate `(path, leaf) -> bool`; or a
+            list of these, such as `[explanation, "*/scale"]`. By default the leaves named kernel,
+            w or weight that have at least two axes.
         initializer: one of four forms. "matched", the default: normal, with the root mean square of
             each kernel. For a kernel of zeros, where feedback of zeros would stop all layers below
             from learning, it is Glorot's √(2/(fan_in + fan_out)), with 1 for a missing axis. A

@@ -28,6 +28,7 @@ the state.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import numbers
 from typing import Literal, get_args
@@ -65,8 +66,24 @@ class Rule:
 
     period: ArrayLike = 1
 
+    def __init_subclass__(cls, **kwargs):
+        """Checks the signature of a rule's `__call__`."""
+        super().__init_subclass__(**kwargs)
+        signature = inspect.signature(cls.__call__)
+        if not any(_binds(signature, num) for num in (4, 5)):
+            raise ValueError(
+                f"{cls.__name__}.__call__ has the signature {signature}; expected (self, kernel, "
+                "feedback, key), and memory after these if `init` returns one."
+            )
+
     def __new__(cls, *args, **kwargs):  # noqa: D102
         fields = [field for field in dataclasses.fields(cls) if field.init]
+        declared = inspect.get_annotations(cls)
+        if declared and "__dataclass_fields__" not in vars(cls):
+            raise ValueError(
+                f"{cls.__name__} declares {', '.join(declared)} but is not a dataclass; put "
+                "@dataclasses.dataclass(frozen=True, kw_only=True) before the class."
+            )
         if args and all(field.kw_only for field in fields):
             raise ValueError(
                 f"{cls.__name__}({', '.join(map(repr, args))}) has positional arguments; expected "
@@ -384,6 +401,15 @@ class WeightMirror(Rule):
         step = shard_like(float(self.rate) * seen.reshape(kernel.shape), kernel)
         new = float(1 - self._decay) * feedback.astype(wide) + step
         return _rounded(new, feedback)
+
+
+def _binds(signature: inspect.Signature, num: int) -> bool:
+    """Whether one may call a function of the signature with so many positional arguments."""
+    try:
+        signature.bind(*range(num))
+    except TypeError:
+        return False
+    return True
 
 
 def check_period(name: str, period: ArrayLike) -> None:

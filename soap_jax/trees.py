@@ -21,8 +21,11 @@ from soap_jax import dtypes, factors
 Path = tuple[str, ...]
 """The names from a tree's root to a leaf, without a Flax box around the leaf."""
 
-Where = str | Sequence[str] | Callable[[str, jax.Array], bool] | None
-"""A selection of leaves: glob patterns for paths "a/b/c", or a predicate `(path, leaf) -> bool`."""
+Selector = str | Callable[[str, jax.Array], bool]
+"""A glob pattern over "a/b/c" paths, or a predicate `(path, leaf) -> bool`."""
+
+Where = Selector | Sequence[Selector] | None
+"""A selection of leaves by one selector, or by any of several."""
 
 KERNEL_NAMES = ("kernel", "w", "weight")
 """The names of leaves that get feedback by default, if they have at least two axes."""
@@ -169,21 +172,22 @@ def select(params: chex.ArrayTree, where: Where) -> set[Path]:
     if where is None:
         chosen = {p for p, leaf in leaves.items() if p[-1:] and p[-1] in KERNEL_NAMES}
         chosen = {p for p in chosen if jnp.ndim(leaves[p]) > 1}
-    elif callable(where):
-        chosen = {p for p, leaf in leaves.items() if where("/".join(p), leaf)}
     else:
-        patterns = (where,) if isinstance(where, str) else where
-        if not isinstance(patterns, Iterable):
+        selectors = (where,) if isinstance(where, str) or callable(where) else where
+        if not isinstance(selectors, Iterable):
             raise ValueError(
                 f"where is {where!r}; expected glob patterns such as 'Dense_1/kernel', the result "
                 "of soap_jax.explain, or a predicate (path, leaf) -> bool."
             )
         chosen = set()
-        for pattern in patterns:
-            matched = {p for p in leaves if matches(pattern, p)}
+        for selector in selectors:
+            if callable(selector):
+                chosen |= {p for p, leaf in leaves.items() if selector("/".join(p), leaf)}
+                continue
+            matched = {p for p in leaves if matches(selector, p)}
             if not matched:
                 raise ValueError(
-                    f"where={pattern!r} matches no leaf of params. The leaves are: "
+                    f"where={selector!r} matches no leaf of params. The leaves are: "
                     f"{', '.join(map(show, leaves)) or 'none'}."
                 )
             chosen |= matched

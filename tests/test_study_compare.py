@@ -247,6 +247,7 @@ def test_step_by_step_from_python_goes_on_where_it_was_interrupted(tmp_path):
 # Methods of one's own
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FlipSigns(soap_jax.Rule):
     """Gives a share of the signs of B, drawn anew, those of W."""
 

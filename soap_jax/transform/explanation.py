@@ -28,7 +28,7 @@ from soap_jax.transform import reader, tracing
 from soap_jax.transform import values as vals
 from soap_jax.transform.reader import Use
 
-Effect = Literal["feedback", "own feedback", "backprop", "exact", "no effect", "error"]
+Effect = Literal["feedback", "own feedback", "backprop", "not needed", "no effect", "error"]
 
 Gradient = Literal["exact", "direct", "mixed", "none"]
 
@@ -69,6 +69,7 @@ class Explanation:
 
     Attributes:
         rows: one row for each floating-point param, in order of first use.
+        has_data: whether the function has an array argument besides its params.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -78,13 +79,14 @@ class Explanation:
         ...     return (jnp.tanh(x @ params["a"]) @ params["b"]).sum() + params["c"].sum()
         >>> explanation = explain(loss, params, jnp.ones((5, 3)))
         >>> [(row.path, row.effect) for row in explanation]
-        [(('a',), 'no effect'), (('b',), 'feedback'), (('c',), 'exact')]
+        [(('a',), 'no effect'), (('b',), 'feedback'), (('c',), 'not needed')]
         >>> state = init_feedback(jax.random.key(0), params, where=explanation)
         >>> jax.tree.map(jnp.shape, state.feedback)
         {'a': None, 'b': (4, 2), 'c': None}
     """
 
     rows: tuple[Row, ...]
+    has_data: bool = True
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -124,7 +126,7 @@ def explain(
         "feedback"      the error is multiplied by its feedback
         "own feedback"  the same, for a `soap_jax` layer with feedback of its own
         "backprop"      the error is multiplied by the param itself; the uses say why
-        "exact"         it multiplies no error: a bias, a table, a penalty, a norm used as a number
+        "not needed"    it multiplies no error: a bias, a table, a penalty, a norm used as a number
         "no effect"     no error passes through it: a first layer, whose input is data
         "error"         `with_feedback` refuses its feedback
 
@@ -183,7 +185,8 @@ def explain(
                 _gradient(i, found.ways),
             )
             for i in order
-        )
+        ),
+        has_data=any(path is None for path in traced.paths[traced.num_hoisted :]),
     )
 
 
@@ -220,6 +223,14 @@ def read(
 
 
 ELEMENTWISE = ("div", "mul")
+SCALES = (
+    "scales activations elementwise; name it in `where` to give it feedback, as in "
+    "where=[explanation, '*/scale']"
+)
+NO_DATA = (
+    "The function has no array argument besides its params. Arrays that it closes over are "
+    "constants, not data: pass the batch as an argument, and call `explain` again."
+)
 
 Found = tuple[Effect, Sequence[Use]]
 
@@ -232,13 +243,12 @@ def _row(notes: reader.Notes) -> Found:
     if hard or (notes.broken and notes.served):
         return "backprop", [*notes.served, *notes.broken]
     if notes.served and all(use.primitive in ELEMENTWISE for use in notes.served):
-        problem = "scales activations elementwise; name it in `where` to give it feedback"
-        return "backprop", [use._replace(problem=problem) for use in notes.served]
+        return "backprop", [use._replace(problem=SCALES) for use in notes.served]
     if notes.served:
         return "feedback", [*notes.served]
     if notes.met or not notes.first:
         return "no effect", [*notes.met]
-    return "exact", [*notes.numbers, *([notes.last] if notes.last else [])]
+    return "not needed", [*notes.numbers, *([notes.last] if notes.last else [])]
 
 
 def _given(notes: reader.Notes) -> Found:
@@ -305,14 +315,15 @@ def _table(explanation: Explanation) -> str:
     from rich import box, console, filesize, table, text  # imported here, since it is slow
 
     grid = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("param", "effect", "used in", "operands"):
+    direct = any(row.gradient in ("direct", "mixed") for row in explanation)
+    for column in ("param", *["gradient"] * direct, "effect", "used in", "operands"):
         grid.add_column(column, no_wrap=True)
     grid.add_column("feedback", justify="right", no_wrap=True)
     groups: dict[tuple, list[Row]] = {}
     for row in explanation:
-        if row.effect != "exact":
+        if row.effect != "not needed":
             pattern = re.sub(r"\d+", "*", "/".join(row.path))
-            key = (pattern, row.effect, row.shape, row.stored, row.used)
+            key = (pattern, row.gradient, row.effect, row.shape, row.stored, row.used)
             groups.setdefault(key, []).append(row)
     notes = []
     for (pattern, *_), rows in groups.items():
@@ -328,13 +339,15 @@ def _table(explanation: Explanation) -> str:
         stored = [f"{filesize.decimal(total)}{narrow}"] if total else []
         if row.used not in (row.dtype, row.stored) and row.effect.endswith("feedback"):
             stored.append(f"used as {row.used}")
-        cells = path, row.effect, name, operands, ", ".join(stored) or "-"
+        effect = [*[row.gradient] * direct, row.effect]
+        cells = path, *effect, name, operands, ", ".join(stored) or "-"
         grid.add_row(*map(text.Text, cells))
-        if row.effect == "backprop" and all(use.primitive in ELEMENTWISE for use in places):
-            notes += [f"{path} {use.problem}." for use in row.uses[:1]]
-        else:
-            problems = [f"{use}, {use.problem}." for use in row.uses if use.problem]
-            notes += [f"{path}: {problem}" for problem in dict.fromkeys(problems)][:2]
+        problems = [
+            f"{path} {use.problem}." if use.problem == SCALES else f"{path}: {use}, {use.problem}."
+            for use in row.uses
+            if use.problem
+        ]
+        notes += list(dict.fromkeys(problems))[:2]
     file = io.StringIO()
     printer = console.Console(file=file, width=200, color_system=None)
     printer.print(grid)
@@ -343,15 +356,21 @@ def _table(explanation: Explanation) -> str:
     nbytes = filesize.decimal(sum(row.nbytes for row in explanation))
     number = f"{len(explanation)} param{'s' if len(explanation) != 1 else ''}"
     lines = [f"{number}: {counts or 'none'}; {nbytes} of feedback."]
-    exact = collections.Counter(
+    if direct:
+        lines = [*_gradients(explanation), f"With `with_feedback` in addition: {lines[0]}"]
+        notes = []
+    unneeded = collections.Counter(
         f"{row.path[-1] if row.path else 'params'} ({row.uses[-1].primitive})"
         for row in explanation
-        if row.effect == "exact"
+        if row.effect == "not needed"
     )
-    if exact:
-        kinds = ", ".join(f"{times} {kind}" for kind, times in exact.items())
-        lines.append(f"Exact, since no error passes through them: {kinds}.")
-    lines += _gradients(explanation)
+    if unneeded:
+        kinds = ", ".join(f"{times} {kind}" for kind, times in unneeded.items())
+        lines.append(f"Not needed, since no error passes through them: {kinds}.")
+    if not direct:
+        lines += _gradients(explanation)
+    if not explanation.has_data and "backprop" in effects:
+        notes = [NO_DATA]
     shown = [line.rstrip() for line in file.getvalue().splitlines() if line.strip()]
     shown = [*shown, ""] if groups else []
     for line in [*lines, *notes]:
