@@ -212,8 +212,8 @@ def test_another_study_in_the_same_directory_is_refused(small_study):
     cwd, _ = small_study
     other = soap_jax("study", *SMALL, "--period=2", cwd=cwd)
     assert other.returncode == 2
-    assert "runs that were done otherwise (" in other.stderr
-    assert "periods: [1, 3] there, [2] now" in other.stderr
+    assert "runs with other settings (" in other.stderr
+    assert "periods: was [1, 3], is now [2]" in other.stderr
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ REFUSED = {
     "memory": ({"memory_limit": "1GB"}, "memory_limit is '1GB'"),
     "target": ({"target_loss": "low"}, "target_loss is 'low'"),
     "extend": ({"extend": 1.5}, "extend is 1.5"),
-    "record": ({"record": {"note": {1}}}, "what JSON can hold"),
+    "record": ({"record": {"note": {1}}}, "cannot be stored as JSON"),
     "claims": ({"claims": ["fa"]}, "expected a list of Claims"),
     "the worst rate": (
         {"task": make(validation=DATA, metrics={"m": loss}), "select": "validation_m"},
@@ -193,7 +193,7 @@ CODE = {
 def test_runs_of_other_code_are_not_mixed(name, untrained, tmp_path):
     before, now = CODE[name]
     compare(out=tmp_path, **before)
-    with pytest.raises(ValueError, match="done otherwise"):
+    with pytest.raises(ValueError, match="other settings"):
         compare(out=tmp_path, **now)
 
 

@@ -215,7 +215,7 @@ def test_a_censored_run_at_a_rate_that_only_resamples_choose():
     ("changes", "keys", "reason"),
     [
         ({"optimizer": "adam"}, ["1", "4", "5", "6", "7", "7b"], "the optimizer is adam: the cla"),
-        ({"seeds": 1}, ["1", "5", "7"], "one seed has no spread: at least 2"),
+        ({"seeds": 1}, ["1", "5", "7"], "there is one seed; at least 2"),
         ({"methods": ("bp", "sign")}, ["1", "5", "7"], "fa is not in the study"),
         ({"methods": ("fa", "sign")}, ["1", "2"], "bp is not in the study"),
         ({"periods": (1, 10)}, ["6"], "sign with period 100 is not in the study"),

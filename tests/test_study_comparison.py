@@ -269,7 +269,7 @@ def test_periods_have_rows_of_their_own_and_base_keeps_the_smallest():
     table = made.summary()
     assert table[["method", "period"]].to_numpy().tolist() == [["bp", 0], ["sign", 5], ["sign", 50]]
     assert table["ratio"].tolist()[1:] == pytest.approx([2, 2])
-    assert made.base(table)["period"].tolist() == [0, 5]
+    assert made.at_smallest_periods(table)["period"].tolist() == [0, 5]
 
 
 def test_nothing_to_compare_gives_nan_not_a_crash():
@@ -313,7 +313,7 @@ def test_tables_are_read_by_rate_and_seed_whatever_their_order():
     rows = study.rows("runs", "fa", 0.1)
     np.testing.assert_array_equal(fa.values[1], np.log(rows["steps_to_target"]))
     np.testing.assert_array_equal(fa.score[1], rows["validation_accuracy"])
-    assert fa.tuned == 1
+    assert fa.best_rate_index == 1
     mixed = {name: getattr(study, name).sample(frac=1, random_state=0) for name in TABLES}
     mixed = again(study, **mixed)
     for ours, theirs in zip(mixed.grid("fa"), fa, strict=True):

@@ -183,7 +183,7 @@ class Faster(Test):
         i = comparison.rates.index(comparison.rate(self.method, "shared"))
         won = comparison.grid(self.method).values[i] < comparison.grid("bp").values[i]
         found = statistics.student(won).judge(self.within)
-        return self.found(comparison, "at the shared rate", found, len(won))
+        return self.with_result(comparison, "at the shared rate", found, len(won))
 
 
 def test_a_test_of_ones_own_is_judged_and_stored_as_the_others():
@@ -227,22 +227,24 @@ def test_regions_that_are_none_are_refused(make):
     ],
 )
 def test_where_an_interval_lies(within, numbers, said):
-    words = claims.in_words(contrasts.Part("", "ratio", within, *numbers))
-    assert (words.bound, words.place) == (said[0], f"the interval {said[1]}")
+    words = claims.format_part(contrasts.Part("", "ratio", within, *numbers))
+    assert (words.bound, words.position) == (said[0], f"the interval {said[1]}")
 
 
 def test_what_has_no_interval_in_words():
-    open_ = claims.in_words(contrasts.Part("", "ratio", (0.9, 1.1), 1.0, 0.0, INF, 1, 1))
+    open_ = claims.format_part(contrasts.Part("", "ratio", (0.9, 1.1), 1.0, 0.0, INF, 1, 1))
     assert open_ == ("1.00", "0.9 to 1.1", "the runs give no interval")
-    untested = claims.in_words(contrasts.Part("", "trend", (0, INF), testable=False))
+    untested = claims.format_part(contrasts.Part("", "trend", (0, INF), testable=False))
     assert untested == ("–", "rises", "not testable")
-    trend = claims.in_words(
+    trend = claims.format_part(
         contrasts.Part("", "trend", (0, INF), 0.9, math.nan, math.nan, 0.001, 1)
     )
     assert trend == ("rank correlation 0.900", "rises", "it rises")
-    alike = claims.in_words(contrasts.Part("", "ratio", (0.9, 1.1), 1.0, 1.0, 1.0, 0.25, 1))
-    assert alike.place == "all runs are alike, and too few for a conclusion"
-    none = claims.in_words(contrasts.Part("", "degrees", (-INF, 75.0), testable=False))
+    alike = claims.format_part(contrasts.Part("", "ratio", (0.9, 1.1), 1.0, 1.0, 1.0, 0.25, 1))
+    assert alike.position == "all runs are alike, and too few for a conclusion"
+    none = claims.format_part(contrasts.Part("", "degrees", (-INF, 75.0), testable=False))
     assert none == ("–", "below 75", "not testable")
-    angle = claims.in_words(contrasts.Part("", "degrees", (-INF, 75.0), 62.2, 61.0, 63.4, 0.001, 1))
+    angle = claims.format_part(
+        contrasts.Part("", "degrees", (-INF, 75.0), 62.2, 61.0, 63.4, 0.001, 1)
+    )
     assert angle.estimate == "62.2° [61.0, 63.4]"

@@ -41,7 +41,7 @@ from soap_jax.study.preset import StudyConfig, TrainConfig
         ({"periods": ()}, "periods is empty"),
         ({"memory_limit": 0.0}, "memory_limit is 0.0; expected a positive"),
         ({"evaluations": 0}, "evaluations is 0"),
-        ({"hidden": ()}, "nothing for feedback to do"),
+        ({"hidden": ()}, "feedback has no effect"),
         ({"hidden": (256, 0)}, "hidden is"),
         ({"channels": (0,)}, "channels is"),
         ({"target_loss": 0.0}, "target_loss is 0.0"),
@@ -161,7 +161,7 @@ def test_inputs_are_scaled_over_what_is_trained_on(inputs, digits):
 def test_direct_feedback_has_the_network_of_the_others_and_another_gradient(name, digits):
     task, method, params, batch = of(digits, name, hidden=(7, 5))
     args = None, batch, jax.random.key(0)
-    loss_dfa = trial.directly(task, method)
+    loss_dfa = trial.direct_feedback_loss(task, method)
     projections = soap_jax.init_projections(jax.random.key(1), loss_dfa, params, *args)
     (loss, _), found = jax.value_and_grad(loss_dfa, has_aux=True)(params, projections, *args)
     expected, true = jax.value_and_grad(task.loss)(params, batch)

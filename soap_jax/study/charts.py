@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from soap_jax.study import claims, drawing, figures, statistics
-from soap_jax.study.drawing import Mark
+from soap_jax.study.drawing import Style
 from soap_jax.study.figures import Figure
 from soap_jax.study.results import Results
-from soap_jax.study.statistics import number
+from soap_jax.study.statistics import format_number
 
 PALETTE = ("#707070", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#B87A00", "#2F93C9", "#8E6FC4")
 """Colours by place, for methods that have none: Okabe and Ito's, some of them darkened."""
@@ -23,18 +23,18 @@ CROSS = "M-1,-.6L-.6,-1L0,-.4L.6,-1L1,-.6L.4,0L1,.6L.6,1L0,.4L-.6,1L-1,.6L-.4,0Z
 SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", CROSS, STAR)
 DASHES = ([1, 0], [6, 2], [6, 2, 1, 2], [1, 2])
 """Shapes and dashes by place: methods of one shape differ in their dashes."""
-VERDICTS: dict[str, Mark] = {
+VERDICT_STYLES: dict[str, Style] = {
     claims.HOLDS: ("#009E73", "circle", [1, 0]),
     claims.FAILS: ("#D55E00", CROSS, [1, 0]),
     claims.UNDECIDED: ("#8A8A8A", "diamond", [1, 0]),
     claims.NOT_TESTABLE: ("#707070", "cross", [1, 0]),  # though one of its tests was possible
 }
-RANGE = "Lines are means over seeds, bands reach from the lowest seed to the highest."
-ROW = ["label", "mark", "x", "low", "high", "least", "most", "note"]
+RANGE_NOTE = "Lines are means over seeds, bands reach from the lowest seed to the highest."
+INTERVAL_COLUMNS = ["label", "style", "x", "low", "high", "bound_low", "bound_high", "note"]
 """The columns of estimates with intervals."""
 
 
-def describe(comparison: Results, findings: Sequence[claims.Finding]) -> list[Figure]:
+def all_figures(comparison: Results, findings: Sequence[claims.Finding]) -> list[Figure]:
     """Every figure of a comparison but the causal diagram.
 
     Args:
@@ -58,8 +58,8 @@ def loss_curves(comparison: Results) -> Figure:
         title=f"Loss at learning rate {rate:g}",
         x="parameter updates",
         y="training loss (moving average)",
-        caption=f"Training loss while training at learning rate {rate:g}, {why}. {RANGE} The "
-        f"dotted line is the target, loss {number(comparison.target_loss)}.",
+        caption=f"Training loss while training at learning rate {rate:g}, {why}. {RANGE_NOTE} The "
+        f"dotted line is the target, loss {format_number(comparison.target_loss)}.",
         empty="Every run broke off before its loss was measured.",
         y_log=True,
         line=comparison.target_loss,
@@ -68,8 +68,8 @@ def loss_curves(comparison: Results) -> Figure:
 
 def steps_to_loss(comparison: Results) -> Figure:
     """Steps to the target loss against the learning rate: geometric mean and t interval."""
-    target, points = number(comparison.target_loss), []
-    for method, name in names(comparison).items():
+    target, points = format_number(comparison.target_loss), []
+    for method, name in display_names(comparison).items():
         grid = comparison.grid(method)
         for rate, *of in zip(comparison.rates, *grid[:3], strict=True):
             values, late, diverged = of
@@ -111,7 +111,7 @@ def angles(comparison: Results) -> Figure:
         caption=f"Angle between a method's gradient of {first} and the true gradient, while "
         "training at the method's best learning rate. At 90 degrees (dotted) the two have nothing "
         "in common; methods that follow the true gradient, backprop among them, have no curve. "
-        + RANGE,
+        + RANGE_NOTE,
         empty="No method here has a gradient other than the true one.",
         degrees=True,
         line=90.0,
@@ -125,7 +125,7 @@ def error_angles(comparison: Results) -> Figure:
         for i, kernel in enumerate(comparison.hidden):
             values = comparison.measured(f"error_angle/{kernel}", method, rate, end=True)
             if len(values) and np.isfinite(values).all():
-                points.append((names(comparison)[method], i + 1, *_range(values), kernel))
+                points.append((display_names(comparison)[method], i + 1, *_range(values), kernel))
     return _curves(
         comparison,
         points,
@@ -134,7 +134,8 @@ def error_angles(comparison: Results) -> Figure:
         x="hidden layer (1 is nearest to the input)",
         y="angle to the true error (degrees)",
         caption="Angle between the error that arrives at a hidden layer through feedback and the "
-        "true error there, at the end of training at each method's best learning rate. " + RANGE,
+        "true error there, at the end of training at each method's best learning rate. "
+        + RANGE_NOTE,
         empty="No method here has feedback weights whose errors could be compared.",
         degrees=True,
         ticks=range(1, len(comparison.hidden) + 1),
@@ -156,7 +157,7 @@ def effective_learning_rate(comparison: Results) -> Figure:
         y="effective learning rate",
         caption=f"How fast {first} learns along the true gradient at learning rate {rate:g} "
         f"(dotted), {why}: the rate times the length of the method's gradient along the true one, "
-        f"relative to that. {RANGE} Values of zero and below (frozen kernels, feedback at a right "
+        f"relative to that. {RANGE_NOTE} Values of zero and below (frozen kernels, feedback at a right "
         "angle) have no place on a logarithmic axis.",
         empty="No effective learning rate was measured at this rate.",
         y_log=True,
@@ -178,8 +179,8 @@ def claim_ratios(findings: Sequence[claims.Finding]) -> Figure:
         if part.measure == "ratio" and part.testable and math.isfinite(part.estimate)
     ]
     return drawing.intervals(
-        pd.DataFrame(rows, columns=ROW),
-        {f"claim {verdict}": mark for verdict, mark in VERDICTS.items()},
+        pd.DataFrame(rows, columns=INTERVAL_COLUMNS),
+        {f"claim {verdict}": style for verdict, style in VERDICT_STYLES.items()},
         name="claims",
         title="The claims' ratios against their bounds",
         x="ratio (1: no difference)",
@@ -199,7 +200,7 @@ def final_metric(comparison: Results) -> Figure:
     column = comparison.metrics[0]
     words, unit = column.replace("_", " "), 100 if "accuracy" in column else 1
     rows, dots = [], {}
-    for method, name in names(comparison).items():
+    for method, name in display_names(comparison).items():
         rate = comparison.best_rate(method)
         values = unit * comparison.rows("runs", method, rate)[column].to_numpy(float)
         if len(values) and np.isfinite(values).all():
@@ -207,8 +208,8 @@ def final_metric(comparison: Results) -> Figure:
             rows.append((name, name, mean.estimate, *mean.interval, math.nan, math.nan, note))
             dots[name] = values.tolist()
     return drawing.intervals(
-        pd.DataFrame(rows, columns=ROW),
-        marks(comparison),
+        pd.DataFrame(rows, columns=INTERVAL_COLUMNS),
+        method_styles(comparison),
         name="final_metric",
         title=f"{words.capitalize()} at each method's best learning rate",
         x=words + " (%)" * (unit == 100),
@@ -231,31 +232,31 @@ def training(curves: pd.DataFrame, title: str) -> str:
         rows["method"] = rows["method"].str.replace("_", " ").str.removesuffix("/kernel")
         rows = rows.rename(columns={"epoch": "x"}).assign(low=rows["y"], high=rows["y"], note="")
         words = {"name": y.split()[0], "title": title, "caption": "", "empty": ""}
-        marks = looks(dict.fromkeys(rows["method"]))
-        return drawing.curves(rows, marks, x="epoch", y=y, **words, **options)
+        styles = assign_styles(dict.fromkeys(rows["method"]))
+        return drawing.curves(rows, styles, x="epoch", y=y, **words, **options)
 
     panels = [
         panel("loss", ["train_loss", "validation_loss"], y_log=True),
         panel("accuracy", ["validation_accuracy"]),
         panel("angle to the true one (degrees)", angles, degrees=True),
     ]
-    return figures.beside(panels, resolve="independent")
+    return figures.side_by_side(panels, resolve="independent")
 
 
-def names(comparison: Results) -> dict[str, str]:
+def display_names(comparison: Results) -> dict[str, str]:
     """What each method is called: its label, and its key too where labels are alike."""
     labels = {method: record["label"] for method, record in comparison.methods.items()}
     several = [label for label in labels.values() if list(labels.values()).count(label) > 1]
     return {m: f"{label} ({m})" if label in several else label for m, label in labels.items()}
 
 
-def marks(comparison: Results) -> dict[str, Mark]:
+def method_styles(comparison: Results) -> dict[str, Style]:
     """How methods are drawn, by what they are called."""
     given = [record["color"] for record in comparison.methods.values()]
-    return looks(dict(zip(names(comparison).values(), given, strict=True)))
+    return assign_styles(dict(zip(display_names(comparison).values(), given, strict=True)))
 
 
-def looks(colors: Mapping[str, str | None]) -> dict[str, Mark]:
+def assign_styles(colors: Mapping[str, str | None]) -> dict[str, Style]:
     """Marks by name, of the colours given and else of those that are left."""
     given = colors.values()
     spare = itertools.cycle([color for color in PALETTE if color not in given] or PALETTE)
@@ -266,7 +267,7 @@ def looks(colors: Mapping[str, str | None]) -> dict[str, Mark]:
 
 def _curves(comparison: Results, points: list[tuple], **options: Any) -> Figure:
     rows = pd.DataFrame(points, columns=["method", "x", "y", "low", "high", "note"])
-    return drawing.curves(rows, marks(comparison), **options)
+    return drawing.curves(rows, method_styles(comparison), **options)
 
 
 def _over_training(comparison: Results, column: str, rates: Mapping[str, float]) -> list[tuple]:
@@ -276,7 +277,10 @@ def _over_training(comparison: Results, column: str, rates: Mapping[str, float])
         rows = comparison.rows("evaluations", method, rate)
         if column in rows:
             by_step = rows.pivot(index="step", columns="seed", values=column).dropna()
-            name, note = names(comparison)[method], f"{by_step.shape[1]} seeds at rate {rate:g}"
+            name, note = (
+                display_names(comparison)[method],
+                f"{by_step.shape[1]} seeds at rate {rate:g}",
+            )
             points += [(name, step, *_range(of), note) for step, *of in by_step.itertuples()]
     return points
 
@@ -301,7 +305,7 @@ def _rate_for_curves(comparison: Results) -> tuple[float, str]:
     if math.isfinite(comparison.shared_rate):
         return comparison.shared_rate, (
             f"the smallest at which every run of {who} reaches loss "
-            f"{number(comparison.target_loss)} within half the steps"
+            f"{format_number(comparison.target_loss)} within half the steps"
         )
     best = comparison.best_rate(leader)
     if math.isfinite(best):

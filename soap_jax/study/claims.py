@@ -28,7 +28,7 @@ import pandas as pd
 from soap_jax.study import statistics
 from soap_jax.study.contrasts import INF, Part, Test
 from soap_jax.study.results import Results, joined
-from soap_jax.study.statistics import ALPHA, Estimate, number
+from soap_jax.study.statistics import ALPHA, Estimate, format_number
 
 HOLDS, FAILS, UNDECIDED, NOT_TESTABLE = "holds", "fails", "undecided", "not testable here"
 
@@ -171,7 +171,7 @@ def _verdict(parts, p, union, family):
         intro = f"not significant after Holm's correction for {family} claims: "
     likelier = "either verdict" if holds == fails else f"“{HOLDS if holds < fails else FAILS}”"
     corrected = f", corrected for {family} claims (Holm)" if family > 1 else ""
-    p_words = f"{statistics.p_value(p)} for {likelier}{corrected}"
+    p_words = f"{statistics.format_p_value(p)} for {likelier}{corrected}"
     why = _sentence(intro + "; ".join(map(_said, said)))
     return {"verdict": verdict, "p": p, "p_words": p_words, "why": why}
 
@@ -190,60 +190,62 @@ def tabulate(findings: Sequence[Finding]) -> pd.DataFrame:
     return table.drop(columns="within").rename(columns={"key": "claim"})
 
 
-class Words(NamedTuple):
+class FormattedPart(NamedTuple):
     """A test's numbers for people.
 
     Attributes:
         estimate: the estimate with its interval.
         bound: the region.
-        place: where the interval, or the trend, lies in relation to it.
+        position: where the interval, or the trend, lies in relation to it.
     """
 
     estimate: str
     bound: str
-    place: str
+    position: str
 
 
-def in_words(part: Part) -> Words:
+def format_part(part: Part) -> FormattedPart:
     """A test's estimate and bound in words, for screens and pages alike.
 
     Example:
-        >>> " / ".join(in_words(Part("", "ratio", (0, 1), 0.9, 0.7, 1.2, 0.2, 1.0)))
+        >>> " / ".join(format_part(Part("", "ratio", (0, 1), 0.9, 0.7, 1.2, 0.2, 1.0)))
         '0.900 [0.700, 1.200] / below 1 / the interval reaches beyond 1'
     """
     low, high = part.within
     has_low = low > (0 if part.measure == "ratio" else -INF)
     has_high = high < INF
-    lower, upper = (number(round(end, 2) if abs(end) >= 0.1 else end) for end in part.within)
+    lower, upper = (format_number(round(end, 2) if abs(end) >= 0.1 else end) for end in part.within)
     bound = f"{lower} to {upper}" if has_low else f"below {upper}"
     bound = bound if has_high else f"above {lower}"
-    estimate = Estimate(part.estimate, part.low, part.high).words("°" * (part.measure == "degrees"))
+    estimate = Estimate(part.estimate, part.low, part.high).format(
+        "°" * (part.measure == "degrees")
+    )
     holds, fails = part.p_holds < ALPHA, part.p_fails < ALPHA
     beyond = [lower] * (has_low and not part.low > low)
     beyond += [upper] * (has_high and not part.high < high)
     if part.measure == "trend":
         bound, estimate = "rises", f"rank correlation {estimate}"
-        place = "it rises" if holds else "it falls" if fails else "no clear trend"
+        position = "it rises" if holds else "it falls" if fails else "no clear trend"
     elif holds:
-        place = f"the interval lies {'within ' * (has_low and has_high)}{bound}"
+        position = f"the interval lies {'within ' * (has_low and has_high)}{bound}"
     elif fails:
         side = f"below {lower}" if part.high <= low else f"above {upper}"
-        place = f"the interval lies {side}"
+        position = f"the interval lies {side}"
     elif part.low in (0, -INF) and part.high == INF:
-        place = "the runs give no interval"
+        position = "the runs give no interval"
     elif beyond:
-        place = f"the interval reaches beyond {' and '.join(beyond)}"
+        position = f"the interval reaches beyond {' and '.join(beyond)}"
     else:
-        place = "all runs are alike, and too few for a conclusion"
+        position = "all runs are alike, and too few for a conclusion"
     if not part.testable:
-        estimate, place = "–", "not testable"
-    return Words(estimate, bound, place)
+        estimate, position = "–", "not testable"
+    return FormattedPart(estimate, bound, position)
 
 
 def _said(part):
-    estimate, _, place = in_words(part)
+    estimate, _, position = format_part(part)
     note = f" ({part.note})" if part.note else ""
-    return f"{part.label}: {estimate}, {place}{note}"
+    return f"{part.label}: {estimate}, {position}{note}"
 
 
 def _sentence(words):

@@ -21,7 +21,7 @@ Region = tuple[float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One test within a claim, evaluated; `claims.in_words` says it.
+    """One test within a claim, evaluated; `claims.format_part` says it.
 
     Attributes:
         label: what is measured, in words.
@@ -88,7 +88,7 @@ class Test:
         """The test, evaluated, or why it cannot be."""
         try:
             if len(comparison.seeds) < 2:
-                raise NotTestable("one seed has no spread: at least 2 are needed")
+                raise NotTestable("there is one seed; at least 2 are needed for an interval")
             return self.evaluate(comparison)
         except NotTestable as reason:
             return self.untested(comparison, str(reason))
@@ -98,7 +98,7 @@ class Test:
         label = self.label(comparison)
         return Part(label, self.measure, self.within, note=why, testable=False)
 
-    def found(self, comparison: Results, where: str, result: Result, *more: Any) -> Part:
+    def with_result(self, comparison: Results, where: str, result: Result, *more: Any) -> Part:
         """The test with its numbers; `more` are runs, note and censored of `Part`."""
         label = f"{self.label(comparison)}, {where}"
         return Part(label, self.measure, self.within, *result, *more)
@@ -160,8 +160,8 @@ class Ratio(Test):
         if self.matched and starts:
             raise NotTestable(starts)
         _check_inside(comparison, self.at, pair, self.periods)
-        found = comparison.compared(*pair, at=self.at, periods=self.periods, metric=metric)
-        steps = f"steps to loss {statistics.number(comparison.target_loss)}"
+        found = comparison.paired_difference(*pair, at=self.at, periods=self.periods, metric=metric)
+        steps = f"steps to loss {statistics.format_number(comparison.target_loss)}"
         what = metric.replace("_", " ") if metric else steps
         result = (found.mean.judge if metric else found.mean.judge_ratio)(self.within)
         notes = [found.note, starts]
@@ -172,8 +172,8 @@ class Ratio(Test):
             steps = np.exp(values[comparison.rates.index(found.rates[0])])
             if steps.max() <= period:
                 notes.append("no run lasted one period: it synced only at the start")
-        flags, where = found.censored, f"{what} {_at(self.at, *found.rates)}"
-        return self.found(
+        flags, where = found.censored, f"{what} {_format_rates(self.at, *found.rates)}"
+        return self.with_result(
             comparison, where, result, np.size(flags), joined(*notes), int(np.sum(flags))
         )
 
@@ -226,14 +226,14 @@ class Share(Test):
         )
         if np.isnan([method, reference, over]).any():
             raise NotTestable(f"{self.metric} is not known for every run")
-        sign = comparison.better(self.metric) or np.sign(np.mean(reference - over))
+        sign = comparison.improvement_sign(self.metric) or np.sign(np.mean(reference - over))
         gain = statistics.student(sign * (reference - over))
         if not gain.interval[0] > 0:
             said = Estimate(gain.estimate, *gain.interval)
             raise NotTestable(f"the reference may gain nothing over the control: {said}")
         result = statistics.fieller(method - over, reference - over).judge(self.within)
-        where = f"{self.metric.replace('_', ' ')} {_at('best', *rates)}"
-        return self.found(comparison, where, result, 3 * over.size)
+        where = f"{self.metric.replace('_', ' ')} {_format_rates('best', *rates)}"
+        return self.with_result(comparison, where, result, 3 * over.size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +257,7 @@ class Trend(Test):
 
     def evaluate(self, comparison: Results) -> Part:
         """Measures it; raises `NotTestable` where the comparison cannot."""
-        rate, logs, flags, notes = comparison.together(self.methods, self.at)
+        rate, logs, flags, notes = comparison.log_steps_at(self.methods, self.at)
         result = statistics.trend(logs.T)
         if any(map(statistics.too_many, flags)):
             result = result._replace(p_holds=1.0, p_fails=1.0)
@@ -270,7 +270,7 @@ class Trend(Test):
         if angles:
             notes.append(f"angles of feedback to weights at the start: {_listed(angles)} degrees")
         more = np.size(flags), joined(*notes), int(np.sum(flags))
-        return self.found(comparison, f"at rate {rate:g}", result, *more)
+        return self.with_result(comparison, f"at rate {rate:g}", result, *more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +289,7 @@ class FinalAngle(Test):
         """Measures it; raises `NotTestable` where the comparison cannot."""
         where, angles = _final_error_angles(comparison, self.method, comparison.hidden[-1:])
         result = statistics.student(angles[:, 0]).judge(self.within)
-        return self.found(comparison, where, result, len(angles))
+        return self.with_result(comparison, where, result, len(angles))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,10 +313,10 @@ class ErrorAngleTrend(Test):
             raise NotTestable(f"a trend over hidden layers needs at least 3 of them, not {depth}")
         where, angles = _final_error_angles(comparison, self.method, comparison.hidden[::-1])
         note = f"from the output on, {_listed(angles.mean(axis=0))} degrees"
-        return self.found(comparison, where, statistics.trend(angles), len(angles), note)
+        return self.with_result(comparison, where, statistics.trend(angles), len(angles), note)
 
 
-def _at(at, *rates):
+def _format_rates(at, *rates):
     *most, last = (f"{rate:g}" for rate in rates)
     return (
         f"each at its best rate ({', '.join(most)} and {last})"

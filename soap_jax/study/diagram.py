@@ -17,7 +17,7 @@ import numpy as np
 
 from soap_jax.study import figures, mediation
 from soap_jax.study.results import Results
-from soap_jax.study.statistics import Estimate, number
+from soap_jax.study.statistics import Estimate, format_number
 
 WIDTH, HEIGHT = 380, 430
 LINE = 17
@@ -42,7 +42,7 @@ class Diagram(NamedTuple):
     caption: str
 
 
-def describe(comparison: Results, effects: mediation.Mediation) -> Diagram | None:
+def make_diagram(comparison: Results, effects: mediation.Mediation) -> Diagram | None:
     """What raw sign sync changes, and how much of its effect on speed goes through what.
 
     Args:
@@ -57,11 +57,11 @@ def describe(comparison: Results, effects: mediation.Mediation) -> Diagram | Non
     total, *paths = map(effects.effect, ("total", "rate", "direction"))
     method, reference, control = list(effects.effective_rates)[:3]
     start = {name: rates[0] for name, rates in effects.effective_rates.items()}
-    amplified, size = (number(start[m] / start[reference]) for m in (method, control))
+    amplified, size = (format_number(start[m] / start[reference]) for m in (method, control))
     first = f"error_angle/{comparison.hidden[0]}"
     turned = comparison.measured(first, method, effects.learning_rate, end=False).mean()
     name = comparison.label(method)
-    target = number(comparison.target_loss)
+    target = format_number(comparison.target_loss)
     boxes = (
         (f"*{name}*", f"in place of {comparison.label(reference)}"),
         ("effective learning rate", "of the hidden layers"),
@@ -111,13 +111,13 @@ def _draw(title, said, boxes, words, widths) -> str:
             f'<polygon points="{head}" fill="currentColor"/>'
         )
         middle = (start + base) / 2
-        parts += _words(x + 14 * side, middle, "end" if side < 0 else "start", lines)
+        parts += _text_lines(x + 14 * side, middle, "end" if side < 0 else "start", lines)
     for (x, y, width, height), lines in zip(BOXES, boxes, strict=True):
         parts.append(
             f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{figures.GREY}" '
             'fill-opacity="0.12" stroke="currentColor"/>'
         )
-        parts += _words(x + width / 2, y + height / 2, "middle", lines)
+        parts += _text_lines(x + width / 2, y + height / 2, "middle", lines)
     return (
         f'<svg class="diagram" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'role="img" font-family="sans-serif" font-size="13"><title>{html.escape(title)}</title>'
@@ -125,7 +125,7 @@ def _draw(title, said, boxes, words, widths) -> str:
     )
 
 
-def _words(x, middle, anchor, lines):
+def _text_lines(x, middle, anchor, lines):
     """Lines around a height; what stands between asterisks is strong."""
     first = middle + 4.5 - LINE * (len(lines) - 1) / 2
     for i, line in enumerate(lines):
@@ -145,4 +145,8 @@ def _on_arrow(effect) -> tuple[str, ...]:
     lines = (f"*× {factor}*", interval or "no interval")
     if math.isnan(effect.share):
         return lines
-    return (*lines, f"{number(round(100 * effect.share))} % of the whole", "effect (log scale)")
+    return (
+        *lines,
+        f"{format_number(round(100 * effect.share))} % of the whole",
+        "effect (log scale)",
+    )

@@ -35,7 +35,7 @@ CONFIG: dict[str, Any] = {
 
 PANELS = ("loss_curves", "steps_to_loss", "angles")
 """What is side by side in the overview."""
-CONVERT: dict[str, Callable[[str], bytes]] = {
+CONVERTERS: dict[str, Callable[[str], bytes]] = {
     ".svg": str.encode,
     ".png": functools.partial(vl_convert.svg_to_png, scale=2),
     ".pdf": vl_convert.svg_to_pdf,
@@ -81,10 +81,10 @@ def save(figures: Sequence[Figure], directory: pathlib.Path) -> None:
     for figure in figures:
         save_svg(_svg(figure.spec), directory / figure.name)
     overview = [figure for figure in figures if figure.name in PANELS]
-    save_svg(beside(overview), directory / "overview")
+    save_svg(side_by_side(overview), directory / "overview")
 
 
-def beside(figures: Sequence[Figure], resolve: str = "shared") -> str:
+def side_by_side(figures: Sequence[Figure], resolve: str = "shared") -> str:
     """Figures side by side as SVG, with a "shared" legend or "independent" ones."""
     specs = [figure.spec for figure in figures if figure.chart]
     panels = [{k: v for k, v in spec.items() if k not in ("$schema", "config")} for spec in specs]
@@ -99,7 +99,7 @@ def _svg(spec):
 
 def save_svg(svg: str, stem: pathlib.Path) -> None:
     """Writes a drawing as SVG, PNG and PDF; none of them is left where it is empty."""
-    for suffix, convert in CONVERT.items():
+    for suffix, convert in CONVERTERS.items():
         path = stem.with_suffix(suffix)
         if svg:
             content = convert(svg)

@@ -18,9 +18,9 @@ import jinja2
 import pandas as pd
 import vl_convert
 
-from soap_jax.study import charts, claims, diagram, figures, files, mediation, screen
+from soap_jax.study import charts, claims, diagram, figures, files, mediation, terminal
 from soap_jax.study.results import Results
-from soap_jax.study.statistics import number
+from soap_jax.study.statistics import format_number
 
 VERDICTS = {  # symbol, class in the style sheet, what one claim does, what several do
     claims.HOLDS: ("✓", "holds", "holds", "hold"),
@@ -45,9 +45,9 @@ def write(
         files.write_text(path, render(comparison, findings))
         return
     effects = mediation.mediate(comparison)
-    shown = charts.describe(comparison, findings)
+    shown = charts.all_figures(comparison, findings)
     figures.save(shown, path / "figures")
-    causes = diagram.describe(comparison, effects)
+    causes = diagram.make_diagram(comparison, effects)
     figures.save_svg(causes.svg if causes else "", path / "figures" / "mediation")
     tables = {
         "summary": comparison.summary(),
@@ -69,7 +69,7 @@ def render(comparison: Results, findings: Sequence[claims.Finding]) -> str:
         comparison: what was trained.
         findings: the verdicts on its claims.
     """
-    shown = charts.describe(comparison, findings)
+    shown = charts.all_figures(comparison, findings)
     return _page(comparison, findings, shown, mediation.mediate(comparison))
 
 
@@ -84,7 +84,7 @@ def _page(comparison, findings, shown, effects):
     specs = {figure.name: figure.spec for figure in shown if figure.chart}
     for name, spec in specs.items():  # the page has titles as headings
         specs[name] = {key: value for key, value in spec.items() if key != "title"}
-    longest = max(map(len, [*charts.names(comparison).values(), *charts.VERDICTS]))
+    longest = max(map(len, [*charts.display_names(comparison).values(), *charts.VERDICT_STYLES]))
     data = json.dumps({"specs": specs, "longest": longest}).replace("<", r"\u003c")
     versions = comparison.record.get("versions", {})
     return environment.get_template("report.html.jinja").render(
@@ -94,15 +94,15 @@ def _page(comparison, findings, shown, effects):
         glossary=_glossary(comparison),
         findings=findings,
         verdicts=VERDICTS,
-        in_words=claims.in_words,
+        format_part=claims.format_part,
         tests=lambda finding: _cells(claims.tabulate([finding]).loc[:, "label":"note"]),
         figures=shown,
         specs=data,
         vega=vega() if specs else "",
-        diagram=diagram.describe(comparison, effects),
+        diagram=diagram.make_diagram(comparison, effects),
         effects=_cells(mediation.tabulate(effects)),
-        methods=screen.summary_cells(comparison, full=True),
-        methods_note=screen.summary_notes(comparison, full=True),
+        methods=terminal.summary_cells(comparison, full=True),
+        methods_note=terminal.summary_notes(comparison, full=True),
         command=comparison.record.get("command"),
         details=_details(comparison),
         version=versions.get("soap_jax", ""),
@@ -135,7 +135,7 @@ def summarise(comparison: Results, findings: Sequence[claims.Finding]) -> str:
 def _glossary(comparison):
     """What each method isolates, and the paper that it is from."""
     said = {}
-    for method, label in charts.names(comparison).items():
+    for method, label in charts.display_names(comparison).items():
         record = comparison.methods[method]
         paper = f" ({record['paper']})" if record["paper"] else ""
         said[label] = (record["isolates"] or record["description"]) + paper
@@ -145,7 +145,7 @@ def _glossary(comparison):
 def _cells(table: pd.DataFrame) -> figures.Cells:
     """A table in words."""
     rows = table.to_numpy(object).tolist()
-    said = [[number(v) if isinstance(v, float) else str(v) for v in row] for row in rows]
+    said = [[format_number(v) if isinstance(v, float) else str(v) for v in row] for row in rows]
     return [str(column).replace("_", " ") for column in table], said
 
 
@@ -153,7 +153,7 @@ def _setting(comparison: Results) -> str:
     """What was trained, in a line."""
     protocol, rates = comparison.record["protocol"], comparison.rates
     examples = comparison.record.get("examples", {}).get("train")
-    seen = [f"{number(examples)} training examples"] if examples else []
+    seen = [f"{format_number(examples)} training examples"] if examples else []
     seen += [_count(len(comparison.kernels), "kernel"), protocol["optimizer"]]
     seen += [f"batch {protocol['batch_size']}", f"{protocol['steps']:,} steps"]
     return (
@@ -168,7 +168,7 @@ def _count(number, noun):
 
 
 def _details(comparison: Results) -> dict[str, dict[str, str]]:
-    """Configuration and circumstances, as lists of terms."""
+    """Configuration and environment, as lists of terms."""
     record = comparison.record
     protocol = {key: value for key, value in record["protocol"].items() if key != "task"}
     known = ("data_source", "examples", "kernels", "loops", "versions", "device", "settings")
@@ -178,13 +178,13 @@ def _details(comparison: Results) -> dict[str, dict[str, str]]:
         "Circumstances": {key: record[key] for key in (*known, "seconds") if record.get(key)},
     }
     return {
-        title: {term.replace("_", " "): _said(value) for term, value in terms.items()}
+        title: {term.replace("_", " "): _plain_text(value) for term, value in terms.items()}
         for title, terms in lists.items()
         if terms
     }
 
 
-def _said(value: Any) -> str:
+def _plain_text(value: Any) -> str:
     """A value as a list of words, without the marks of Python."""
     if isinstance(value, str):
         return value

@@ -30,7 +30,7 @@ class NotTestable(ValueError):
     """Says in words why a comparison cannot tell something."""
 
 
-class Compared(NamedTuple):
+class PairedDifference(NamedTuple):
     """Two methods, compared seed by seed.
 
     Attributes:
@@ -99,7 +99,7 @@ class Results:
         self.target_loss: float = own if target_loss is None else target_loss
         self.exploratory = target_loss is not None and target_loss != own
         if self.exploratory or self.protocol["target_loss"] is None:
-            losses = _array(self.losses)
+            losses = _loss_array(self.losses)
             steps = statistics.steps_to_loss(losses, self.target_loss, self.record["window"])
             counted = self.losses[KEYS].assign(steps_to_target=steps)
             self.runs = self.runs.drop(columns="steps_to_target").merge(counted, on=KEYS)
@@ -130,7 +130,7 @@ class Results:
         found = tests or columns or ["train_loss"]
         return sorted(found, key=lambda name: not name.endswith(f"_{chosen}"))
 
-    def better(self, metric: str) -> int:
+    def improvement_sign(self, metric: str) -> int:
         """1 if a larger value of a metric is better, -1 if a smaller one, 0 if unknown."""
         if metric.split("_", 1)[-1] == self.protocol["select"].split("_", 1)[-1]:
             return 1 if self.protocol["maximise"] else -1
@@ -141,7 +141,7 @@ class Results:
         starts = {self.methods.get(method, {}).get("init") or None for method in methods}
         return "the methods start from different weights" if len(starts) > 1 else ""
 
-    def base(self, table: pd.DataFrame) -> pd.DataFrame:
+    def at_smallest_periods(self, table: pd.DataFrame) -> pd.DataFrame:
         """The rows of a table at each method's smallest period."""
         smallest = {method: min(of["periods"]) for method, of in self.methods.items()}
         return table[table["period"] == table["method"].map(smallest)]
@@ -198,7 +198,7 @@ class Results:
         score = score if self.protocol["maximise"] else -score
         return Runs(values, censored, diverged > 0, score, loss)
 
-    def together(
+    def log_steps_at(
         self, methods: Sequence[str], at: str | float = "shared"
     ) -> tuple[float, np.ndarray, np.ndarray, list[str]]:
         """Methods at one rate: it, log steps `(methods, seeds)`, which are censored, and notes.
@@ -214,7 +214,7 @@ class Results:
         logs, flags = (
             np.stack([of[i] for of in part]) for part in list(zip(*grids, strict=True))[:2]
         )
-        return rate, logs, flags, [self.missing(method, rate) for method in methods]
+        return rate, logs, flags, [self.censored_note(method, rate) for method in methods]
 
     # Which learning rate
 
@@ -239,7 +239,7 @@ class Results:
 
     def best_rate(self, method: str, period: int | None = None) -> float:
         """The rate with the best mean score; NaN if some run diverged at every rate."""
-        tuned = self.grid(method, period, self.protocol["select"]).tuned
+        tuned = self.grid(method, period, self.protocol["select"]).best_rate_index
         return math.nan if tuned is None else self.rates[tuned]
 
     def at_edge(self, rate: float) -> bool:
@@ -266,10 +266,10 @@ class Results:
         Raises:
             NotTestable: if there is no such method or rate.
         """
-        found = self.compared(a, b, at=at, periods=periods)
+        found = self.paired_difference(a, b, at=at, periods=periods)
         return Estimate(*found.mean.judge_ratio()[:3], found.note)
 
-    def compared(
+    def paired_difference(
         self,
         a: str,
         b: str,
@@ -277,7 +277,7 @@ class Results:
         at: str | float = "shared",
         periods: Periods = (None, None),
         metric: str | None = None,
-    ) -> Compared:
+    ) -> PairedDifference:
         """What `ratio` is made of; with a metric, differences in it."""
         pairs = list(zip((a, b), periods, strict=True))
         above, below = (self.grid(method, period, metric) for method, period in pairs)
@@ -292,16 +292,16 @@ class Results:
             raise NotTestable(f"{metric} of {a} or {b} is not known for every seed")
         mean = statistics.censor(mean, *censored)
         places = dict.fromkeys((*pair, rate) for pair, rate in zip(pairs, rates, strict=True))
-        missing = [self.missing(method, rate, period) for method, period, rate in places]
+        missing = [self.censored_note(method, rate, period) for method, period, rate in places]
         edges = [
             f"the best rate of {method}, {rate:g}, lies at the edge of the grid"
             for method, _, rate in places
             if at == "best" and self.at_edge(rate)
         ]
         note = joined(_censoring(mean, censored, joined(*missing)), *edges)
-        return Compared(mean, (rates[0], rates[1]), censored, note)
+        return PairedDifference(mean, (rates[0], rates[1]), censored, note)
 
-    def missing(self, method: str, rate: float, period: int | None = None) -> str:
+    def censored_note(self, method: str, rate: float, period: int | None = None) -> str:
         """The runs of a method at a rate that never got there, counted; "" if there are none."""
         runs = self.rows("runs", method, rate, period)
         diverged = int(runs["diverged"].sum())
@@ -329,9 +329,9 @@ class Results:
             at_best = self.rows("runs", method, best, period)
             for metric in self.metrics:
                 mean = statistics.student(at_best[metric])
-                row |= _named(metric, mean.estimate, *mean.interval)
+                row |= _with_ends(metric, mean.estimate, *mean.interval)
             row |= {"shared_rate": self.shared_rate, "steps_to_target": math.nan}
-            row |= _named("ratio", *[math.nan] * 3) | {"censored": 0}
+            row |= _with_ends("ratio", *[math.nan] * 3) | {"censored": 0}
             means = np.exp(runs.values.mean(axis=1))
             if not math.isnan(self.shared_rate):
                 here = self.rates.index(self.shared_rate)
@@ -340,7 +340,7 @@ class Results:
                 reference = self.methods[method]["reference"]
                 if reference in self.methods and reference != method:
                     found = self.ratio(method, reference, periods=(period, None))
-                    row |= _named("ratio", found.value, found.low, found.high)
+                    row |= _with_ends("ratio", found.value, found.low, found.high)
             fastest = np.where(runs.censored.any(axis=1), np.inf, means).argmin()
             arrived = not runs.censored[fastest].any()
             row["fewest_steps"] = float(means[fastest]) if arrived else math.nan
@@ -361,20 +361,20 @@ class Results:
 
     # Inside
 
-    def _leaders(self):
+    def _reference_methods(self):
         """The methods by which the target loss and the shared rate are set."""
         return [self.reference] if self.reference else list(self.methods)
 
     def _target(self):
         own = [rate not in self.extended for rate in self.rates]
         reached, starts = [], []
-        for method in self._leaders():
+        for method in self._reference_methods():
             runs = Runs(*(of[own] for of in self.grid(method, metric=self.protocol["select"])))
-            if runs.tuned is None:
+            if runs.best_rate_index is None:
                 self.why = f"some run of {method} diverged at every rate"
                 return math.nan
-            rate = np.array(self.rates)[own][runs.tuned]
-            losses = _array(self.rows("losses", method, rate))
+            rate = np.array(self.rates)[own][runs.best_rate_index]
+            losses = _loss_array(self.rows("losses", method, rate))
             early = statistics.smooth(losses, self.record["window"])
             reached.append(early[:, : max(1, self.protocol["steps"] // 8)].min(axis=1).max())
             starts.append(losses[:, 0].mean())
@@ -387,8 +387,8 @@ class Results:
         return math.nan
 
     def _shared(self):
-        rows = self.base(self.runs)
-        rows = rows[rows["method"].isin(self._leaders())]
+        rows = self.at_smallest_periods(self.runs)
+        rows = rows[rows["method"].isin(self._reference_methods())]
         rows = rows[~rows["learning_rate"].isin(self.extended)]
         arrived = ~rows["diverged"] & (2 * rows["steps_to_target"] <= self.protocol["steps"])
         reached = arrived.groupby(rows["learning_rate"]).all()
@@ -396,9 +396,9 @@ class Results:
             return float(reached.idxmax())
         who = self.label(self.reference) if self.reference else "every method"
         self.why = self.why or (
-            f"at no rate of the grid does every run of {who} reach loss "
-            f"{statistics.number(self.target_loss)} within half the steps: train longer, or widen "
-            "the rates"
+            f"at no rate of the grid do all runs of {who} reach loss "
+            f"{statistics.format_number(self.target_loss)} within half the steps: train longer, or "
+            "use a wider grid of rates"
         )
         return math.nan
 
@@ -419,10 +419,10 @@ def _censoring(mean, censored, missing):
     return f"{bound}: {missing or 'runs were censored at rates that resamples chose'}"
 
 
-def _array(losses):
+def _loss_array(losses):
     """`(runs, steps)`."""
     return np.array(losses["train_loss"].tolist(), float)
 
 
-def _named(name, *numbers):
+def _with_ends(name, *numbers):
     return dict(zip((name, f"{name}_low", f"{name}_high"), numbers, strict=True))

@@ -82,12 +82,12 @@ def steps_to_loss(losses: ArrayLike, target: float, window: int = WINDOW) -> np.
     return np.where(arrived.any(-1), arrived.argmax(-1) + 1.0, np.nan)
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """A number for people: three digits, thousands set off, a dash where there is none.
 
     Example:
-        >>> number(1234.6), number(0.22871), number(0.5), number(float("nan"))
-        ('1,235', '0.229', '0.5', '–')
+        >>> [format_number(value) for value in (1234.6, 0.22871, 0.5, float("nan"))]
+        ['1,235', '0.229', '0.5', '–']
     """
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
@@ -97,11 +97,11 @@ def number(value: float) -> str:
     return f"−{said}" if value < 0 and said != "0" else said
 
 
-def p_value(value: float) -> str:
+def format_p_value(value: float) -> str:
     """A p-value for people.
 
     Example:
-        >>> p_value(0.00002), p_value(0.0314)
+        >>> format_p_value(0.00002), format_p_value(0.0314)
         ('p < 0.001', 'p = 0.031')
     """
     return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
@@ -131,33 +131,35 @@ class Estimate:
     note: str = ""
 
     def __str__(self):
-        return self.words()
+        return self.format()
 
-    def words(self, unit: str = "") -> str:
+    def format(self, unit: str = "") -> str:
         """The estimate with its unit, and its interval as far as there is one."""
         if math.isnan(self.value):
             return "–"
-        said = alike(self.value, self.value) + unit
+        said = format_like(self.value, self.value) + unit
         open_high = self.high == math.inf
         open_low = self.low == -math.inf or self.low == 0 < self.value  # as ratios are open
         if math.isnan(self.low) or (open_low and open_high):
             return said
-        low = f"({number(self.low)}" if open_low else f"[{alike(self.low, self.value)}"
-        return f"{said} {low}, " + ("∞)" if open_high else f"{alike(self.high, self.value)}]")
+        low = f"({format_number(self.low)}" if open_low else f"[{format_like(self.low, self.value)}"
+        return f"{said} {low}, " + ("∞)" if open_high else f"{format_like(self.high, self.value)}]")
 
 
-def alike(value: float, beside: float) -> str:
+def format_like(value: float, reference: float) -> str:
     """A number with as many decimals as three digits of another one have.
 
     Example:
-        >>> alike(1.3, 0.9612), alike(0.961, 1.1174), alike(1234.6, 1), alike(0.0012, 97)
-        ('1.300', '0.96', '1,235', '0.0012')
+        >>> [format_like(*pair) for pair in ((1.3, 0.9612), (0.961, 1.1174), (1234.6, 1))]
+        ['1.300', '0.96', '1,235']
+        >>> format_like(0.0012, 97)
+        '0.0012'
     """
-    size = math.floor(math.log10(abs(beside))) if beside and math.isfinite(beside) else 2
+    size = math.floor(math.log10(abs(reference))) if reference and math.isfinite(reference) else 2
     decimals = max(0, 2 - size)
     vanishes = abs(value) < 0.5 * 10.0**-decimals
     if not math.isfinite(value) or abs(value) >= 99.95 or decimals > 6 or vanishes:
-        return number(value)
+        return format_number(value)
     return f"{value:.{decimals}f}".replace("-", "−")
 
 
@@ -210,7 +212,7 @@ class Mean:
         pivot: the distribution of (estimate - truth) / error.
         has_low: whether the sample says how small the truth can be: not if it is an upper bound.
         has_high: whether the sample says how large the truth can be: not if it is a lower bound.
-        least: the smallest one-sided p-value of a sample that does not vary.
+        smallest_p: the smallest one-sided p-value of a sample that does not vary.
     """
 
     estimate: float
@@ -218,7 +220,7 @@ class Mean:
     pivot: Pivot
     has_low: bool = True
     has_high: bool = True
-    least: float = 0.0
+    smallest_p: float = 0.0
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -241,7 +243,7 @@ class Mean:
             return float(bound != nowhere)
         difference = self.estimate - bound
         if not self.error:
-            return self.least if difference * nowhere < 0 else 1.0
+            return self.smallest_p if difference * nowhere < 0 else 1.0
         tail = self.pivot.sf if nowhere < 0 else self.pivot.cdf
         return float(tail(difference / self.error))
 
@@ -286,7 +288,7 @@ def student(sample: ArrayLike) -> Mean:
         return Mean(float(values.mean()) if values.size else np.nan, np.nan, _student_t(1))
     pivot = _student_t(values.size - 1)
     if np.ptp(values) <= TINY:
-        return Mean(float(values[0]), 0.0, pivot, least=0.5**values.size)
+        return Mean(float(values[0]), 0.0, pivot, smallest_p=0.5**values.size)
     return Mean(float(values.mean()), float(stats.sem(values)), pivot)
 
 
@@ -365,7 +367,7 @@ class Runs(NamedTuple):
     loss: np.ndarray
 
     @property
-    def tuned(self) -> int | None:
+    def best_rate_index(self) -> int | None:
         """Index of the best learning rate; None if some run diverged at each."""
         if (self.diverged | np.isnan(self.score)).any(axis=1).all():
             return None
@@ -414,7 +416,7 @@ def bootstrap_t(above: Runs, below: Runs, *, resamples: int = RESAMPLES) -> Mean
     `censor`).
 
     Args:
-        above: the runs of one method; `tuned` must not be None.
+        above: the runs of one method; `best_rate_index` must not be None.
         below: those of another, with the same seeds, to be taken off.
         resamples: how many; the seed of the generator is fixed, so results repeat.
 
@@ -431,7 +433,7 @@ def bootstrap_t(above: Runs, below: Runs, *, resamples: int = RESAMPLES) -> Mean
     squares = np.sum(counts * (differences - means[:, None]) ** 2, axis=1)
     errors = np.sqrt(squares / max(seeds - 1, 1) / seeds)
 
-    mean = student(above.values[above.tuned] - below.values[below.tuned])
+    mean = student(above.values[above.best_rate_index] - below.values[below.best_rate_index])
     shifts = np.where(np.abs(means - mean.estimate) > TINY, means - mean.estimate, 0.0)
     flat = errors <= TINY  # resamples that do not vary: infinitely far off, or not at all
     ratios = shifts / np.where(flat, 1.0, errors)

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from soap_jax.study import claims, statistics
 from soap_jax.study.results import Results
-from soap_jax.study.statistics import Estimate, number
+from soap_jax.study.statistics import Estimate, format_number
 
 
 def summary_table(comparison: Results) -> Table:
@@ -40,22 +40,24 @@ def summary_cells(comparison: Results, *, full: bool) -> tuple[list[str], list[l
     table = comparison.summary()
     several, diverged = (table[column].to_numpy().any() for column in ("period", "diverged"))
     rows = []
-    for row in (table if full else comparison.base(table)).to_dict("records"):
+    for row in (table if full else comparison.at_smallest_periods(table)).to_dict("records"):
         bound, steps, fewest = "> " * bool(row["censored"]), row["steps_to_target"], "–"
         cells = {"method": comparison.label(row["method"])}
         if full and several:
             cells["period"] = str(row["period"] or "–")
-        cells["best rate"] = number(row["best_rate"]) + "*" * bool(row["best_rate_at_edge"])
+        cells["best rate"] = format_number(row["best_rate"]) + "*" * bool(row["best_rate_at_edge"])
         for metric in comparison.metrics if full else comparison.metrics[:1]:
             scale, unit = (100, " %") if "accuracy" in metric else (1, "")
             found = _estimate(row, metric, scale)
             half = found.high - found.value
-            short = statistics.alike(found.value, found.value)
+            short = statistics.format_like(found.value, found.value)
             if math.isfinite(half):
-                short += f" ± {statistics.alike(half, found.value)}"
+                short += f" ± {statistics.format_like(half, found.value)}"
             cells[metric.replace("_", " ") + unit] = str(found) if full else short
         known = not math.isnan(steps)
-        cells[f"steps to {number(comparison.target_loss)}"] = bound * known + number(steps)
+        cells[f"steps to {format_number(comparison.target_loss)}"] = bound * known + format_number(
+            steps
+        )
         ratio = _estimate(row, "ratio")
         is_reference = comparison.methods[row["method"]]["reference"] == row["method"]
         cells["ratio"] = "1" if is_reference and known else str(ratio)
@@ -63,7 +65,9 @@ def summary_cells(comparison: Results, *, full: bool) -> tuple[list[str], list[l
             cells["ratio"] = bound + cells["ratio"]
         if full:
             if not math.isnan(row["fewest_steps"]):
-                fewest = f"{number(row['fewest_steps'])} at {number(row['fastest_rate'])}"
+                fewest = (
+                    f"{format_number(row['fewest_steps'])} at {format_number(row['fastest_rate'])}"
+                )
             cells["fewest steps"] = fewest
         if full or diverged:
             cells["diverged"] = f"{row['diverged']} of {row['runs']}"
@@ -74,7 +78,7 @@ def summary_cells(comparison: Results, *, full: bool) -> tuple[list[str], list[l
 def summary_notes(comparison: Results, *, full: bool) -> str:
     """What the numbers in the table of methods are."""
     select = comparison.record["protocol"]["select"].replace("_", " ")
-    shared, target = comparison.shared_rate, number(comparison.target_loss)
+    shared, target = comparison.shared_rate, format_number(comparison.target_loss)
     who = comparison.label(comparison.reference) if comparison.reference else "every method"
     notes = [f"The best rate is chosen by {select}; metrics are read at it."]
     if math.isnan(shared):
@@ -115,8 +119,8 @@ def claims_table(findings: Sequence[claims.Finding]) -> Table:
     for finding in findings:
         verdict = finding.verdict + "\nexploratory" * finding.exploratory
         if not math.isnan(finding.p):
-            verdict += f"\n{statistics.p_value(finding.p)}"
-        said = [claims.in_words(part) for part in finding.parts]
+            verdict += f"\n{statistics.format_p_value(finding.p)}"
+        said = [claims.format_part(part) for part in finding.parts]
         found = "\n".join(words.estimate.removeprefix("rank ") for words in said)
         cells = finding.key, finding.statement, verdict, found, "\n".join(w.bound for w in said)
         table.add_row(*map(Text, cells), end_section=True)
