@@ -152,9 +152,9 @@ def test_claims_stand_one_below_the_other_and_no_label_on_an_interval(shown):
 
 def test_an_open_bound_reaches_to_the_edge(shown):
     domain = shown["claims"].spec["layer"][0]["encoding"]["x"]["scale"]["domain"]
-    first, second, third = rows(shown["claims"], "least")[:3]
-    assert (first["least"], first["most"]) == (1.5, 3)
-    assert second["least"] == domain[0] and third["most"] == domain[1]
+    first, second, third = rows(shown["claims"], "bound_low")[:3]
+    assert (first["bound_low"], first["bound_high"]) == (1.5, 3)
+    assert second["bound_low"] == domain[0] and third["bound_high"] == domain[1]
 
 
 def test_the_final_metric_shows_every_seed_with_mean_and_interval(study, shown):
@@ -270,7 +270,7 @@ def test_an_estimate_without_interval_is_a_point():
         key="1", statement="s", verdict=claims.HOLDS, why="w", p=0.01, family=1, parts=(part,)
     )
     figure = charts.claim_ratios([finding])
-    [row] = rows(figure, "least")
+    [row] = rows(figure, "bound_low")
     assert row["x"] == 2 and row["low"] is None and row["high"] is None
     assert figure.table[1] == [["1. a / b", "2.00", ""]]
 

@@ -23,7 +23,7 @@ from soap_jax.study.preset import StudyConfig, TrainConfig
         ({"dataset": "minst"}, "dataset: 'minst' is unknown; expected digits, .*mean 'mnist'"),
         ({"methods": ("bp", "pepita")}, "methods: 'pepita' is unknown; expected bp, fa"),
         ({"methods": ()}, "methods is empty"),
-        ({"methods": ("fa", "fa")}, "different ones"),
+        ({"methods": ("fa", "fa")}, "each once"),
         ({"model": "cnn"}, "model: 'cnn' is unknown; expected mlp, conv"),
         ({"activation": "step"}, "activation: 'step' is unknown; expected tanh"),
         ({"optimizer": "lion"}, "optimizer: 'lion' is unknown; expected sgd"),
@@ -215,17 +215,19 @@ def test_a_conv_net_needs_images_and_names_its_activations(digits):
         task.loss(params, batch)
     )
     with pytest.raises(
-        ValueError, match=r"'activity_propagation' needs what model='conv' does not"
+        ValueError, match=r"'activity_propagation' needs a gradient .* which model='conv' does not"
     ):
         StudyConfig(methods=("bp", "activity_propagation"), model="conv")
     flat = [split._replace(images=split.images.reshape(-1, 64)) for split in digits[1:3]]
-    with pytest.raises(ValueError, match=r"model is 'conv', and examples have the shape \(64,\)"):
+    with pytest.raises(ValueError, match=r"model is 'conv', but examples have the shape \(64,\)"):
         of(digits._replace(train=flat[0], test=flat[1]), "fa", model="conv")
 
 
 def test_rflo_is_for_tasks_of_ones_own():
     for make in (lambda: StudyConfig(methods=("bp", "rflo")), lambda: TrainConfig(method="rflo")):
-        with pytest.raises(ValueError, match=r"the method 'rflo' needs what model='mlp' does not"):
+        with pytest.raises(
+            ValueError, match=r"the method 'rflo' needs one step .* which model='mlp' does not"
+        ):
             make()
 
 

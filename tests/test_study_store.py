@@ -299,7 +299,7 @@ def test_a_part_of_another_comparison_is_named(tmp_path):
     found = begun(tmp_path, 1)
     found.add([Run("fa", 0.1, 0, 0)], results_of([Run("fa", 0.1, 0, 0)]))
     (tmp_path / "parts" / ".nfs0001").write_text("the file system's own")
-    with pytest.raises(ValueError, match=r"holds Run\(method='fa'.*, which is no run of this"):
+    with pytest.raises(ValueError, match=r"holds Run\(method='fa'.*, which is not a run of this"):
         found.begin(RECORD, RUNS)
 
 

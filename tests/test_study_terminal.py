@@ -90,7 +90,7 @@ def test_without_a_shared_rate_the_notes_say_why(study):
 
 def test_the_table_of_claims_says_what_p_is_and_which_test_leaves_a_claim_open():
     said = flat(terminal.claims_table(make_findings()))
-    assert "p is the verdict's, after Holm's correction for 6 claims." in said
+    assert "p is the p-value of the verdict, after Holm's correction for 6 claims." in said
     assert "4: Censored." in said and "1: 1.84 lies in." not in said
     assert "1.84 [1.80, 1.88] 1.5 to 3" in said
     assert "xploratory" not in said

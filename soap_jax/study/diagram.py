@@ -1,10 +1,10 @@
-"""The causal diagram of a method, with the mediation's numbers on its arrows.
+"""The causal diagram of a method, with the numbers of the mediation analysis on its arrows.
 
     method ──> effective learning rate of the hidden layers ──> steps to the target loss
        └─────> direction of the error that reaches them ──────────────┘
 
-It is laid out once, on a plane narrow enough for a phone: arrows go straight down, and what is
-known of each stands on its outer side.
+The layout is fixed and narrow enough for a phone: arrows are vertical, and the numbers of each
+arrow are on its outer side.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from soap_jax.study.statistics import Estimate, format_number
 
 WIDTH, HEIGHT = 380, 430
 LINE = 17
-"""The distance from one line of words to the next."""
+"""The distance between lines of text."""
 BOXES = ((40, 8, 300, 56), (6, 156, 180, 56), (194, 156, 180, 56), (40, 366, 300, 56))
-"""Left, top, width and height of each box."""
+"""The left, top, width and height of each box."""
 ARROWS = ((166, 64, 156, -1), (214, 64, 156, 1), (166, 212, 366, -1), (214, 212, 366, 1))
-"""Where each arrow is, starts and ends, and on which side its words stand."""
+"""The x, start, end and side of the text (-1: left) of each arrow."""
 
 
 class Diagram(NamedTuple):
     """The causal diagram.
 
     Attributes:
-        title: a few words.
-        svg: the drawing, in the colour of the text around it.
-        caption: what is seen, and how the numbers are made.
+        title: the title.
+        svg: the drawing, in the colour of the surrounding text.
+        caption: the caption, which explains the numbers.
     """
 
     title: str
@@ -43,14 +43,14 @@ class Diagram(NamedTuple):
 
 
 def make_diagram(comparison: Results, effects: mediation.Mediation) -> Diagram | None:
-    """What raw sign sync changes, and how much of its effect on speed goes through what.
+    """Draws the two paths of raw sign sync's effect on speed, with the factor along each.
 
     Args:
-        comparison: what was trained.
+        comparison: the results.
         effects: the mediation.
 
     Returns:
-        The diagram; None where the effect cannot be taken apart.
+        The diagram; None if the effect cannot be decomposed.
     """
     if not effects.testable:
         return None
@@ -66,7 +66,7 @@ def make_diagram(comparison: Results, effects: mediation.Mediation) -> Diagram |
         (f"*{name}*", f"in place of {comparison.label(reference)}"),
         ("effective learning rate", "of the hidden layers"),
         ("direction of the error", "that reaches them"),
-        (f"steps to loss {target}", f"*in all {_factor(total)}*"),
+        (f"steps to loss {target}", f"*total effect {_factor(total)}*"),
     )
     words = (
         (f"× {amplified}", f"(its size: × {size})", "at the start"),
@@ -80,11 +80,11 @@ def make_diagram(comparison: Results, effects: mediation.Mediation) -> Diagram |
     ]
     caption = (
         f"Factors on the steps to loss {target} at learning rate {effects.learning_rate:g} (below "
-        "1 is faster), with 95 % intervals over paired seeds. The factors along the two paths "
-        "multiply to the whole effect; arrows are as wide as their shares of it, on the log scale. "
-        "Backprop with its hidden gradients amplified changes the rate alone, sign sync that keeps "
-        "the norm the direction alone. Numbers are averages over which of the two is changed first "
-        f"({'; '.join(orders)})."
+        "1 is faster), with 95 % intervals over paired seeds. The product of the factors along the "
+        "two paths is the total effect. The width of an arrow is its share of the total effect on "
+        "the log scale. Backprop with amplified hidden gradients changes only the rate; sign sync "
+        "with the norm kept changes only the direction. Numbers are averages over the two orders "
+        f"in which rate and direction can be changed ({'; '.join(orders)})."
     )
     if effects.note:
         caption += f" Note: {effects.note}."
@@ -94,10 +94,10 @@ def make_diagram(comparison: Results, effects: mediation.Mediation) -> Diagram |
         1.5,
         *(1.5 + 3.5 * np.nan_to_num(np.clip(effect.share, 0, 1)) for effect in paths),
     ]
-    said = f"{title}. In all {_factor(total)}. " + ". ".join(
+    alt = f"{title}. Total effect {_factor(total)}. " + ". ".join(
         f"Through the {effect.path}: {', '.join(_on_arrow(effect))}" for effect in paths
     )
-    svg = _draw(title, said.replace("*", ""), boxes, words, widths)
+    svg = _draw(title, alt.replace("*", ""), boxes, words, widths)
     return Diagram(title, svg, caption)
 
 
@@ -126,7 +126,7 @@ def _draw(title, said, boxes, words, widths) -> str:
 
 
 def _text_lines(x, middle, anchor, lines):
-    """Lines around a height; what stands between asterisks is strong."""
+    """Lines of text, centred at a height; lines between asterisks are bold."""
     first = middle + 4.5 - LINE * (len(lines) - 1) / 2
     for i, line in enumerate(lines):
         weight = ' font-weight="bold"' * line.startswith("*")
@@ -147,6 +147,6 @@ def _on_arrow(effect) -> tuple[str, ...]:
         return lines
     return (
         *lines,
-        f"{format_number(round(100 * effect.share))} % of the whole",
+        f"{format_number(round(100 * effect.share))} % of the total",
         "effect (log scale)",
     )

@@ -1,4 +1,4 @@
-"""Two kinds of figures in Altair: curves of several methods, and estimates one below the other."""
+"""Two types of figures in Altair: curves of several methods, and a list of estimates."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from soap_jax.study.figures import Figure
 from soap_jax.study.statistics import Estimate, format_number
 
 WRAP = 48
-"""Characters in a line that a phone has room for."""
+"""The most characters in a line, so that it fits on a phone."""
 Style = tuple[str, str, list[int]]
-"""Colour, shape and dashes."""
+"""The colour, shape and dash pattern of a method or a verdict."""
 
 
 def curves(
@@ -36,22 +36,22 @@ def curves(
     decades: float = math.inf,
     **texts: str,
 ) -> Figure:
-    """A line with its band for each method.
+    """A figure with a curve and a band for each method.
 
     Args:
-        rows: points in the order of drawing: `method`, `x`, `y` with its band from `low` to `high`
-            (NaN where there is no mean), and a `note` on what they are made of.
-        styles: how methods are drawn.
-        x: what the horizontal axis shows.
-        y: what the vertical axis shows.
+        rows: points in drawing order: `method`, `x`, `y` with its band from `low` to `high` (NaN if
+            there is no mean), and a `note` for the tooltip.
+        styles: the styles of methods.
+        x: the title of the horizontal axis.
+        y: the title of the vertical axis.
         x_log: whether the horizontal axis is logarithmic.
-        y_log: whether the vertical axis is; values of zero and below are left out.
+        y_log: whether the vertical axis is logarithmic; values of zero and below are left out.
         degrees: whether the vertical axis shows angles.
-        ticks: where the horizontal axis has labels.
-        line: a value to compare with, drawn across.
-        budget: above it, a hollow marker stands for each mean that is NaN.
-        decades: how far down a logarithmic axis reaches.
-        words: name, title, caption, and what to say if there is nothing to see.
+        ticks: the positions of labels on the horizontal axis.
+        line: a value for comparison, drawn as a horizontal line.
+        budget: a value above which hollow markers show the means that are NaN.
+        decades: the number of decades that a logarithmic axis shows below the largest value.
+        **texts: `name`, `title`, `caption` and `empty` of `Figure`.
     """
     rows, seen = _with_value(rows, "y"), rows[rows["y"].notna()]
     said = [
@@ -90,7 +90,7 @@ def curves(
         _channel(alt.Y, field, y, y_log, (bottom, top), y_ticks) for field in ("low", "y", "lost")
     )
     tooltip = _tooltip(method="method", x=x, value=y, note="of")
-    picked = alt.selection_point(  # with a name of its own, since figures may stand side by side
+    picked = alt.selection_point(  # a unique name, since figures can be side by side
         name=f"picked_{figure.name}", fields=["method"], bind="legend", toggle="true"
     )
     base = _chart(rows).transform_filter(picked).encode(x=x_axis, color=color)
@@ -123,17 +123,17 @@ def intervals(
     dots: Mapping[str, Sequence[float]] | None = None,
     **texts: str,
 ) -> Figure:
-    """A row for each estimate: its label, and below it the interval on the bar of its bound.
+    """A figure with a row for each estimate: its label, its interval and its bound.
 
     Args:
-        rows: from top to bottom: `label`, `style`, the estimate `x` with its interval from `low` to
-            `high`, the bound from `bound_low` to `bound_high` (NaN: none), and a `note`.
-        styles: how they are drawn, by their styles' names, which stand in the legend.
-        x: what the axis shows.
+        rows: rows from top to bottom: `label`, `style` (a name), the estimate `x` with its interval
+            from `low` to `high`, the bound from `bound_low` to `bound_high` (NaN: none), a `note`.
+        styles: the styles by name; the legend shows these names.
+        x: the title of the axis.
         log: whether the axis is logarithmic.
-        line: a value to compare with, drawn across every row.
-        dots: single values below the intervals, by mark; then there is no legend.
-        words: name, title, caption, and what to say if there is nothing to see.
+        line: a value for comparison, drawn across every row.
+        dots: single values to show below the intervals, by style name; the legend is then hidden.
+        **texts: `name`, `title`, `caption` and `empty` of `Figure`.
     """
     rows, dots = _with_value(rows, "x"), dots or {}
     cells = rows[["label", "value", "note"]].to_numpy().tolist()
@@ -191,13 +191,13 @@ def intervals(
 
 
 def _with_value(rows: pd.DataFrame, mean: str) -> pd.DataFrame:
-    """Rows with their estimates in words."""
+    """Rows with their estimates as text."""
     numbers = rows[[mean, "low", "high"]].itertuples(index=False)
     return rows.assign(value=[str(Estimate(*of)) for of in numbers])
 
 
 def _chart(rows: pd.DataFrame | list[dict[str, Any]]) -> alt.Chart:
-    """A chart of rows, with nulls for NaNs."""
+    """A chart of rows, in which NaN becomes null."""
     values: Any = rows
     if isinstance(rows, pd.DataFrame):
         values = rows.astype(object).where(rows.notna(), None).to_dict("records")
@@ -205,7 +205,7 @@ def _chart(rows: pd.DataFrame | list[dict[str, Any]]) -> alt.Chart:
 
 
 def _text_layer(rows: list[dict[str, Any]]) -> alt.Chart:
-    """Words at the left edge."""
+    """A layer of text at the left edge."""
     chart = _chart(rows).mark_text(align="left", baseline="top", fontSize=11)
     return chart.encode(x=alt.value(2), text="text:N")
 
@@ -215,7 +215,7 @@ def _tooltip(**titles: str) -> list[alt.Tooltip]:
 
 
 def _style_channels(field: str, shown: Sequence[str], styles: Mapping[str, Style]) -> list[Any]:
-    """Colour, shape and dashes; they have one legend since their domains are equal."""
+    """The channels of colour, shape and dashes; equal domains give them a common legend."""
     scales = (alt.Scale(domain=list(shown), range=[styles[m][i] for m in shown]) for i in range(3))
     channels = (alt.Color, alt.Shape, alt.StrokeDash)
     return [
@@ -234,7 +234,7 @@ def _channel(
     *,
     grid: bool = True,
 ) -> Any:
-    """A position; with plain numbers at `ticks`, if there are any."""
+    """A position channel; if there are `ticks`, its axis has plain numbers there."""
     scale = alt.Scale(type="log" if log else "linear", domain=list(domain), nice=False)
     some: Any = {"values": list(ticks), "format": ".6~g"} if len(ticks) else {}
     axis = alt.Axis(labelOverlap=True, grid=grid, **some)
@@ -242,7 +242,7 @@ def _channel(
 
 
 def _domain(values: Sequence[float], log: bool) -> tuple[float, float]:
-    """The part of an axis that shows all values, with a margin."""
+    """The domain of an axis that shows all values, with a margin."""
     shown = np.array(values, float)
     shown = shown[np.isfinite(shown) & ((shown > 0) | (not log))]
     low, high = float(shown.min()), float(shown.max())
@@ -253,7 +253,7 @@ def _domain(values: Sequence[float], log: bool) -> tuple[float, float]:
 
 
 def _one_two_five(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ... as far as they lie between two values; equal steps, where those are few."""
+    """The numbers 1, 2, 5, 10, ... between two values; equally spaced ones if those are few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (float(f"{digit}e{power}") for power in powers for digit in (1, 2, 5))
     found = [step for step in steps if low <= step <= high]

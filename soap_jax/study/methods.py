@@ -33,7 +33,9 @@ from soap_jax import (
 from soap_jax.tasks import Taps, Task
 
 FEEDBACK_RATE = 0.01
-"""The learning rate of feedback on the losses of `soap_jax.local`: plain SGD, at every learning rate.
+"""The learning rate of feedback on the losses of `soap_jax.local`, by plain SGD.
+
+It does not depend on the learning rate of params.
 
 It was chosen on digits with 256 tanh units, at a learning rate of 0.05. The angle of feedback to
 its kernel after 20 epochs is 71 degrees for FA, 59 for information alignment, 65 for activation
@@ -81,8 +83,8 @@ class Method:
         scale: for scaled backprop, which multiplies each kernel in the backward pass by
             `norm(sign(W)) / norm(W)`: the ratio at the "start", or the current one ("live").
         last_only: whether only the last kernel learns, with the params that are used after it.
-        swept: whether `compare(periods=...)` multiplies the method's runs, if its rule has a
-        period. needs: what the method needs and the task does not provide. Supply it by
+        swept: whether a method whose rule has a period runs with each of `compare(periods=...)`.
+        needs: what the method needs and the task does not provide. Supply it by
             `dataclasses.replace(METHODS[name], loss=..., init_feedback=...)`.
         init: `(key, params) -> params`, for a method that starts from other params.
     """

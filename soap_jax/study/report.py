@@ -1,7 +1,7 @@
-"""The report of a comparison: one HTML page that works offline, and asks nothing of any network.
+"""The report of a comparison: one HTML page that works offline and makes no network requests.
 
-The page is `templates/report.html.jinja`, which this module fills in: verdicts first, then figures,
-the causal diagram, the methods and how to repeat it all.
+This module fills in the template `templates/report.html.jinja`: verdicts first, then figures, the
+causal diagram, the methods, and how to reproduce the study.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from soap_jax.study import charts, claims, diagram, figures, files, mediation, t
 from soap_jax.study.results import Results
 from soap_jax.study.statistics import format_number
 
-VERDICTS = {  # symbol, class in the style sheet, what one claim does, what several do
+VERDICTS = {  # symbol, class in the style sheet, verb for one claim, verb for several
     claims.HOLDS: ("✓", "holds", "holds", "hold"),
     claims.FAILS: ("✗", "fails", "fails", "fail"),
     claims.UNDECIDED: ("?", "undecided", "is undecided", "are undecided"),
@@ -33,12 +33,12 @@ VERDICTS = {  # symbol, class in the style sheet, what one claim does, what seve
 def write(
     comparison: Results, findings: Sequence[claims.Finding], path: str | os.PathLike[str]
 ) -> None:
-    """Writes report.html, figures/, summary.csv and, if there are any, claims and mediation.csv.
+    """Writes report.html, figures/ and summary.csv, and if testable claims.csv and mediation.csv.
 
     Args:
-        comparison: what was trained.
+        comparison: the results.
         findings: the verdicts on its claims.
-        path: a directory, made if it is not there; or a file NAME.html, for the page alone.
+        path: a directory, created if it does not exist; or a file NAME.html, for only the page.
     """
     path = pathlib.Path(path)
     if path.suffix == ".html":
@@ -66,7 +66,7 @@ def render(comparison: Results, findings: Sequence[claims.Finding]) -> str:
     """The report as an HTML page that needs no other file.
 
     Args:
-        comparison: what was trained.
+        comparison: the results.
         findings: the verdicts on its claims.
     """
     shown = charts.all_figures(comparison, findings)
@@ -82,7 +82,7 @@ def _page(comparison, findings, shown, effects):
         lstrip_blocks=True,
     )
     specs = {figure.name: figure.spec for figure in shown if figure.chart}
-    for name, spec in specs.items():  # the page has titles as headings
+    for name, spec in specs.items():  # the page shows titles as headings
         specs[name] = {key: value for key, value in spec.items() if key != "title"}
     longest = max(map(len, [*charts.display_names(comparison).values(), *charts.VERDICT_STYLES]))
     data = json.dumps({"specs": specs, "longest": longest}).replace("<", r"\u003c")
@@ -111,17 +111,17 @@ def _page(comparison, findings, shown, effects):
 
 @functools.cache
 def vega() -> str:
-    """The JavaScript that draws figures, for a page."""
+    """The JavaScript library that draws the figures of a page."""
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace(
         "</script", r"<\/script"
     )
 
 
 def summarise(comparison: Results, findings: Sequence[claims.Finding]) -> str:
-    """One sentence about all verdicts, and no more than they say."""
+    """One sentence that counts the verdicts."""
     study = f"On {comparison.record['title']}, over {_count(len(comparison.seeds), 'seed')}"
     if not findings:
-        return f"{study}, no claim was looked at."
+        return f"{study}, no claim was tested."
     said = []
     for verdict, (_, _, one, many) in VERDICTS.items():
         keys = [finding.key for finding in findings if finding.verdict == verdict]
@@ -133,7 +133,7 @@ def summarise(comparison: Results, findings: Sequence[claims.Finding]) -> str:
 
 
 def _glossary(comparison):
-    """What each method isolates, and the paper that it is from."""
+    """The property that each method isolates, and the method's paper."""
     said = {}
     for method, label in charts.display_names(comparison).items():
         record = comparison.methods[method]
@@ -143,14 +143,14 @@ def _glossary(comparison):
 
 
 def _cells(table: pd.DataFrame) -> figures.Cells:
-    """A table in words."""
+    """A table as text."""
     rows = table.to_numpy(object).tolist()
     said = [[format_number(v) if isinstance(v, float) else str(v) for v in row] for row in rows]
     return [str(column).replace("_", " ") for column in table], said
 
 
 def _setting(comparison: Results) -> str:
-    """What was trained, in a line."""
+    """The task, the protocol and the grid, in one line."""
     protocol, rates = comparison.record["protocol"], comparison.rates
     examples = comparison.record.get("examples", {}).get("train")
     seen = [f"{format_number(examples)} training examples"] if examples else []
@@ -168,14 +168,16 @@ def _count(number, noun):
 
 
 def _details(comparison: Results) -> dict[str, dict[str, str]]:
-    """Configuration and environment, as lists of terms."""
+    """Configuration, data and environment, as lists of terms."""
     record = comparison.record
     protocol = {key: value for key, value in record["protocol"].items() if key != "task"}
     known = ("data_source", "examples", "kernels", "loops", "versions", "device", "settings")
     lists = {
         "Configuration": record.get("config") or protocol,
-        "Rules of feedback": {m["label"]: m["description"] for m in comparison.methods.values()},
-        "Circumstances": {key: record[key] for key in (*known, "seconds") if record.get(key)},
+        "Feedback rules": {m["label"]: m["description"] for m in comparison.methods.values()},
+        "Data and environment": {
+            key: record[key] for key in (*known, "seconds") if record.get(key)
+        },
     }
     return {
         title: {term.replace("_", " "): _plain_text(value) for term, value in terms.items()}
@@ -185,7 +187,7 @@ def _details(comparison: Results) -> dict[str, dict[str, str]]:
 
 
 def _plain_text(value: Any) -> str:
-    """A value as a list of words, without the marks of Python."""
+    """A value as text, without the brackets and quotes of Python."""
     if isinstance(value, str):
         return value
     if value in ([], None):

@@ -1,8 +1,8 @@
-"""A comparison of methods: its tables and its record, and what they say.
+"""The results of a comparison of methods: tables, the record, and estimates from them.
 
-A method's learning rate is chosen on validation data (without any: on the training loss), and its
-metrics are then read on test data. Steps to the target loss are compared at one rate that all
-methods share, pairing the seeds; or with each method at its own best rate.
+A method's learning rate is chosen on validation data, or on the training loss if there are none;
+its metrics are then those of the test data. Steps to the target loss are compared seed by seed, at
+one rate that all methods share or with each method at its own best rate.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from soap_jax.study.store import KEYS, TABLES
 
 ORDER = ["learning_rate", "seed", "step"]
 Periods = tuple[int | None, int | None]
-"""The periods of two methods that are compared; None is a method's smallest."""
+"""The periods of the two methods of a pair; None is a method's smallest."""
 
 
 class NotTestable(ValueError):
-    """Says in words why a comparison cannot tell something."""
+    """The reason, as text, why a comparison cannot answer a question."""
 
 
 class PairedDifference(NamedTuple):
-    """Two methods, compared seed by seed.
+    """The difference between two methods, over paired seeds.
 
     Attributes:
-        mean: of the log ratios of steps, or of the differences in a metric.
-        rates: the learning rates of both.
-        censored: `(seeds,)` bool of each: the runs that are only bounds.
-        note: what censored runs and edges of the grid make of it, in words; else "".
+        mean: the mean of the log ratios of steps, or of the differences in a metric.
+        rates: the learning rates of both methods.
+        censored: for each method `(seeds,)` bool, the runs whose values are only bounds.
+        note: remarks on censored runs and on rates at the edge of the grid, or "".
     """
 
     mean: statistics.Mean
@@ -47,27 +47,28 @@ class PairedDifference(NamedTuple):
 
 
 class Results:
-    """What `compare` returns and `load` reads.
+    """The tables and the record of a comparison, with estimates from them.
 
     Args:
-        record: what was run, as study.json has it.
-        tables: "runs", "evaluations" and "losses".
-        path: the directory that they are from, if any.
-        target_loss: counts steps to another loss than the study's.
+        record: the record of the comparison, the content of study.json.
+        tables: the tables "runs", "evaluations" and "losses".
+        path: the directory of the results, if there is one.
+        target_loss: a loss to which steps are counted, instead of the study's target loss.
 
     Attributes:
-        runs: a row a run.
-        evaluations: a row a run and evaluation, with the measures as NAME/PATH.
-        losses: a row a run, with every batch's loss in a list.
-        target_loss: to which steps are counted. Where none was given it is the smallest smoothed
-            training loss that every seed of the reference reaches, at its best rate, within an
-            eighth of the steps; NaN if that is not below 0.9 of the loss at the start.
+        runs: a table with a row for each run.
+        evaluations: a table with a row for each evaluation of each run; measures are columns
+            NAME/PATH.
+        losses: a table with a row for each run, which has the loss of every batch in a list.
+        target_loss: the loss to which steps are counted. If none was given, it is the smallest
+            smoothed training loss that every seed of the reference reaches, at its best rate,
+            within an eighth of the steps; NaN if that is not below 0.9 of the loss at the start.
         shared_rate: the smallest rate at which every run of the reference reaches the target within
-            half the steps: so small a rate measures how fast a method learns rather than how
-            stable it is. Without the reference it is the smallest for all methods. NaN if there is
-            none.
-        why: why there is no target loss or shared rate; else "".
-        exploratory: whether `target_loss` is another than the study's own.
+            half the steps. At a small rate the steps measure how fast a method learns, rather than
+            how stable it is. If there is no reference, the condition is on the runs of all methods.
+            NaN if there is no such rate.
+        why: the reason why there is no target loss or shared rate, or "".
+        exploratory: whether `target_loss` differs from the study's own target loss.
     """
 
     def __init__(
@@ -106,21 +107,21 @@ class Results:
         self.shared_rate = self._shared()
 
     def at_target(self, loss: float) -> Self:
-        """The same runs with steps counted to another loss; its findings are exploratory."""
+        """The same runs with steps counted to another loss; findings on them are exploratory."""
         tables = {name: getattr(self, name) for name in TABLES}
         return type(self)(self.record, tables, self.path, target_loss=loss)
 
     # What was run
 
     def label(self, method: str) -> str:
-        """A method's name for people; its key if it is not among the methods."""
+        """A method's name in tables and figures; its key if it is not among the methods."""
         return self.methods.get(method, {}).get("label", method)
 
     @functools.cached_property
     def metrics(self) -> list[str]:
-        """Final results by column: of test data, else validation data, else the training loss.
+        """The columns of final results: of test data, else validation data, else the training loss.
 
-        The one that chose the rates comes first.
+        The metric that chose the learning rates comes first.
         """
         columns = [
             name for name in map(str, self.runs) if name.startswith(("test_", "validation_"))
@@ -137,12 +138,12 @@ class Results:
         return -1 if metric.endswith("_loss") else 0
 
     def different_starts(self, *methods: str) -> str:
-        """Says so if methods start from different params; else ""."""
+        """A note if methods start from different params, or ""."""
         starts = {self.methods.get(method, {}).get("init") or None for method in methods}
         return "the methods start from different weights" if len(starts) > 1 else ""
 
     def at_smallest_periods(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The rows of a table at each method's smallest period."""
+        """The rows of a table with each method's smallest period."""
         smallest = {method: min(of["periods"]) for method, of in self.methods.items()}
         return table[table["period"] == table["method"].map(smallest)]
 
@@ -154,8 +155,8 @@ class Results:
         Args:
             table: "runs", "evaluations" or "losses".
             method: the method's name.
-            rate: the learning rate; None for all.
-            period: by default the method's smallest.
+            rate: the learning rate; None for all rates.
+            period: the period; by default the method's smallest.
 
         Raises:
             NotTestable: if the method, or its period, is not in the study.
@@ -171,7 +172,7 @@ class Results:
         return rows[chosen if rate is None else chosen & (rows["learning_rate"] == rate)]
 
     def measured(self, column: str, method: str, rate: float, *, end: bool) -> np.ndarray:
-        """A column of "evaluations" before training or at its end, `(seeds,)`; NaN if unknown."""
+        """A column of "evaluations" at the start or end of training, `(seeds,)`; NaN if absent."""
         rows = self.rows("evaluations", method, rate)
         rows = rows.drop_duplicates("seed", keep="last" if end else "first").set_index("seed")
         return rows.reindex(index=self.seeds, columns=[column])[column].to_numpy(float)
@@ -181,8 +182,9 @@ class Results:
 
         Args:
             method: the method's name.
-            period: by default its smallest.
-            metric: a column of "runs"; None compares the logarithms of steps to the target loss.
+            period: the period; by default its smallest.
+            metric: the column of "runs" to take; by default the logarithm of steps to the target
+                loss.
         """
         rows = self.rows("runs", method, None, period)
         if metric and metric not in rows:
@@ -201,10 +203,14 @@ class Results:
     def log_steps_at(
         self, methods: Sequence[str], at: str | float = "shared"
     ) -> tuple[float, np.ndarray, np.ndarray, list[str]]:
-        """Methods at one rate: it, log steps `(methods, seeds)`, which are censored, and notes.
+        """The log steps of several methods at one learning rate.
+
+        Returns:
+            The rate, log steps `(methods, seeds)`, censored `(methods, seeds)` bool, and notes.
 
         Raises:
-            NotTestable: if there is no such method or rate, or they start from different params.
+            NotTestable: if there is no such method or rate, or the methods start from different
+                params.
         """
         grids = [self.grid(method) for method in methods]
         if starts := self.different_starts(*methods):
@@ -219,7 +225,7 @@ class Results:
     # Which learning rate
 
     def rate(self, method: str, at: str | float, period: int | None = None) -> float:
-        """The learning rate that `at` means: "shared", "best" or a rate.
+        """The learning rate for `at`: "shared", "best" or a rate.
 
         Raises:
             NotTestable: if there is no such rate.
@@ -243,7 +249,7 @@ class Results:
         return math.nan if tuned is None else self.rates[tuned]
 
     def at_edge(self, rate: float) -> bool:
-        """Whether a best rate is the grid's first or last: a better one may lie beyond."""
+        """Whether a rate is the first or last of the grid, so that a better one may lie outside."""
         return len(self.rates) > 1 and rate in (self.rates[0], self.rates[-1])
 
     # What was found
@@ -256,12 +262,13 @@ class Results:
         Args:
             a: the numerator.
             b: the denominator.
-            at: "shared", the rate that all methods share; "best", each at its own; or a rate.
-            periods: of both; None is the smallest.
+            at: "shared", the rate that all methods share; "best", each method's own best rate; or
+                a rate.
+            periods: the periods of both methods; None is the smallest.
 
         Returns:
-            The geometric mean of the ratios with its interval; its note says what censored runs and
-            edges of the grid make of it.
+            The geometric mean of the ratios with its interval. Its note reports censored runs and
+            rates at the edge of the grid.
 
         Raises:
             NotTestable: if there is no such method or rate.
@@ -278,7 +285,7 @@ class Results:
         periods: Periods = (None, None),
         metric: str | None = None,
     ) -> PairedDifference:
-        """What `ratio` is made of; with a metric, differences in it."""
+        """The log ratios of steps behind `ratio`; with a metric, the differences in it."""
         pairs = list(zip((a, b), periods, strict=True))
         above, below = (self.grid(method, period, metric) for method, period in pairs)
         rates = [self.rate(method, at, period) for method, period in pairs]
@@ -302,7 +309,7 @@ class Results:
         return PairedDifference(mean, (rates[0], rates[1]), censored, note)
 
     def censored_note(self, method: str, rate: float, period: int | None = None) -> str:
-        """The runs of a method at a rate that never got there, counted; "" if there are none."""
+        """The number of censored runs of a method at a rate, as text; "" if there are none."""
         runs = self.rows("runs", method, rate, period)
         diverged = int(runs["diverged"].sum())
         censored = int((runs["diverged"] | runs["steps_to_target"].isna()).sum())
@@ -313,13 +320,18 @@ class Results:
     def summary(self) -> pd.DataFrame:
         """One row per method and period.
 
-        The columns are `method`, `period`, `best_rate`, `best_rate_at_edge` (a better one may lie
-        beyond the grid), each of `metrics` at it with `_low` and `_high`, `shared_rate`,
-        `steps_to_target` there (geometric mean), their `ratio` to the method's reference with
-        `_low` and `_high`, `censored` (how many of the method's runs there diverge or never reach
-        the target: they count as if they did at the last step, and make the ratio a bound),
-        `fewest_steps` (the smallest geometric mean at any rate where every run gets there) at
-        `fastest_rate`, `diverged` and `runs`.
+        The columns are:
+
+        - `method` and `period`;
+        - `best_rate` and `best_rate_at_edge` (a better rate may lie outside the grid);
+        - each of `metrics` at the best rate, with `_low` and `_high`;
+        - `shared_rate`, and `steps_to_target` at it (geometric mean);
+        - `ratio`, of these steps to those of the method's reference, with `_low` and `_high`;
+        - `censored`, the number of the method's runs at the shared rate that diverged or never
+          reached the target. They count with all their steps, and make the ratio a bound;
+        - `fewest_steps`, the smallest geometric mean at any rate where every run reaches the
+          target, and `fastest_rate`, this rate;
+        - `diverged` and `runs`, the numbers of diverged runs and of all runs.
         """
         rows: list[dict[str, Any]] = []
         for method, period in ((m, p) for m, of in self.methods.items() for p in of["periods"]):
@@ -351,10 +363,13 @@ class Results:
     def params(
         self, method: str, rate: float, seed: int, period: int | None = None
     ) -> dict[str, np.ndarray]:
-        """A run's final params by their paths, which `compare(keep_params=True)` kept."""
+        """A run's final params by their paths, stored by `compare(keep_params=True)`."""
         period = min(self.methods[method]["periods"]) if period is None else period
         if self.path is None:
-            raise ValueError("the comparison has no directory; expected compare(out=...)")
+            raise ValueError(
+                "the comparison has no directory with params; expected compare(..., out=..., "
+                "keep_params=True)."
+            )
         run = store.Run(method, rate, seed, period)
         with np.load(store.Store(self.path).params(run)) as arrays:
             return {name.removeprefix("params/"): leaf for name, leaf in arrays.items()}
@@ -362,7 +377,7 @@ class Results:
     # Inside
 
     def _reference_methods(self):
-        """The methods by which the target loss and the shared rate are set."""
+        """The methods that set the target loss and the shared rate."""
         return [self.reference] if self.reference else list(self.methods)
 
     def _target(self):
@@ -381,8 +396,8 @@ class Results:
         if max(reached) < 0.9 * min(starts):
             return float(max(reached))
         self.why = (
-            "within an eighth of the steps the reference does not reach 0.9 of the loss that it "
-            "starts from with every seed: train longer"
+            "the reference does not reach 0.9 of its initial loss within an eighth of the steps "
+            "with every seed: train longer"
         )
         return math.nan
 
@@ -404,23 +419,23 @@ class Results:
 
 
 def joined(*notes: str) -> str:
-    """Notes in one line, without those that are empty."""
+    """Notes in one line, without empty ones."""
     return "; ".join(filter(None, notes))
 
 
 def _censoring(mean, censored, missing):
-    """What censored runs make of a mean, in words; "" where there are none."""
+    """A note on the bound that censored runs make of a mean; "" if there are none."""
     if mean.has_low and mean.has_high:
         return ""
     bound = "a lower bound" if mean.has_low else "an upper bound"
     bound = bound if mean.has_low or mean.has_high else "neither a lower nor an upper bound"
     if any(map(statistics.too_many, censored)):
-        bound = "more than a tenth of a method's runs are censored, which leaves no conclusion"
-    return f"{bound}: {missing or 'runs were censored at rates that resamples chose'}"
+        bound = "more than a tenth of a method's runs are censored, so there is no conclusion"
+    return f"{bound}: {missing or 'there are censored runs at rates that the bootstrap chose'}"
 
 
 def _loss_array(losses):
-    """`(runs, steps)`."""
+    """The losses as an array `(runs, steps)`."""
     return np.array(losses["train_loss"].tolist(), float)
 
 

@@ -239,7 +239,8 @@ def _begin(path, config, dataset) -> dict[str, Any]:
         if longer and not record["settings"]["jax_threefry_partitionable"]:
             raise ValueError(
                 "jax_threefry_partitionable is off: the order of examples then depends on the "
-                "number of epochs, so training cannot be extended. Name another directory with --out."
+                "number of epochs, so training cannot be extended. Name another directory with "
+                "--out."
             )
         now = {name: record[name] for name in ("versions", "device")}
         last = {name: (before["resumed"] or [before])[-1][name] for name in now}
