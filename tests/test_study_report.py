@@ -63,7 +63,7 @@ def test_verdicts_come_first_and_in_words(page):
         assert finding.statement in text and finding.why in text
     assert text.count(" (p of the verdict)") == 7
     assert (
-        text.index("of 7 claims 4 hold") < text.index("Verdicts") < text.index("Loss at learning")
+        text.index("of 7 claims, 4 hold") < text.index("Verdicts") < text.index("Loss at learning")
     )
     assert "✗ fails" in text and "? undecided" in text
     assert "0.950 [0.930, 0.970] , the interval lies above 0.9" in text
@@ -72,13 +72,13 @@ def test_verdicts_come_first_and_in_words(page):
 def test_the_summary_counts_verdicts_and_claims_no_more(study):
     findings = make_findings()
     assert report.summarise(study, findings) == (
-        "On digits, over 3 seeds, of 7 claims 4 hold (1, 2, 3, 7), 1 fails (6), 1 is undecided (4) "
-        "and 1 is not testable here (7b)."
+        "On digits, over 3 seeds: of 7 claims, 4 hold (1, 2, 3, 7), 1 fails (6), 1 is undecided "
+        "(4) and 1 is not testable here (7b)."
     )
     assert report.summarise(study, findings[4:5]) == (
-        "On digits, over 3 seeds, of 1 claim 1 fails (6)."
+        "On digits, over 3 seeds: of 1 claim, 1 fails (6)."
     )
-    assert report.summarise(study, []) == "On digits, over 3 seeds, no claim was tested."
+    assert report.summarise(study, []) == "On digits, over 3 seeds: no claim was tested."
 
 
 def test_exploratory_findings_are_called_so(study, page):

@@ -221,7 +221,7 @@ def final_metric(comparison: Results) -> Figure:
     )
 
 
-def training(curves: pd.DataFrame, title: str) -> str:
+def training_curves(curves: pd.DataFrame, title: str) -> str:
     """The curves of one training as SVG; lines are interrupted where numbers are not finite."""
     angles = [
         name for name in map(str, curves) if name.startswith(("gradient_angle/", "weight_angle/"))

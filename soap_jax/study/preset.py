@@ -129,7 +129,7 @@ class Network:
         hidden: widths of the hidden layers of mlp.
         channels: output channels of the convolutions of conv.
         activation: tanh, relu or sigmoid.
-        optimizer: sgd, momentum (SGD with momentum 0.9) or adam. Claims are about sgd.
+        optimizer: sgd, momentum (SGD with momentum 0.9) or adam. Claims are tested only with sgd.
         weight_decay: decoupled weight decay: each update also subtracts
             learning_rate * weight_decay * w. It is the same for every method, and also applies to
             feedback that learns by its kernel's gradient. Layers that are not trained do not decay.

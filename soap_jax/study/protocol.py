@@ -172,8 +172,8 @@ def compare(
     def points(rates):
         grid = sweeps.grid(seeds=seeds, learning_rates=rates)
         return {
-            name: [point._replace(period=period) for period in of_method for point in grid]
-            for name, of_method in periods_of.items()
+            name: [point._replace(period=period) for period in own_periods for point in grid]
+            for name, own_periods in periods_of.items()
         }
 
     num = sum(map(len, points(learning_rates).values()))
@@ -218,7 +218,7 @@ def compare(
     _check_processes_agree(full_record)
     if out is None and keep_params:
         raise ValueError(
-            "keep_params is True, but out is None; expected out, the directory for them."
+            "keep_params is True, but out is None; expected out=, a directory for params."
         )
     with contextlib.ExitStack() as stack:
         out_store, path = None, None
@@ -321,8 +321,8 @@ def _programs(task, chosen, layers, settings, keep_params) -> dict[str, tuple[Pr
 
 
 def _program(task, name, members, layers, settings, keep_params) -> Program:
-    of_method = trial.make(task, members, layers, keep_params=keep_params, **settings)
-    run = loops.scanned(of_method)
+    functions = trial.make(task, members, layers, keep_params=keep_params, **settings)
+    run = loops.scanned(functions)
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     args = scalar, jax.ShapeDtypeStruct((), jnp.float32), scalar, scalar, trial.data_of(task)
     try:

@@ -33,7 +33,9 @@ VERDICTS = {  # symbol, class in the style sheet, verb for one claim, verb for s
 def write(
     comparison: Results, findings: Sequence[claims.Finding], path: str | os.PathLike[str]
 ) -> None:
-    """Writes report.html, figures/ and summary.csv, and if testable claims.csv and mediation.csv.
+    """Writes report.html, figures/, and CSV tables of the summary, the claims and the mediation.
+
+    Tables without rows are not written.
 
     Args:
         comparison: the results.
@@ -121,7 +123,7 @@ def summarise(comparison: Results, findings: Sequence[claims.Finding]) -> str:
     """One sentence that counts the verdicts."""
     study = f"On {comparison.record['title']}, over {_count(len(comparison.seeds), 'seed')}"
     if not findings:
-        return f"{study}, no claim was tested."
+        return f"{study}: no claim was tested."
     said = []
     for verdict, (_, _, one, many) in VERDICTS.items():
         keys = [finding.key for finding in findings if finding.verdict == verdict]
@@ -129,7 +131,7 @@ def summarise(comparison: Results, findings: Sequence[claims.Finding]) -> str:
             said.append(f"{len(keys)} {one if len(keys) == 1 else many} ({', '.join(keys)})")
     *most, last = said
     listed = f"{', '.join(most)} and {last}" if most else last
-    return f"{study}, of {_count(len(findings), 'claim')} {listed}."
+    return f"{study}: of {_count(len(findings), 'claim')}, {listed}."
 
 
 def _glossary(comparison):

@@ -111,7 +111,7 @@ class Results:
         tables = {name: getattr(self, name) for name in TABLES}
         return type(self)(self.record, tables, self.path, target_loss=loss)
 
-    # What was run
+    # The study
 
     def label(self, method: str) -> str:
         """A method's name in tables and figures; its key if it is not among the methods."""
@@ -222,7 +222,7 @@ class Results:
         )
         return rate, logs, flags, [self.censored_note(method, rate) for method in methods]
 
-    # Which learning rate
+    # Learning rates
 
     def rate(self, method: str, at: str | float, period: int | None = None) -> float:
         """The learning rate for `at`: "shared", "best" or a rate.
@@ -252,7 +252,7 @@ class Results:
         """Whether a rate is the first or last of the grid, so that a better one may lie outside."""
         return len(self.rates) > 1 and rate in (self.rates[0], self.rates[-1])
 
-    # What was found
+    # Estimates
 
     def ratio(
         self, a: str, b: str, *, at: str | float = "shared", periods: Periods = (None, None)
@@ -374,7 +374,7 @@ class Results:
         with np.load(store.Store(self.path).params(run)) as arrays:
             return {name.removeprefix("params/"): leaf for name, leaf in arrays.items()}
 
-    # Inside
+    # Private
 
     def _reference_methods(self):
         """The methods that set the target loss and the shared rate."""

@@ -85,13 +85,13 @@ def train(
         ValueError: if the directory holds another training, the batch size is larger than the
             number of examples, the last checkpoint cannot be read, or one cannot be written.
     """
-    path, (task, of_method, start) = pathlib.Path(path), _trial(config, dataset)
+    path, (task, functions, start) = pathlib.Path(path), _trial(config, dataset)
     record = _begin(path, config, dataset)
     arrays = jax.device_put(trial.data_of(task))
     _, rate, _, index = start
-    state, plan = jax.jit(of_method.init)(*start, arrays)
-    measure = jax.jit(of_method.measure)
-    segment = convolutions.as_products(loops.segment(of_method))
+    state, plan = jax.jit(functions.init)(*start, arrays)
+    measure = jax.jit(functions.measure)
+    segment = convolutions.as_products(loops.segment(functions))
     train_epoch = jax.jit(segment, donate_argnums=0)
 
     def row_of(epoch, train_loss):
@@ -113,7 +113,7 @@ def train(
             if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
                 store.write_table(path / "curves", pd.DataFrame(rows))
                 _save(path, manager, epoch, state, rows)
-    found = jax.jit(of_method.test)(state, arrays)
+    found = jax.jit(functions.test)(state, arrays)
     ends = [row[name] for row in rows for name in ("train_loss", "validation_loss")][1:]
     limit = store.DIVERGENCE_FACTOR * rows[0]["validation_loss"]
     result = {
@@ -125,7 +125,7 @@ def train(
     record["result"] = {k: v if math.isfinite(v) else None for k, v in result.items()}
     files.write_json(path / "train.json", record)
     said = f"{METHODS[config.method].label}, rate {config.learning_rate:g}, seed {config.seed}"
-    figures.save_svg(charts.training(pd.DataFrame(rows), said), path / "curves")
+    figures.save_svg(charts.training_curves(pd.DataFrame(rows), said), path / "curves")
     return record
 
 
@@ -159,8 +159,8 @@ def load(path: str | os.PathLike[str], *, epoch: int | None = None) -> Trained:
     like = data.Split(np.zeros((num, *network["image_shape"]), np.uint8), np.zeros(num, np.int32))
     dataset = data.Dataset("", like, like, network["num_classes"], 255, "")
     scale = tasks.Scaling(*network["scaling"])
-    task, of_method, start = _trial(config, dataset, scale)
-    state, _ = jax.eval_shape(of_method.init, *start, trial.data_of(task))
+    task, functions, start = _trial(config, dataset, scale)
+    state, _ = jax.eval_shape(functions.init, *start, trial.data_of(task))
     with _manager(path, read_only=True, create=False) as manager:
         train = _restore(path, manager, epoch, state)[0].train
     model = preset.network(config, dataset)
@@ -261,7 +261,7 @@ def _trial(config, dataset, scale=None) -> tuple[tasks.Task, trial.Trial, tuple]
     task = arguments["task"]
     size = config.batch_size
     batch = jax.tree.map(lambda leaf: leaf[:size], task.train)
-    of_method = trial.make(
+    functions = trial.make(
         task,
         (arguments["methods"][config.method],),
         trial.layers_of(task, task.init(jax.random.key(0)), None, batch),
@@ -272,7 +272,7 @@ def _trial(config, dataset, scale=None) -> tuple[tasks.Task, trial.Trial, tuple]
     )
     (period,) = METHODS[config.method].periods((config.period,))
     start = np.int32(config.seed), np.float32(config.learning_rate), np.int32(period), 0
-    return task, of_method, start
+    return task, functions, start
 
 
 @contextlib.contextmanager

@@ -85,8 +85,8 @@ def summary_notes(comparison: Results, *, full: bool) -> str:
         notes.append(f"No steps to compare: {comparison.why}.")
     else:
         notes.append(
-            f"Steps to loss {target} are at rate {shared:g}, the smallest at which every run of "
-            f"{who} reaches this loss within half the steps; ratios are to each method's "
+            f"Steps to loss {target} are counted at rate {shared:g}, the smallest at which every "
+            f"run of {who} reaches this loss within half the steps; ratios are to each method's "
             "reference. > marks a bound: some run never reached the loss."
         )
     periods = [min(method["periods"]) for method in comparison.methods.values()]

@@ -247,26 +247,26 @@ def make(
     """
     method = members[0]
     learns = method.feedback_bar is not None
-    plain = loss_of(task)
-    through: Any = with_feedback(plain, feedback_bar=method.feedback_bar)
+    task_loss = loss_of(task)
+    feedback_loss: Any = with_feedback(task_loss, feedback_bar=method.feedback_bar)
     if method.direct is not None:
-        through = direct_feedback_loss(task, method)
+        feedback_loss = direct_feedback_loss(task, method)
 
-    def of_method(params, weights, state, batch, key):
+    def method_loss(params, weights, state, batch, key):
         if method.loss is None:
-            return through(params, weights, state, batch, key)
+            return feedback_loss(params, weights, state, batch, key)
         if task.init_state is None:
             return method.loss(params, weights, batch), state
         return method.loss(params, weights, state, batch, key)
 
     def value_and_grad(params, weights, state, batch, key, step, learning_rate):
         if method.estimator is not None:
-            grad_fn = method.estimator(plain, has_aux=True)
+            grad_fn = method.estimator(task_loss, has_aux=True)
             draw = jax.random.fold_in(key, DIRECTION_STREAM)
             return grad_fn(params, state, batch, key, key=draw)
         if method.gradient is None:
             argnums = (0, 1) if learns else 0
-            gradient = jax.value_and_grad(of_method, argnums, has_aux=True)
+            gradient = jax.value_and_grad(method_loss, argnums, has_aux=True)
             return gradient(params, weights, state, batch, key)
         if task.init_state is None:
             loss, gradients = method.gradient(params, weights, batch, key, step, learning_rate)
@@ -307,7 +307,7 @@ def make(
             return made
         if method.direct is not None:
             model = task.init_state and jax.eval_shape(task.init_state, key)
-            return init_projections(key, through, params, model, batch, key)
+            return init_projections(key, feedback_loss, params, model, batch, key)
         if method.has_own_gradient and method.rule is None:
             return None
         rule = method.feedback_rule
@@ -350,11 +350,11 @@ def make(
         def gradient(params, weights, batch, *, step):
             return value_and_grad(params, weights, state.model, batch, key, step, learning_rate)
 
-        of_gradient = training.make_gradient_step(
+        gradient_step = training.make_gradient_step(
             gradient, optimizer_at(learning_rate, index), learn_feedback=learns, has_aux=True
         )
         train = with_index(state.train, index)
-        train, (loss, model) = of_gradient(train, batch_of(task, data, plan, i))
+        train, (loss, model) = gradient_step(train, batch_of(task, data, plan, i))
         return State(train, model), loss
 
     def measure(state, plan, learning_rate, index, data):
@@ -374,17 +374,17 @@ def make(
         size = batch_size if of_no_loss else PROBE_SIZE
         probe = jax.tree.map(lambda leaf: leaf[:size], probe)
         args = state.model, probe, key
-        true, true_errors = gradient_and_errors(plain, has_aux=True)(params, None, *args)
+        true, true_errors = gradient_and_errors(task_loss, has_aux=True)(params, None, *args)
         if of_no_loss:
             pseudo = value_and_grad(params, weights, *args, train.step, learning_rate)[1]
             errors: dict[str, jax.Array] = {}
         elif method.loss is not None or method.direct is not None:
             of_params = gradient_and_errors(
-                lambda params, *args: of_method(params, weights, *args), has_aux=True
+                lambda params, *args: method_loss(params, weights, *args), has_aux=True
             )
             pseudo, errors = of_params(params, None, *args)
         else:
-            pseudo, errors = gradient_and_errors(plain, has_aux=True)(params, weights, *args)
+            pseudo, errors = gradient_and_errors(task_loss, has_aux=True)(params, weights, *args)
         num = jax.tree.leaves(probe)[0].shape[0]
         pseudo, true = map(trees.named, (pseudo, true))
         share = _share_of_hidden(members, index)
