@@ -38,7 +38,7 @@ def test_the_causal_diagram_says_how_much_goes_where(causes):
     assert {"× 9.2", "(its size: × 11.5)", "× 0.225", "[0.215, 0.235]"} <= set(said)
     assert any(re.fullmatch(r"\d+° off", line) for line in said)
     i = said.index("101 % of the total")
-    assert said[i + 1] == "effect (log scale)"
+    assert said[i + 1] == "(on the log scale)"
     assert "rate first: × 0.241 [0.230, 0.252] through the rate" in causes.caption
     widths = [float(p.get("stroke-width")) for p in parse(causes).iter(f"{SVG}path")]
     assert widths == [1.5, 1.5, 5, 1.5]

@@ -85,7 +85,7 @@ def test_small_studies_have_tables(changes):
 
 def test_without_a_shared_rate_the_notes_say_why(study):
     said = flat(terminal.summary_table(break_everything(study)))
-    assert "No steps to compare: " in said and "every run of backprop" in said
+    assert "No steps to compare: " in said and "all runs of backprop" in said
 
 
 def test_the_table_of_claims_says_what_p_is_and_which_test_leaves_a_claim_open():

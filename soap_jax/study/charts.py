@@ -112,7 +112,7 @@ def angles(comparison: Results) -> Figure:
         "training at the method's best learning rate. At 90 degrees (dotted) the two are "
         "orthogonal. Methods that follow the true gradient, such as backprop, have no curve. "
         + RANGE_NOTE,
-        empty="Every method here follows the true gradient.",
+        empty="No angles: each method follows the true gradient or diverged at every rate.",
         degrees=True,
         line=90.0,
     )
@@ -188,7 +188,7 @@ def claim_ratios(findings: Sequence[claims.Finding]) -> Figure:
         "scale. Grey bars are the bounds of the claims, fixed before any run. Colour and marker "
         "show the verdict on the whole claim, which can depend on several ratios and is corrected "
         "for the number of claims. A point without an interval, or with an interval up to the "
-        "edge, is a bound: some run never reached the loss.",
+        "edge, has an open interval, mostly because some run never reached the loss.",
         empty="No claim could be tested by a ratio in this study.",
         log=True,
         line=1.0,

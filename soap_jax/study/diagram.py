@@ -148,5 +148,5 @@ def _on_arrow(effect) -> tuple[str, ...]:
     return (
         *lines,
         f"{format_number(round(100 * effect.share))} % of the total",
-        "effect (log scale)",
+        "(on the log scale)",
     )

@@ -297,7 +297,7 @@ METHODS: dict[str, Method] = {
         "preserve",
         label="sign sync, |B0| kept",
         color="#009E73",
-        isolates="B = |B0| sign(W), SOAP's remedy: not the larger scale, but a third direction",
+        isolates="B = |B0| sign(W), SOAP's remedy: the scale of B0, and a third direction",
         paper=f"{_LIAO}; SOAP 2019",
     ),
     "sign_norm": _sign(
