@@ -107,11 +107,11 @@ REFUSED = {
                 init=lambda key: {"a": init(key)["a"] * DRAWN.normal(), "b": init(key)["b"]}
             )
         },
-        "init depends on more",
+        "init is not pure",
     ),
     "examples draw": (
         {"task": make(train=lambda key: {"x": X[:4] * DRAWN.normal(), "y": X[:4, :1]})},
-        "train depends on more",
+        "train is not pure",
     ),
     "loss raises": ({"task": make(loss=lambda params, batch: params["no"])}, "loss raises Key"),
     "no state": (

@@ -276,7 +276,9 @@ def test_a_method_that_another_version_trained_otherwise_is_refused(copy, digits
     facts = json.loads((copy / "train.json").read_text())
     facts["feedback"] = "SignSync(magnitude='norm')"
     (copy / "train.json").write_text(json.dumps(facts))
-    with pytest.raises(ValueError, match=r"otherwise \(feedback: SignSync\(magnitude='norm'"):
+    with pytest.raises(
+        ValueError, match=r"other settings \(feedback: was SignSync\(magnitude='norm'"
+    ):
         train(copy, digits, method="sign_preserve", epochs=6)
 
 
@@ -361,7 +363,7 @@ def test_a_directory_that_holds_no_model_is_named(content, message, tmp_path):
 
 def test_checkpoints_without_their_description_are_refused(copy):
     (copy / "train.json").unlink()
-    with pytest.raises(ValueError, match=r"holds checkpoints, but not the train\.json"):
+    with pytest.raises(ValueError, match=r"holds checkpoints, but not train\.json"):
         single.read_record(copy, TrainConfig())
 
 

@@ -85,7 +85,7 @@ class Method:
         last_only: whether only the last kernel learns, with the params that are used after it.
         swept: whether a method whose rule has a period runs with each of `compare(periods=...)`.
         needs: what the method needs and the task does not provide. Supply it by
-            `dataclasses.replace(METHODS[name], loss=..., init_feedback=...)`.
+            `dataclasses.replace(METHODS[name], gradient=...)`, or by `loss` and `init_feedback`.
         init: `(key, params) -> params`, for a method that starts from other params.
     """
 

@@ -287,14 +287,14 @@ class Results:
     ) -> PairedDifference:
         """The log ratios of steps behind `ratio`; with a metric, the differences in it."""
         pairs = list(zip((a, b), periods, strict=True))
-        above, below = (self.grid(method, period, metric) for method, period in pairs)
+        runs, reference_runs = (self.grid(method, period, metric) for method, period in pairs)
         rates = [self.rate(method, at, period) for method, period in pairs]
         i, j = map(self.rates.index, rates)
         if at == "best":
-            mean = statistics.bootstrap_t(above, below)
+            mean = statistics.bootstrap_t(runs, reference_runs)
         else:
-            mean = statistics.student(above.values[i] - below.values[j])
-        censored = above.censored[i], below.censored[j]
+            mean = statistics.student(runs.values[i] - reference_runs.values[j])
+        censored = runs.censored[i], reference_runs.censored[j]
         if metric and np.any(censored):
             raise NotTestable(f"{metric} of {a} or {b} is not known for every seed")
         mean = statistics.censor(mean, *censored)

@@ -228,9 +228,9 @@ class Mean:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval; infinite on an open side, NaN for a single value."""
-        below, above = self.pivot.interval(1 - ALPHA) if self.error else (0.0, 0.0)
-        low = float(self.estimate - self.error * above) if self.has_low else -np.inf
-        high = float(self.estimate - self.error * below) if self.has_high else np.inf
+        lower, upper = self.pivot.interval(1 - ALPHA) if self.error else (0.0, 0.0)
+        low = float(self.estimate - self.error * upper) if self.has_low else -np.inf
+        high = float(self.estimate - self.error * lower) if self.has_high else np.inf
         return low, high
 
     def p_above(self, bound: float) -> float:
@@ -241,13 +241,13 @@ class Mean:
         """The one-sided p-value of "the truth is below `bound`"; a small one supports it."""
         return self._p(bound, np.inf, self.has_high)
 
-    def _p(self, bound, nowhere, is_known):
-        if bound == nowhere or not is_known:
-            return float(bound != nowhere)
+    def _p(self, bound, open_end, is_known):
+        if bound == open_end or not is_known:
+            return float(bound != open_end)
         difference = self.estimate - bound
         if not self.error:
-            return self.smallest_p if difference * nowhere < 0 else 1.0
-        tail = self.pivot.sf if nowhere < 0 else self.pivot.cdf
+            return self.smallest_p if difference * open_end < 0 else 1.0
+        tail = self.pivot.sf if open_end < 0 else self.pivot.cdf
         return float(tail(difference / self.error))
 
     def judge(self, within: tuple[float, float]) -> Result:
@@ -329,11 +329,11 @@ class Quotient(Mean):
         root = math.sqrt(max(half**2 - square * rest, 0.0))
         return float((half - root) / square), float((half + root) / square)
 
-    def _p(self, bound, nowhere, is_known):
+    def _p(self, bound, open_end, is_known):
         if not np.isfinite(bound):
-            return float(bound != nowhere)
+            return float(bound != open_end)
         side = np.sign(self.whole.mean())
-        return student(side * (self.part - bound * self.whole))._p(0.0, nowhere, is_known)
+        return student(side * (self.part - bound * self.whole))._p(0.0, open_end, is_known)
 
 
 def fieller(part: ArrayLike, whole: ArrayLike) -> Quotient:
@@ -410,7 +410,7 @@ def _resamples(seeds: int, resamples: int) -> np.ndarray:
     return rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
 
 
-def bootstrap_t(above: Runs, below: Runs, *, resamples: int = RESAMPLES) -> Mean:
+def bootstrap_t(method: Runs, reference: Runs, *, resamples: int = RESAMPLES) -> Mean:
     """Mean paired difference of two methods, each at its best rate, by the bootstrap-t over seeds.
 
     Each resample of the seeds chooses each method's rate again, so that the pivot includes the
@@ -421,15 +421,15 @@ def bootstrap_t(above: Runs, below: Runs, *, resamples: int = RESAMPLES) -> Mean
     mean is a bound (see `censor`).
 
     Args:
-        above: the runs of one method; `best_rate_index` must not be None.
-        below: the runs of the other method, with the same seeds, whose values are subtracted.
+        method: the runs of one method; `best_rate_index` must not be None.
+        reference: the runs of the other method, with the same seeds, whose values are subtracted.
         resamples: the number of resamples; the generator's seed is fixed, so results repeat.
 
     References:
         Hall, On symmetric bootstrap confidence intervals, 1988.
     """
-    pair = (above, below)
-    seeds = above.values.shape[1]
+    pair = (method, reference)
+    seeds = method.values.shape[1]
     counts = _resamples(seeds, resamples)
     rates = [choose_rates(runs, counts) for runs in pair]
     a, b = (runs.values[chosen] for runs, chosen in zip(pair, rates, strict=True))
@@ -438,7 +438,9 @@ def bootstrap_t(above: Runs, below: Runs, *, resamples: int = RESAMPLES) -> Mean
     squares = np.sum(counts * (differences - means[:, None]) ** 2, axis=1)
     errors = np.sqrt(squares / max(seeds - 1, 1) / seeds)
 
-    mean = student(above.values[above.best_rate_index] - below.values[below.best_rate_index])
+    mean = student(
+        method.values[method.best_rate_index] - reference.values[reference.best_rate_index]
+    )
     shifts = np.where(np.abs(means - mean.estimate) > TINY, means - mean.estimate, 0.0)
     flat = errors <= TINY  # resamples without variance: their ratio is infinite or 0
     ratios = shifts / np.where(flat, 1.0, errors)
@@ -447,8 +449,8 @@ def bootstrap_t(above: Runs, below: Runs, *, resamples: int = RESAMPLES) -> Mean
     return dataclasses.replace(
         mean,
         pivot=Empirical(np.sort(np.concatenate([pivot, -pivot]))),
-        has_low=not (unsure or below.censored[rates[1]].any()),
-        has_high=not (unsure or above.censored[rates[0]].any()),
+        has_low=not (unsure or reference.censored[rates[1]].any()),
+        has_high=not (unsure or method.censored[rates[0]].any()),
     )
 
 
@@ -458,7 +460,7 @@ def too_many(censored: ArrayLike) -> bool:
     return 10 * int(flags.sum()) > flags.size
 
 
-def censor(mean: Mean, above: ArrayLike, below: ArrayLike) -> Mean:
+def censor(mean: Mean, numerator: ArrayLike, denominator: ArrayLike) -> Mean:
     """Opens the interval of a mean difference on the sides that censored runs leave unknown.
 
     A censored run counts with its budget of steps, which is too small. If runs of the numerator are
@@ -468,24 +470,26 @@ def censor(mean: Mean, above: ArrayLike, below: ArrayLike) -> Mean:
 
     Args:
         mean: the mean of log(numerator's steps / denominator's steps).
-        above: bool, whether each run of the numerator is censored.
-        below: the same for the denominator.
+        numerator: bool, whether each run of the numerator is censored.
+        denominator: the same for the denominator.
     """
-    nothing = too_many(above) or too_many(below)
+    nothing = too_many(numerator) or too_many(denominator)
     return dataclasses.replace(
         mean,
-        estimate=np.nan if np.any(above) and np.any(below) else mean.estimate,
-        has_low=mean.has_low and not (nothing or np.any(below)),
-        has_high=mean.has_high and not (nothing or np.any(above)),
+        estimate=np.nan if np.any(numerator) and np.any(denominator) else mean.estimate,
+        has_low=mean.has_low and not (nothing or np.any(denominator)),
+        has_high=mean.has_high and not (nothing or np.any(numerator)),
     )
 
 
-def paired_ratio(above: ArrayLike, below: ArrayLike, *, budget: float | None = None) -> Estimate:
+def paired_ratio(
+    numerators: ArrayLike, denominators: ArrayLike, *, budget: float | None = None
+) -> Estimate:
     """The geometric mean of paired ratios, for example of steps to a loss, with its t interval.
 
     Args:
-        above: `(seeds,)`, the numerators; NaN for a run that never reached the loss.
-        below: `(seeds,)`, the denominators for the same seeds.
+        numerators: `(seeds,)`, the numerators; NaN for a run that never reached the loss.
+        denominators: `(seeds,)`, the denominators for the same seeds.
         budget: the number of steps of each run. NaNs are replaced by it and make the ratio a bound:
             the interval is then open on one side.
 
@@ -496,7 +500,7 @@ def paired_ratio(above: ArrayLike, below: ArrayLike, *, budget: float | None = N
         >>> print(paired_ratio([20.0, 40.0, 84.0], [10.0, 20.0, 40.0]))
         2.03 [1.90, 2.18]
     """
-    pair = [np.asarray(steps, float) for steps in (above, below)]
+    pair = [np.asarray(steps, float) for steps in (numerators, denominators)]
     missing = [np.isnan(steps) for steps in pair]
     if budget is None and np.any(missing):
         raise ValueError(
