@@ -342,7 +342,7 @@ def test_several_tasks_have_a_directory_each_and_say_what_is_quick(tmp_path):
         (f"{TASK}seeds = [1, 2]", "my_task.py: seeds is [1, 2]; expected int."),
         (f"{TASK}learning_rates = 0.1", "learning_rates is 0.1; expected tuple[float, ...]."),
         (f"{TASK}steps = 20.5", "steps is 20.5; expected int | None."),
-        (f"{TASK}claims = 'fa'", "claims is 'fa'; expected a list of Claims or tests"),
+        (f"{TASK}claims = 'fa'", "claims is 'fa'; expected a list of Claims or Tests"),
         (f"{TASK}evaluations = 0", "evaluations is 0; expected at least 1"),
         (f"{TASK}tasks = dict(a=task)", "my_task.py defines `task` and `tasks`"),
         (f"{TASK}smaller = 3", "my_task.py: smaller is 3; expected options of --quick"),
