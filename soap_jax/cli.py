@@ -89,7 +89,7 @@ class Study(_Running, preset.StudyConfig):
         dataset = _load(config, self.data_dir)
         arguments = preset.comparison_arguments(config, dataset)
         facts = {"config": dataclasses.asdict(config), "data_source": dataset.source}
-        about = f" ({dataset.source}), {preset.in_words(config, dataset)}"
+        about = f" ({dataset.source}), {preset.network_summary(config, dataset)}"
         _compare(arguments, out, {"title": name, **facts}, about=about, dry_run=self.dry_run)
 
 
@@ -201,7 +201,7 @@ class Train(preset.TrainConfig):
 
         console = _console()
         with files.locked(out):
-            result = (single.read(out, config) or {}).get("result")
+            result = (single.read_record(out, config) or {}).get("result")
             if result is not None and result["epochs"] == config.epochs:
                 console.print(
                     f"{out} already holds this model. Ask for more --epochs to train it further, "
@@ -222,7 +222,8 @@ class Train(preset.TrainConfig):
             )
         console.print(
             f"In {out}: train.json, curves (figures and tables) and checkpoints of the epochs "
-            f"{', '.join(map(str, single.kept(out)))}. {time.perf_counter() - start:.0f} s in all."
+            f"{', '.join(map(str, single.checkpoint_epochs(out)))}. "
+            f"{time.perf_counter() - start:.0f} s in all."
         )
 
     def _train(self, config, out, console):
@@ -231,10 +232,10 @@ class Train(preset.TrainConfig):
         from soap_jax.study import single
         from soap_jax.study.methods import METHODS
 
-        dataset, before = _load(config, self.data_dir), single.kept(out)
+        dataset, before = _load(config, self.data_dir), single.checkpoint_epochs(out)
         console.print(
             f"{dataset.name} ({dataset.source}). {METHODS[config.method].label}, "
-            f"{preset.in_words(config, dataset)}, rate {config.learning_rate:g}, seed "
+            f"{preset.network_summary(config, dataset)}, rate {config.learning_rate:g}, seed "
             f"{config.seed}."
         )
         if before:
@@ -258,7 +259,7 @@ class Train(preset.TrainConfig):
             with bar:
                 return single.train(out, config, dataset, on_epoch=show)
         except BaseException:
-            found = single.kept(out)
+            found = single.checkpoint_epochs(out)
             what = f"the checkpoint of epoch {found[-1]} kept in" if found else "no checkpoint in"
             console.print(f"Stopped with {what} {out}. The same command goes on from there.")
             raise
@@ -406,7 +407,7 @@ def _compare(arguments, out, record, *, about="", dry_run=False):
     import jax
 
     from soap_jax import study
-    from soap_jax.study import methods, screen, store, trial
+    from soap_jax.study import methods, store, terminal, trial
 
     first = jax.process_index() == 0
     console = _console(quiet=not first)
@@ -431,7 +432,7 @@ def _compare(arguments, out, record, *, about="", dry_run=False):
     record |= {"command": _command(sys.argv[1:])}
     labels = {name: method.label or name for name, method in chosen.items()}
     try:
-        with screen.Progress(console, labels) as progress:
+        with terminal.Progress(console, labels) as progress:
             found = study.compare(**arguments, out=out, record=record, on_progress=progress.show)
     except BaseException as error:
         if first and not isinstance(error, ValueError):
@@ -485,16 +486,16 @@ def _estimate(arguments, runs, steps) -> float:
 
 def _show(found, out: pathlib.Path, start: float):
     """Draws conclusions from a comparison, writes and prints them."""
-    from soap_jax.study import files, report, screen
+    from soap_jax.study import files, report, terminal
 
     findings = found.judge()
     with files.locked(out):
         report.write(found, findings, out)
     console = _console()
     console.print()
-    console.print(screen.summary_table(found))
+    console.print(terminal.summary_table(found))
     if findings:
-        console.print(screen.claims_table(findings))
+        console.print(terminal.claims_table(findings))
     console.print(
         f"\nReport: {out / 'report.html'}\nBeside it: tables (Parquet, CSV) and figures. "
         f"{time.perf_counter() - start:.0f} s in all.",

@@ -212,8 +212,8 @@ def test_another_study_in_the_same_directory_is_refused(small_study):
     cwd, _ = small_study
     other = soap_jax("study", *SMALL, "--period=2", cwd=cwd)
     assert other.returncode == 2
-    assert "runs that were done otherwise (" in other.stderr
-    assert "periods: [1, 3] there, [2] now" in other.stderr
+    assert "runs with other settings (" in other.stderr
+    assert "periods: was [1, 3], is now [2]" in other.stderr
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_rates_of_the_command_line_go_before_those_of_a_file(tmp_path):
         (f"{TASK}seeds = [1, 2]", "my_task.py: seeds is [1, 2]; expected int."),
         (f"{TASK}learning_rates = 0.1", "learning_rates is 0.1; expected tuple[float, ...]."),
         (f"{TASK}steps = 20.5", "steps is 20.5; expected int | None."),
-        (f"{TASK}claims = 'fa'", "claims is 'fa'; expected a list of Claims or tests"),
+        (f"{TASK}claims = 'fa'", "claims is 'fa'; expected a list of Claims or Tests"),
         (f"{TASK}evaluations = 0", "evaluations is 0; expected at least 1"),
         (f"{TASK}tasks = dict(a=task)", "my_task.py defines `task` and `tasks`"),
         (f"{TASK}smaller = 3", "my_task.py: smaller is 3; expected options of --quick"),

@@ -94,7 +94,7 @@ REFUSED = {
     "memory": ({"memory_limit": "1GB"}, "memory_limit is '1GB'"),
     "target": ({"target_loss": "low"}, "target_loss is 'low'"),
     "extend": ({"extend": 1.5}, "extend is 1.5"),
-    "record": ({"record": {"note": {1}}}, "what JSON can hold"),
+    "record": ({"record": {"note": {1}}}, "cannot be stored as JSON"),
     "claims": ({"claims": ["fa"]}, "expected a list of Claims"),
     "the worst rate": (
         {"task": make(validation=DATA, metrics={"m": loss}), "select": "validation_m"},
@@ -107,11 +107,11 @@ REFUSED = {
                 init=lambda key: {"a": init(key)["a"] * DRAWN.normal(), "b": init(key)["b"]}
             )
         },
-        "init depends on more",
+        "init is not pure",
     ),
     "examples draw": (
         {"task": make(train=lambda key: {"x": X[:4] * DRAWN.normal(), "y": X[:4, :1]})},
-        "train depends on more",
+        "train is not pure",
     ),
     "loss raises": ({"task": make(loss=lambda params, batch: params["no"])}, "loss raises Key"),
     "no state": (
@@ -193,7 +193,7 @@ CODE = {
 def test_runs_of_other_code_are_not_mixed(name, untrained, tmp_path):
     before, now = CODE[name]
     compare(out=tmp_path, **before)
-    with pytest.raises(ValueError, match="done otherwise"):
+    with pytest.raises(ValueError, match="other settings"):
         compare(out=tmp_path, **now)
 
 

@@ -36,7 +36,7 @@ def shown(study):
 
 
 def by_name(made, findings=()):
-    return {figure.name: figure for figure in charts.describe(made, findings)}
+    return {figure.name: figure for figure in charts.all_figures(made, findings)}
 
 
 def rows(figure, field):
@@ -147,21 +147,21 @@ def test_claims_stand_one_below_the_other_and_no_label_on_an_interval(shown):
     for label in labels:  # drawn from its top down, 15 pixels high
         assert len(label["text"]) <= 48
         assert all(label["y"] + 15 <= y - 8 or label["y"] >= y + 8 for y in places)
-    assert {row["mark"] for row in estimates} == {"claim holds", "claim undecided", "claim fails"}
+    assert {row["style"] for row in estimates} == {"claim holds", "claim undecided", "claim fails"}
 
 
 def test_an_open_bound_reaches_to_the_edge(shown):
     domain = shown["claims"].spec["layer"][0]["encoding"]["x"]["scale"]["domain"]
-    first, second, third = rows(shown["claims"], "least")[:3]
-    assert (first["least"], first["most"]) == (1.5, 3)
-    assert second["least"] == domain[0] and third["most"] == domain[1]
+    first, second, third = rows(shown["claims"], "bound_low")[:3]
+    assert (first["bound_low"], first["bound_high"]) == (1.5, 3)
+    assert second["bound_low"] == domain[0] and third["bound_high"] == domain[1]
 
 
 def test_the_final_metric_shows_every_seed_with_mean_and_interval(study, shown):
     figure = shown["final_metric"]
     assert figure.title.startswith("Test accuracy") and "%" in figure.table[0][1]
     values = 100 * study.rows("runs", "fa", study.best_rate("fa"))["test_accuracy"]
-    dots = [r["x"] for r in figure_dots(figure) if r["mark"] == "FA, fixed feedback"]
+    dots = [r["x"] for r in figure_dots(figure) if r["style"] == "FA, fixed feedback"]
     assert dots == pytest.approx(values.tolist())
     assert estimate_of(figure, "FA, fixed feedback") == pytest.approx(values.mean())
 
@@ -191,7 +191,7 @@ def test_figures_are_told_in_words(shown):
 
 @pytest.mark.parametrize("changes", BAD_CASES.values(), ids=BAD_CASES)
 def test_small_studies_are_drawn(changes, tmp_path):
-    shown = charts.describe(comparison(**{"seeds": 2, **changes}), [])
+    shown = charts.all_figures(comparison(**{"seeds": 2, **changes}), [])
     for figure in shown:
         assert figure.chart or figure.empty
         json.dumps(figure.spec, allow_nan=False)
@@ -204,12 +204,12 @@ def test_a_single_kernel_has_no_angles():
 
 
 def test_where_nothing_is_left_words_say_so_and_no_old_file_is_left(study, tmp_path):
-    figures.save(charts.describe(study, []), tmp_path)
+    figures.save(charts.all_figures(study, []), tmp_path)
     before = {path.name for path in tmp_path.iterdir()}
     assert {f"overview{suffix}" for suffix in (".svg", ".png", ".pdf")} <= before
-    broken = charts.describe(break_everything(study), [])
+    broken = charts.all_figures(break_everything(study), [])
     assert not any(figure.chart for figure in broken)
-    assert "No method here has a gradient other than the true one." in [f.empty for f in broken]
+    assert any(figure.empty.startswith("No angles: ") for figure in broken)
     figures.save(broken, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -230,16 +230,16 @@ def test_every_figure_is_an_svg_a_png_and_a_pdf(shown, tmp_path):
 def test_colours_are_seen_on_white_and_on_black():
     colors = [method.color for method in methods.METHODS.values()]
     assert len(set(colors)) == len(colors) and None not in colors
-    verdicts = [color for color, _, _ in charts.VERDICTS.values()]
+    verdicts = [color for color, _, _ in charts.VERDICT_STYLES.values()]
     for color in (*colors, *charts.PALETTE, *verdicts, figures.GREY):
         assert contrast(color, "#ffffff") >= 3 and contrast(color, "#14181d") >= 3
 
 
 def test_methods_of_ones_own_have_a_style_each():
     made = comparison(tuple(f"mine{i}" for i in range(20)), seeds=2, rates=(0.1,))
-    looks = charts.marks(made)
-    assert len({json.dumps(mark) for mark in looks.values()}) == 20
-    assert len({json.dumps(mark[1:]) for mark in looks.values()}) == 20  # without colours too
+    styles = charts.method_styles(made)
+    assert len({json.dumps(style) for style in styles.values()}) == 20
+    assert len({json.dumps(style[1:]) for style in styles.values()}) == 20  # without colours too
 
 
 def test_methods_with_one_label_are_told_apart():
@@ -247,7 +247,7 @@ def test_methods_with_one_label_are_told_apart():
     record["methods"]["sign"]["label"] = record["methods"]["fa"]["label"]
     made = comparison(("bp", "fa", "sign"), seeds=2)
     twins = Comparison(record, {name: getattr(made, name) for name in TABLES})
-    assert list(charts.names(twins).values())[1:] == [
+    assert list(charts.display_names(twins).values())[1:] == [
         "FA, fixed feedback (fa)",
         "FA, fixed feedback (sign)",
     ]
@@ -270,7 +270,7 @@ def test_an_estimate_without_interval_is_a_point():
         key="1", statement="s", verdict=claims.HOLDS, why="w", p=0.01, family=1, parts=(part,)
     )
     figure = charts.claim_ratios([finding])
-    [row] = rows(figure, "least")
+    [row] = rows(figure, "bound_low")
     assert row["x"] == 2 and row["low"] is None and row["high"] is None
     assert figure.table[1] == [["1. a / b", "2.00", ""]]
 

@@ -69,7 +69,7 @@ def test_one_part_is_enough_to_fail():
 def test_near_a_bound_nothing_is_decided():
     finding = find(make_study({**TRUTH, "fa": 1.52}), "1")
     assert finding.verdict == UNDECIDED
-    assert "the interval reaches beyond 1.5" in finding.why
+    assert "the interval contains 1.5" in finding.why
     assert 0.05 < finding.p <= 1
 
 
@@ -94,7 +94,9 @@ def test_steps_out_of_order_fail_the_trend():
 
 def test_the_amplification_that_counts_is_said_beside_the_third_claim():
     note = find(make_study(), "3").parts[0].note
-    assert note == "hidden rates that count (norm ratio × cosine) start at 9.2 times the rate"
+    assert note == (
+        "effective rates of the hidden layers (norm ratio × cosine) start at 9.2 times the rate"
+    )
 
 
 def test_tuned_rates_are_each_methods_own():
@@ -126,7 +128,7 @@ def test_alignment_is_judged_at_the_layer_nearest_the_output(angle, verdict):
 def test_alignment_by_depth():
     near = find(make_study(error_angles=(80.0, 60.0, 40.0)), "7b")
     assert near.verdict == HOLDS
-    assert near.parts[0].note.startswith("from the output on, 3")
+    assert near.parts[0].note.startswith("from the output to the input: 3")
     assert find(make_study(error_angles=(40.0, 60.0, 80.0)), "7b").verdict == FAILS
     assert find(make_study(error_angles=(60.0, 60.0, 60.0)), "7b").verdict == UNDECIDED
 
@@ -165,7 +167,7 @@ def test_bounds_on_both_sides_say_nothing():
     assert "at rate 0.01: –, the runs give no interval" in find(study, "3").why
     assert part.note.startswith(
         "neither a lower nor an upper bound: 1 of 10 runs of sign diverged; "
-        "1 of 10 runs of bp_scaled_live never reached the target; hidden rates"
+        "1 of 10 runs of bp_scaled_live never reached the target; effective rates"
     )
 
 
@@ -174,7 +176,7 @@ def test_more_than_a_tenth_censored_is_undecided():
     finding = find(study, "1")
     assert finding.verdict == UNDECIDED
     assert finding.parts[0].note == (
-        "more than a tenth of a method's runs are censored, which leaves no conclusion: "
+        "more than a tenth of a method's runs are censored, so there is no conclusion: "
         "2 of 10 runs of fa never reached the target (1 of them diverged)"
     )
     assert finding.parts[0].note in finding.why
@@ -205,7 +207,7 @@ def test_a_censored_run_at_a_rate_that_only_resamples_choose():
     study.runs.loc[rows, "validation_accuracy"] += best - other - 0.001
     part = find(censor(again(study), "fa", 0.03, never=1), "5").parts[0]
     assert (part.censored, part.high) == (0, np.inf)
-    assert part.note == ("a lower bound: runs were censored at rates that resamples chose")
+    assert part.note == ("a lower bound: there are censored runs at rates that the bootstrap chose")
 
 
 # What cannot be tested
@@ -214,8 +216,12 @@ def test_a_censored_run_at_a_rate_that_only_resamples_choose():
 @pytest.mark.parametrize(
     ("changes", "keys", "reason"),
     [
-        ({"optimizer": "adam"}, ["1", "4", "5", "6", "7", "7b"], "the optimizer is adam: the cla"),
-        ({"seeds": 1}, ["1", "5", "7"], "one seed has no spread: at least 2"),
+        (
+            {"optimizer": "adam"},
+            ["1", "4", "5", "6", "7", "7b"],
+            "the optimizer is adam, and the cla",
+        ),
+        ({"seeds": 1}, ["1", "5", "7"], "there is one seed; at least 2"),
         ({"methods": ("bp", "sign")}, ["1", "5", "7"], "fa is not in the study"),
         ({"methods": ("fa", "sign")}, ["1", "2"], "bp is not in the study"),
         ({"periods": (1, 10)}, ["6"], "sign with period 100 is not in the study"),
@@ -223,11 +229,11 @@ def test_a_censored_run_at_a_rate_that_only_resamples_choose():
         (
             {"target_loss": 0.3},
             ["1", "2", "3", "4", "6"],
-            "at no rate of the grid does every run of backprop reach",
+            "at no rate of the grid do all runs of backprop reach",
         ),
-        ({"rates": (0.1,)}, ["5"], "one learning rate leaves none to choose"),
+        ({"rates": (0.1,)}, ["5"], "best rates need a grid of at least 2"),
         ({"rates": (0.1, 1.0)}, ["5"], "the best rate of fa, 1, lies at the edge of the grid"),
-        ({}, ["7b"], "at least 3 of them, not 1"),
+        ({}, ["7b"], "needs at least 3; the network has 1"),
     ],
 )
 def test_what_a_study_cannot_test_it_says(changes, keys, reason):

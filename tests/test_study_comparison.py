@@ -101,7 +101,7 @@ def test_the_shared_rate_is_the_smallest_at_which_all_of_the_reference_arrive_in
     assert by_hand(changed("fa", 0.1, steps_to_target=NAN)).shared_rate == 0.1
     never = by_hand([(*row[:3], NAN, *row[4:]) for row in RUNS])
     assert math.isnan(never.shared_rate)
-    assert "at no rate of the grid does every run of backprop reach loss 0.5" in never.why
+    assert "at no rate of the grid do all runs of backprop reach loss 0.5" in never.why
 
 
 def test_added_rates_are_never_shared():
@@ -161,7 +161,7 @@ def test_added_rates_do_not_move_the_target():
 def test_a_target_near_the_start_is_none():
     made = made_up.comparison(("bp",), target_loss=None, seeds=2, rates=(0.001, 0.002))
     assert math.isnan(made.target_loss) and math.isnan(made.shared_rate)
-    assert "does not reach 0.9 of the loss that it starts from" in made.why
+    assert "does not reach 0.9 of its initial loss" in made.why
     with pytest.raises(NotTestable, match=r"does not reach 0\.9"):
         made.ratio("bp", "bp")
     assert made.summary()["steps_to_target"].isna().all()
@@ -269,7 +269,7 @@ def test_periods_have_rows_of_their_own_and_base_keeps_the_smallest():
     table = made.summary()
     assert table[["method", "period"]].to_numpy().tolist() == [["bp", 0], ["sign", 5], ["sign", 50]]
     assert table["ratio"].tolist()[1:] == pytest.approx([2, 2])
-    assert made.base(table)["period"].tolist() == [0, 5]
+    assert made.at_smallest_periods(table)["period"].tolist() == [0, 5]
 
 
 def test_nothing_to_compare_gives_nan_not_a_crash():
@@ -313,7 +313,7 @@ def test_tables_are_read_by_rate_and_seed_whatever_their_order():
     rows = study.rows("runs", "fa", 0.1)
     np.testing.assert_array_equal(fa.values[1], np.log(rows["steps_to_target"]))
     np.testing.assert_array_equal(fa.score[1], rows["validation_accuracy"])
-    assert fa.tuned == 1
+    assert fa.best_rate_index == 1
     mixed = {name: getattr(study, name).sample(frac=1, random_state=0) for name in TABLES}
     mixed = again(study, **mixed)
     for ours, theirs in zip(mixed.grid("fa"), fa, strict=True):

@@ -85,13 +85,13 @@ def test_a_share_of_a_loss_is_the_same_and_a_loss_that_grows_is_no_gain():
     of_loss = dataclasses.replace(share, metric="test_loss")
     assert of_loss.part(again(study)).estimate == pytest.approx(found.estimate)
     study.runs["test_loss"] *= -1
-    assert "may gain nothing" in of_loss.part(again(study)).note
+    assert "is not significant" in of_loss.part(again(study)).note
 
 
 def test_a_share_of_no_clear_gain_is_not_testable():
     study = with_accuracy(bp=0.9, fa=0.92, frozen=0.9)
     part = Share("fa", over="frozen", metric="test_accuracy", within=(0.2, 0.6)).part(study)
-    assert not part.testable and "may gain nothing over the control" in part.note
+    assert not part.testable and "gain of the reference over the control is not" in part.note
 
 
 @pytest.mark.parametrize("truth", [0.9, 0.5])
@@ -183,7 +183,7 @@ class Faster(Test):
         i = comparison.rates.index(comparison.rate(self.method, "shared"))
         won = comparison.grid(self.method).values[i] < comparison.grid("bp").values[i]
         found = statistics.student(won).judge(self.within)
-        return self.found(comparison, "at the shared rate", found, len(won))
+        return self.with_result(comparison, "at the shared rate", found, len(won))
 
 
 def test_a_test_of_ones_own_is_judged_and_stored_as_the_others():
@@ -220,29 +220,31 @@ def test_regions_that_are_none_are_refused(make):
         ((1.5, 3), (1.8, 1.7, 1.9, 0.001, 1), ("1.5 to 3", "lies within 1.5 to 3")),
         ((0, 0.8), (0.5, 0.4, 0.6, 0.001, 1), ("below 0.8", "lies below 0.8")),
         ((0.9, INF), (1.0, 0.95, 1.1, 0.001, 1), ("above 0.9", "lies above 0.9")),
-        ((1.5, 3), (1.8, 1.4, 1.9, 0.1, 1), ("1.5 to 3", "reaches beyond 1.5")),
-        ((1.5, 3), (1.8, 1.4, INF, 1, 1), ("1.5 to 3", "reaches beyond 1.5 and 3")),
+        ((1.5, 3), (1.8, 1.4, 1.9, 0.1, 1), ("1.5 to 3", "contains 1.5")),
+        ((1.5, 3), (1.8, 1.4, INF, 1, 1), ("1.5 to 3", "contains 1.5 and 3")),
         ((1.5, 3), (1.2, 1.1, 1.3, 1, 0.001), ("1.5 to 3", "lies below 1.5")),
         ((0, 1), (1.2, 1.1, INF, 1, 0.001), ("below 1", "lies above 1")),
     ],
 )
 def test_where_an_interval_lies(within, numbers, said):
-    words = claims.in_words(contrasts.Part("", "ratio", within, *numbers))
-    assert (words.bound, words.place) == (said[0], f"the interval {said[1]}")
+    words = claims.format_part(contrasts.Part("", "ratio", within, *numbers))
+    assert (words.bound, words.position) == (said[0], f"the interval {said[1]}")
 
 
 def test_what_has_no_interval_in_words():
-    open_ = claims.in_words(contrasts.Part("", "ratio", (0.9, 1.1), 1.0, 0.0, INF, 1, 1))
+    open_ = claims.format_part(contrasts.Part("", "ratio", (0.9, 1.1), 1.0, 0.0, INF, 1, 1))
     assert open_ == ("1.00", "0.9 to 1.1", "the runs give no interval")
-    untested = claims.in_words(contrasts.Part("", "trend", (0, INF), testable=False))
+    untested = claims.format_part(contrasts.Part("", "trend", (0, INF), testable=False))
     assert untested == ("–", "rises", "not testable")
-    trend = claims.in_words(
+    trend = claims.format_part(
         contrasts.Part("", "trend", (0, INF), 0.9, math.nan, math.nan, 0.001, 1)
     )
     assert trend == ("rank correlation 0.900", "rises", "it rises")
-    alike = claims.in_words(contrasts.Part("", "ratio", (0.9, 1.1), 1.0, 1.0, 1.0, 0.25, 1))
-    assert alike.place == "all runs are alike, and too few for a conclusion"
-    none = claims.in_words(contrasts.Part("", "degrees", (-INF, 75.0), testable=False))
+    alike = claims.format_part(contrasts.Part("", "ratio", (0.9, 1.1), 1.0, 1.0, 1.0, 0.25, 1))
+    assert alike.position == "all runs agree, but they are too few for a conclusion"
+    none = claims.format_part(contrasts.Part("", "degrees", (-INF, 75.0), testable=False))
     assert none == ("–", "below 75", "not testable")
-    angle = claims.in_words(contrasts.Part("", "degrees", (-INF, 75.0), 62.2, 61.0, 63.4, 0.001, 1))
+    angle = claims.format_part(
+        contrasts.Part("", "degrees", (-INF, 75.0), 62.2, 61.0, 63.4, 0.001, 1)
+    )
     assert angle.estimate == "62.2° [61.0, 63.4]"

@@ -21,7 +21,7 @@ def study():
 
 @pytest.fixture(scope="module")
 def causes(study):
-    return diagram.describe(study, make_mediation())
+    return diagram.make_diagram(study, make_mediation())
 
 
 def parse(causes):
@@ -34,11 +34,11 @@ def words(causes):
 
 def test_the_causal_diagram_says_how_much_goes_where(causes):
     said = words(causes)
-    assert said[-2:] == ["steps to loss 0.5", "in all × 0.230 [0.220, 0.240]"]
+    assert said[-2:] == ["steps to loss 0.5", "total effect × 0.230 [0.220, 0.240]"]
     assert {"× 9.2", "(its size: × 11.5)", "× 0.225", "[0.215, 0.235]"} <= set(said)
     assert any(re.fullmatch(r"\d+° off", line) for line in said)
-    i = said.index("101 % of the whole")
-    assert said[i + 1] == "effect (log scale)"
+    i = said.index("101 % of the total")
+    assert said[i + 1] == "(on the log scale)"
     assert "rate first: × 0.241 [0.230, 0.252] through the rate" in causes.caption
     widths = [float(p.get("stroke-width")) for p in parse(causes).iter(f"{SVG}path")]
     assert widths == [1.5, 1.5, 5, 1.5]
@@ -51,18 +51,18 @@ def test_a_bound_is_open_on_its_side_and_has_no_share(study):
     effects = dataclasses.replace(
         effects, effects=tuple(dataclasses.replace(e, **cut) for e in effects.effects)
     )
-    said = words(diagram.describe(study, effects))
+    said = words(diagram.make_diagram(study, effects))
     assert "[0.215, ∞)" in said and not any("%" in line for line in said)
 
 
 def test_without_numbers_there_is_no_diagram(study):
-    assert diagram.describe(study, UNKNOWN) is None
+    assert diagram.make_diagram(study, UNKNOWN) is None
 
 
 def test_words_in_it_are_escaped(study):
     study.methods["sign"]["label"] = "<b>&"
     try:
-        assert "<b>&" in words(diagram.describe(study, make_mediation()))
+        assert "<b>&" in words(diagram.make_diagram(study, make_mediation()))
     finally:
         study.methods["sign"]["label"] = "sign sync, raw"
 
@@ -98,7 +98,7 @@ def test_no_label_is_clipped_or_struck_through(study, share):
     effects = dataclasses.replace(
         effects, effects=tuple(dataclasses.replace(e, **numbers) for e in effects.effects)
     )
-    root = parse(diagram.describe(study, effects))
+    root = parse(diagram.make_diagram(study, effects))
     _, _, width, height = map(float, root.get("viewBox").split())
     labels, arrows = list(boxes(root)), list(obstacles(root))
     assert len(arrows) == 8 and len(labels) >= 16

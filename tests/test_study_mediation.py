@@ -90,7 +90,7 @@ def test_one_row_per_effect():
         ({"methods": ("sign", "fa")}, "bp is not in the study"),
         ({"optimizer": "adam"}, "the optimizer is adam"),
         ({"init": "soap"}, "start from different weights"),
-        ({"seeds": 1}, "one seed has no spread"),
+        ({"seeds": 1}, "there is one seed"),
     ],
 )
 def test_what_a_study_cannot_tell_it_says(changes, reason):
@@ -147,11 +147,11 @@ def test_more_than_a_tenth_censored_is_not_available():
     )
     check = mediation.mediate(censor(make_study(), "bp_scaled", 0.01, never=2))
     assert check.testable and len(check.effects) == 7
-    assert check.note.endswith("so nothing is said of bp_scaled")
+    assert check.note.endswith("so bp_scaled has no effects here")
 
 
 def test_shares_of_nothing_have_no_interval():
     found = mediation.mediate(make_study({}, seed=3))
-    assert found.note == "the total effect is not clearly other than none: shares have no interval"
+    assert found.note == "the total effect is not significant: shares have no interval"
     assert all(math.isnan(effect.share_low) for effect in found.effects)
     assert not math.isnan(found.effect("rate").low)

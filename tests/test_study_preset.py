@@ -23,7 +23,7 @@ from soap_jax.study.preset import StudyConfig, TrainConfig
         ({"dataset": "minst"}, "dataset: 'minst' is unknown; expected digits, .*mean 'mnist'"),
         ({"methods": ("bp", "pepita")}, "methods: 'pepita' is unknown; expected bp, fa"),
         ({"methods": ()}, "methods is empty"),
-        ({"methods": ("fa", "fa")}, "different ones"),
+        ({"methods": ("fa", "fa")}, "each once"),
         ({"model": "cnn"}, "model: 'cnn' is unknown; expected mlp, conv"),
         ({"activation": "step"}, "activation: 'step' is unknown; expected tanh"),
         ({"optimizer": "lion"}, "optimizer: 'lion' is unknown; expected sgd"),
@@ -41,7 +41,7 @@ from soap_jax.study.preset import StudyConfig, TrainConfig
         ({"periods": ()}, "periods is empty"),
         ({"memory_limit": 0.0}, "memory_limit is 0.0; expected a positive"),
         ({"evaluations": 0}, "evaluations is 0"),
-        ({"hidden": ()}, "nothing for feedback to do"),
+        ({"hidden": ()}, "feedback has no effect"),
         ({"hidden": (256, 0)}, "hidden is"),
         ({"channels": (0,)}, "channels is"),
         ({"target_loss": 0.0}, "target_loss is 0.0"),
@@ -161,7 +161,7 @@ def test_inputs_are_scaled_over_what_is_trained_on(inputs, digits):
 def test_direct_feedback_has_the_network_of_the_others_and_another_gradient(name, digits):
     task, method, params, batch = of(digits, name, hidden=(7, 5))
     args = None, batch, jax.random.key(0)
-    loss_dfa = trial.directly(task, method)
+    loss_dfa = trial.direct_feedback_loss(task, method)
     projections = soap_jax.init_projections(jax.random.key(1), loss_dfa, params, *args)
     (loss, _), found = jax.value_and_grad(loss_dfa, has_aux=True)(params, projections, *args)
     expected, true = jax.value_and_grad(task.loss)(params, batch)
@@ -215,17 +215,19 @@ def test_a_conv_net_needs_images_and_names_its_activations(digits):
         task.loss(params, batch)
     )
     with pytest.raises(
-        ValueError, match=r"'activity_propagation' needs what model='conv' does not"
+        ValueError, match=r"'activity_propagation' needs a gradient .* which model='conv' does not"
     ):
         StudyConfig(methods=("bp", "activity_propagation"), model="conv")
     flat = [split._replace(images=split.images.reshape(-1, 64)) for split in digits[1:3]]
-    with pytest.raises(ValueError, match=r"model is 'conv', and examples have the shape \(64,\)"):
+    with pytest.raises(ValueError, match=r"model is 'conv', but examples have the shape \(64,\)"):
         of(digits._replace(train=flat[0], test=flat[1]), "fa", model="conv")
 
 
 def test_rflo_is_for_tasks_of_ones_own():
     for make in (lambda: StudyConfig(methods=("bp", "rflo")), lambda: TrainConfig(method="rflo")):
-        with pytest.raises(ValueError, match=r"the method 'rflo' needs what model='mlp' does not"):
+        with pytest.raises(
+            ValueError, match=r"the method 'rflo' needs one step .* which model='mlp' does not"
+        ):
             make()
 
 

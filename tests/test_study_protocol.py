@@ -56,7 +56,7 @@ BAD_TASKS = {
     "loss is NaN": (lambda: changed(loss=lambda p, b: loss(p, b) / 0.0 * 0.0), "finite number"),
     "loss draws": (
         lambda: changed(loss=lambda p, b: loss(p, b) + IMPURE.normal()),
-        "depends on more than its arguments",
+        "is not pure: two calls",
     ),
     "loss closes over the batch": (
         lambda: changed(loss=lambda p, b: loss(p, (X, Y))),
@@ -303,7 +303,7 @@ OTHERS = {
     "rates": ({"learning_rates": (0.05, 0.3)}, "protocol.learning_rates"),
     "data": ({"task": changed(train=(X + 1, Y))}, "protocol.task.data.train"),
     "loss": ({"task": changed(loss=lambda p, b: 2 * loss(p, b))}, "protocol.task.loss"),
-    "optimizer": ({"optimizer": optax.adam}, "protocol.optimizer: sgd there, adam now"),
+    "optimizer": ({"optimizer": optax.adam}, "protocol.optimizer: was sgd, is now adam"),
     "method": (
         {"methods": {"bp": "bp", "fa": study.Method(rule=soap_jax.SignSync())}},
         "the method fa",
@@ -336,7 +336,7 @@ def test_refuses_results_of_another_version(tmp_path):
     record = json.loads((out / "study.json").read_text())
     record["versions"]["jax"] = "0.0.1"
     (out / "study.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"versions\.jax: 0\.0\.1 there"):
+    with pytest.raises(ValueError, match=r"versions\.jax: was 0\.0\.1"):
         compare(seeds=3, out=out)
     record["format"] = 2
     (out / "study.json").write_text(json.dumps(record))

@@ -63,7 +63,7 @@ def test_verdicts_come_first_and_in_words(page):
         assert finding.statement in text and finding.why in text
     assert text.count(" (p of the verdict)") == 7
     assert (
-        text.index("of 7 claims 4 hold") < text.index("Verdicts") < text.index("Loss at learning")
+        text.index("of 7 claims, 4 hold") < text.index("Verdicts") < text.index("Loss at learning")
     )
     assert "✗ fails" in text and "? undecided" in text
     assert "0.950 [0.930, 0.970] , the interval lies above 0.9" in text
@@ -72,13 +72,13 @@ def test_verdicts_come_first_and_in_words(page):
 def test_the_summary_counts_verdicts_and_claims_no_more(study):
     findings = make_findings()
     assert report.summarise(study, findings) == (
-        "On digits, over 3 seeds, of 7 claims 4 hold (1, 2, 3, 7), 1 fails (6), 1 is undecided (4) "
-        "and 1 is not testable here (7b)."
+        "On digits, over 3 seeds: of 7 claims, 4 hold (1, 2, 3, 7), 1 fails (6), 1 is undecided "
+        "(4) and 1 is not testable here (7b)."
     )
     assert report.summarise(study, findings[4:5]) == (
-        "On digits, over 3 seeds, of 1 claim 1 fails (6)."
+        "On digits, over 3 seeds: of 1 claim, 1 fails (6)."
     )
-    assert report.summarise(study, []) == "On digits, over 3 seeds, no claim was looked at."
+    assert report.summarise(study, []) == "On digits, over 3 seeds: no claim was tested."
 
 
 def test_exploratory_findings_are_called_so(study, page):
@@ -90,11 +90,9 @@ def test_exploratory_findings_are_called_so(study, page):
 def test_a_glossary_says_what_each_method_isolates_and_where_it_is_from(study):
     study.methods["fa"]["paper"] = "Lillicrap et al. 2016"
     text = Text(report.render(study, [])).text
-    assert text.index("no claim was looked at") < text.index("the reference")
+    assert text.index("no claim was tested") < text.index("the reference")
     assert "FA, fixed feedback fixed random feedback (Lillicrap et al. 2016)" in text
-    assert text.index("hidden layers untrained: to be beaten") < text.index(
-        "No claim was looked at."
-    )
+    assert text.index("hidden layers untrained: to be beaten") < text.index("No claim was tested.")
 
 
 def test_the_page_asks_for_nothing_and_vega_is_there_once(page):
@@ -160,7 +158,7 @@ def test_the_command_that_repeats_it_is_there_if_there_is_one(study, page):
     study.record["command"] = "soap-jax study"
 
 
-def test_configuration_and_circumstances_are_there(study):
+def test_configuration_and_environment_are_there(study):
     study.record["config"] = {"hidden": [256, 64], "memory_limit": None}
     text = Text(report.render(study, [])).text
     assert "hidden 256, 64" in text and "memory limit default" in text
@@ -187,15 +185,15 @@ def test_hostile_words_stay_words():
 def test_small_studies_have_a_report(changes):
     made = comparison(**{"seeds": 2, **changes})
     text = Text(report.render(made, [])).text
-    assert "No claim was looked at." in text and "nan" not in text.lower().split()
-    assert ("Where speed comes from" in text) == mediation.mediate(made).testable
+    assert "No claim was tested." in text and "nan" not in text.lower().split()
+    assert ("Causes of the effect on speed" in text) == mediation.mediate(made).testable
 
 
 def test_words_stand_where_nothing_is_left_to_see(study):
     page = report.render(break_everything(study), make_findings()[-1:])
     text = Text(page).text
     assert "No claim could be tested by a ratio" in text
-    assert "No method has a learning rate at which no run diverged." in text
+    assert "Every method has diverged runs at every learning rate." in text
     assert "vegaEmbed" not in page  # there is no figure that would need it
 
 
@@ -209,7 +207,7 @@ def test_the_report_lies_beside_its_figures_and_tables(tmp_path):
     figures = {path.name for path in (tmp_path / "figures").iterdir()}
     for name in [*NAMES, "overview", "mediation"]:
         assert {f"{name}.svg", f"{name}.png", f"{name}.pdf"} <= figures
-    assert "Where speed comes from" in (tmp_path / "report.html").read_text()
+    assert "Causes of the effect on speed" in (tmp_path / "report.html").read_text()
     made = comparison(("bp", "fa"), seeds=2)
     made.report(tmp_path)
     assert not list((tmp_path / "figures").glob("mediation.*"))
@@ -219,7 +217,7 @@ def test_the_report_lies_beside_its_figures_and_tables(tmp_path):
 def test_the_page_alone_is_written_to_a_file(study, tmp_path):
     report.write(study, [], tmp_path / "mine.html")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.html"]
-    assert "No claim was looked at." in (tmp_path / "mine.html").read_text()
+    assert "No claim was tested." in (tmp_path / "mine.html").read_text()
 
 
 # In a browser

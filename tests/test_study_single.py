@@ -42,7 +42,7 @@ def train(path, digits, *, until=None, **options):
         return single.train(path, config, digits)
     with pytest.raises(KeyboardInterrupt):
         single.train(path, config, digits, on_epoch=on_epoch)
-    return single.read(path, config)
+    return single.read_record(path, config)
 
 
 def curves_of(path):
@@ -137,7 +137,7 @@ def test_a_trained_model_is_loaded_for_use_in_python(trained, digits):
 
 
 def test_the_last_checkpoints_are_kept(trained):
-    assert single.kept(trained) == [4, 5]
+    assert single.checkpoint_epochs(trained) == [4, 5]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,10 @@ def test_a_stopped_training_ends_as_if_it_had_not_stopped(
     options = {"method": method, "optimizer": optimizer, "learning_rate": 0.01}
     train(tmp_path / "whole", digits, **options)
     stopped = train(tmp_path / "stopped", digits, until=until, **options)
-    assert single.kept(tmp_path / "stopped") == [2] * (until > 2) and stopped["result"] is None
+    assert (
+        single.checkpoint_epochs(tmp_path / "stopped") == [2] * (until > 2)
+        and stopped["result"] is None
+    )
     assert train(tmp_path / "stopped", digits, **options)["result"]["epochs"] == 5
     assert_same(tmp_path / "stopped", tmp_path / "whole")
 
@@ -181,23 +184,23 @@ def test_more_epochs_extend_a_finished_training(copy, digits, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 4}, r"\(epochs: 5 there, 4 now\)"),
+        ({"epochs": 4}, r"\(epochs: was 5, is now 4\)"),
         (
             {"epochs": 9, "seed": 1, "hidden": (8,)},
-            r"hidden: \[7\] there, \[8\] now; seed: 0 there, 1 now",
+            r"hidden: was \[7\], is now \[8\]; seed: was 0, is now 1",
         ),
-        ({"keep": 9}, r"keep: 2 there, 9 now"),
-        ({"method": "bp"}, r"method: sign_preserve there, bp now"),
+        ({"keep": 9}, r"keep: was 2, is now 9"),
+        ({"method": "bp"}, r"method: was sign_preserve, is now bp"),
     ],
 )
 def test_other_options_are_refused(options, message, trained):
     config = TrainConfig(**TINY | {"method": "sign_preserve"} | options)
     with pytest.raises(ValueError, match=message):
-        single.read(trained, config)
+        single.read_record(trained, config)
 
 
 def test_other_data_are_refused(copy, digits):
-    with pytest.raises(ValueError, match=r"otherwise \(data_source: .* there, others now\)"):
+    with pytest.raises(ValueError, match=r"other settings \(data_source: was .*, is now others\)"):
         train(copy, digits._replace(source="others"), method="sign_preserve", epochs=6)
 
 
@@ -207,7 +210,7 @@ def test_without_partitionable_keys_training_cannot_be_extended(tmp_path, digits
         train(tmp_path, digits, until=0)
         with pytest.raises(ValueError, match="jax_threefry_partitionable is off"):
             train(tmp_path, digits, epochs=6)
-    with pytest.raises(ValueError, match=r"jax_threefry_partitionable: False there, True now"):
+    with pytest.raises(ValueError, match=r"jax_threefry_partitionable: was False, is now True"):
         train(tmp_path, digits)
 
 
@@ -254,7 +257,9 @@ def alter_curves(step):
 @pytest.mark.parametrize("damage", [alter_arrays, drop_arrays, halve_progress, alter_curves])
 def test_a_damaged_checkpoint_is_named(damage, copy, capfd):
     damage(copy / "checkpoints" / "5")
-    with pytest.raises(ValueError, match=r"checkpoints/5 cannot be read.*goes on from that of ep"):
+    with pytest.raises(
+        ValueError, match=r"checkpoints/5 cannot be read.*resumes from the checkpoint of ep"
+    ):
         single.load(copy)
     assert single.load(copy, epoch=4).epoch == 4
     assert capfd.readouterr() == ("", "")
@@ -271,7 +276,9 @@ def test_a_method_that_another_version_trained_otherwise_is_refused(copy, digits
     facts = json.loads((copy / "train.json").read_text())
     facts["feedback"] = "SignSync(magnitude='norm')"
     (copy / "train.json").write_text(json.dumps(facts))
-    with pytest.raises(ValueError, match=r"otherwise \(feedback: SignSync\(magnitude='norm'"):
+    with pytest.raises(
+        ValueError, match=r"other settings \(feedback: was SignSync\(magnitude='norm'"
+    ):
         train(copy, digits, method="sign_preserve", epochs=6)
 
 
@@ -282,7 +289,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_readable(digits, tmp_path, capfd
 
     def on_epoch(row):
         if row["epoch"] == 3:
-            while not single.kept(tmp_path):  # it is written meanwhile
+            while not single.checkpoint_epochs(tmp_path):  # it is written meanwhile
                 time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
 
@@ -295,7 +302,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_readable(digits, tmp_path, capfd
     assert single.load(tmp_path).epoch == 2
     assert capfd.readouterr() == ("", "")
     train(tmp_path, digits, **options)
-    assert single.kept(tmp_path) == [4, 6]
+    assert single.checkpoint_epochs(tmp_path) == [4, 6]
 
 
 def test_a_diverged_training_goes_on_and_says_so(digits, tmp_path):
@@ -338,7 +345,7 @@ def test_a_batch_of_more_than_all_examples_is_refused(digits, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "holds no model: train.json is not there"),
+        (None, "holds no model: there is no train.json"),
         ("{", "train.json is not the record of a training"),
         (
             '{"format": 9, "versions": {"soap_jax": "7"}, "config": {}}',
@@ -356,14 +363,12 @@ def test_a_directory_that_holds_no_model_is_named(content, message, tmp_path):
 
 def test_checkpoints_without_their_description_are_refused(copy):
     (copy / "train.json").unlink()
-    with pytest.raises(ValueError, match=r"holds checkpoints, but not the train\.json"):
-        single.read(copy, TrainConfig())
+    with pytest.raises(ValueError, match=r"holds checkpoints, but not train\.json"):
+        single.read_record(copy, TrainConfig())
 
 
 def test_an_epoch_without_a_checkpoint_is_named(trained):
-    with pytest.raises(
-        ValueError, match="no checkpoint of epoch 3; it has only of the epochs 4, 5"
-    ):
+    with pytest.raises(ValueError, match="no checkpoint of epoch 3; it has those of epochs 4, 5"):
         single.load(trained, epoch=3)
 
 
@@ -401,7 +406,7 @@ def test_the_command_survives_kill_and_ctrl_c_bit_for_bit(digits, tmp_path):
         time.sleep(random.random() / 4)
         killed.kill()
         killed.communicate()
-    before = single.kept(out)[-1]
+    before = single.checkpoint_epochs(out)[-1]
     assert killed.returncode == -signal.SIGKILL and 4 <= before < 40
 
     with started(tmp_path, *args) as stopped:
@@ -411,7 +416,7 @@ def test_the_command_survives_kill_and_ctrl_c_bit_for_bit(digits, tmp_path):
     assert (stopped.returncode, errors) == (130, "")
     assert f"Going on from the checkpoint of epoch {before}" in printed
     assert "gradient angle" in printed
-    after = single.kept(out)[-1]
+    after = single.checkpoint_epochs(out)[-1]
     assert before < after < 40
     assert f"checkpoint of epoch {after} kept in out" in " ".join(printed.split())
 

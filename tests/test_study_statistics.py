@@ -84,7 +84,7 @@ def test_a_run_that_never_arrives_makes_a_bound():
     assert found.high == INF and 1.8 < found.low < found.value
     other = statistics.paired_ratio(np.full(10, 10.0), steps, budget=40)
     assert other.low == 0 and other.value < other.high < 0.54
-    with pytest.raises(ValueError, match=r"never got there \(NaN\); expected budget="):
+    with pytest.raises(ValueError, match=r"never reached the loss; expected budget="):
         statistics.paired_ratio(steps, np.full(10, 10.0))
     with pytest.raises(ValueError, match="not positive"):
         statistics.paired_ratio([0.0, 1.0], [1.0, 1.0])
@@ -228,13 +228,13 @@ def test_a_resample_chooses_as_its_runs_alone_would(seed):
             if not diverged[rate, draw].any()
         ]
         assert chosen == min(means)[2]
-        assert chosen == statistics.Runs(*(array[:, draw] for array in runs)).tuned
+        assert chosen == statistics.Runs(*(array[:, draw] for array in runs)).best_rate_index
 
 
 def test_without_a_rate_at_which_no_run_diverged_none_is_best():
     runs = make_runs(np.zeros((2, 2)), np.ones((2, 2)), diverged=[[True, False], [False, True]])
-    assert runs.tuned is None
-    assert make_runs(np.zeros((1, 2)), [[np.nan, 1.0]]).tuned is None
+    assert runs.best_rate_index is None
+    assert make_runs(np.zeros((1, 2)), [[np.nan, 1.0]]).best_rate_index is None
 
 
 def test_values_of_diverged_runs_do_not_matter():
@@ -292,7 +292,7 @@ def test_censored_runs_at_a_rate_that_resamples_choose_make_a_bound(which):
     accuracy = rng.normal(0.9, 0.01, (2, 10))
     censored = np.zeros((2, 10), bool)
     pair = [make_runs(rng.normal(0, 0.1, (2, 10)), accuracy) for _ in range(2)]
-    censored[1 - pair[which].tuned, 3] = True
+    censored[1 - pair[which].best_rate_index, 3] = True
     pair[which] = pair[which]._replace(censored=censored)
     mean = statistics.bootstrap_t(*pair)
     assert (mean.has_low, mean.has_high) == (which == 0, which == 1)

@@ -89,7 +89,7 @@ def test_what_is_kept_is_what_was_done(tmp_path):
     found = Store(tmp_path)
     assert found.record == RECORD and not found.finished
     assert found.done() == {run for runs in list(parts())[:4] for run in runs}
-    with pytest.raises(ValueError, match=r"holds 8 runs: the comparison is not finished\. The"):
+    with pytest.raises(ValueError, match=r"holds 8 runs: the comparison is not finished\. Repeat"):
         found.read()
 
 
@@ -171,20 +171,20 @@ def test_a_comparison_that_failed_before_its_first_run_blocks_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("versions", {"jax": "0.1"}, r"versions\.jax: 0\.1 there, 1 now"),
-        ("device", {"processor": "other"}, "device.processor: other"),
-        ("device", {"platform": "gpu"}, "device.platform: gpu"),
-        ("device", {"count": 1}, "device.count: 1 there"),
-        ("protocol", {"steps": 3}, "protocol.steps: 3 there, 4 now"),
-        ("settings", {"jax_default_prng_impl": "rbg"}, "settings.jax_default_prng_impl: rbg there"),
-        ("settings", {"XLA_FLAGS": "--fast"}, "settings.XLA_FLAGS: --fast there, not set now"),
+        ("versions", {"jax": "0.1"}, r"versions\.jax: was 0\.1, is now 1"),
+        ("device", {"processor": "other"}, "device.processor: was other"),
+        ("device", {"platform": "gpu"}, "device.platform: was gpu"),
+        ("device", {"count": 1}, "device.count: was 1"),
+        ("protocol", {"steps": 3}, "protocol.steps: was 3, is now 4"),
+        ("settings", {"jax_default_prng_impl": "rbg"}, "settings.jax_default_prng_impl: was rbg"),
+        ("settings", {"XLA_FLAGS": "--fast"}, "settings.XLA_FLAGS: was --fast, is now not set"),
     ],
 )
 def test_runs_done_otherwise_are_not_mixed_with_ours(part, change, message, tmp_path):
     begun(tmp_path, 1)
     edit(tmp_path / "progress.json", lambda known: known[part].update(change))
     before = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
-    with pytest.raises(ValueError, match=rf"runs that were done otherwise \(.*{message}"):
+    with pytest.raises(ValueError, match=rf"runs with other settings \(.*{message}"):
         Store(tmp_path).begin(RECORD, RUNS)
     assert before == {file: file.read_bytes() for file in before}
 
@@ -257,10 +257,10 @@ def save(**arrays):
         (lambda file: file.write_bytes(NO_ARCHIVE), ""),
         (save(facts=None), "KeyError"),
         (save(facts=np.ones((2, 2))), ""),
-        (save(train_loss=np.ones(9)), "not of one length"),
-        (save(**{"test/loss": np.ones(9)}), "not of one length"),
-        (save(**{"test/loss": None}), "it has not"),
-        (save(**{"no such/loss": np.ones(3)}), "it has not"),
+        (save(train_loss=np.ones(9)), "differ in length"),
+        (save(**{"test/loss": np.ones(9)}), "differ in length"),
+        (save(**{"test/loss": None}), "expected the arrays"),
+        (save(**{"no such/loss": np.ones(3)}), "expected the arrays"),
     ],
 )
 def test_a_damaged_part_is_named_and_deleting_it_mends_the_rest(damage, message, tmp_path):
@@ -299,7 +299,7 @@ def test_a_part_of_another_comparison_is_named(tmp_path):
     found = begun(tmp_path, 1)
     found.add([Run("fa", 0.1, 0, 0)], results_of([Run("fa", 0.1, 0, 0)]))
     (tmp_path / "parts" / ".nfs0001").write_text("the file system's own")
-    with pytest.raises(ValueError, match=r"holds Run\(method='fa'.*, which is no run of this"):
+    with pytest.raises(ValueError, match=r"holds Run\(method='fa'.*, which is not a run of this"):
         found.begin(RECORD, RUNS)
 
 

@@ -315,7 +315,7 @@ def test_every_part_is_kept_before_the_next_is_trained(tmp_path):
 
 @pytest.mark.slow
 def test_every_method_learns_and_is_measured():
-    names = [name for name in BY_NAME if not METHODS[name].own]
+    names = [name for name in BY_NAME if not METHODS[name].has_own_gradient]
     result = compare(names, steps=400, learning_rates=(0.1,), evaluations=4)
     for name in names:
         rows = result.rows("evaluations", name, 0.1)

@@ -1,10 +1,10 @@
-"""The comparison of learning methods: what is an effect, and what an artefact.
+"""A fair comparison of learning methods, which separates effects from artefacts.
 
     result = study.compare(task, ["bp", "fa", "sign_norm"], learning_rates=(0.1,), steps=1000)
     result.summary(), result.ratio("fa", "bp"), result.report("report.html")
 
-`compare` trains any task (any model, data and loss) by any methods, over the same learning rates
-and paired seeds. `soap-jax study` is one preset of it.
+`compare` trains any task (any model, data and loss) with any methods, over the same learning rates
+and paired seeds. The command `soap-jax study` runs one preset of it.
 """
 
 import importlib

@@ -1,18 +1,20 @@
-"""Claims on a comparison: a statement, the tests that it takes, and their bounds.
+"""Claims on a comparison: a statement, its tests, and their bounds.
 
     claim = Claim("1", "Mine is faster than backprop", (Ratio("mine", "bp", within=(0, 0.95)),))
     result = study.compare(task, methods, ..., claims=[claim])
     result.judge()
 
-A test measures something and says in which region the truth must lie; alone it is a claim, too.
+A test measures a quantity and names the region in which its true value must lie. A single test is
+also a claim.
 
-    holds               all of a claim's tests are inside their regions
-    fails               one of them is outside
+    holds               the true values of all tests are inside their regions
+    fails               the true value of at least one test is outside its region
     undecided           the data allow neither conclusion
-    not testable here   the comparison lacks what one of the tests needs
+    not testable here   the comparison lacks something that one of the tests needs
 
-Verdicts are significant at 5 % over all testable claims together, by Holm's correction. The claims
-are stored when a study starts; findings on others, or with other bounds, are *exploratory*.
+The verdicts "holds" and "fails" are significant at 5 % over all testable claims, after Holm's
+correction. The claims are stored when a study starts; findings on other claims, or with other
+bounds, are *exploratory*.
 """
 
 from __future__ import annotations
@@ -28,21 +30,21 @@ import pandas as pd
 from soap_jax.study import statistics
 from soap_jax.study.contrasts import INF, Part, Test
 from soap_jax.study.results import Results, joined
-from soap_jax.study.statistics import ALPHA, Estimate, number
+from soap_jax.study.statistics import ALPHA, Estimate, format_number
 
 HOLDS, FAILS, UNDECIDED, NOT_TESTABLE = "holds", "fails", "undecided", "not testable here"
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A statement, and the tests that it takes: it holds if all of them do.
+    """A statement and its tests: the claim holds if all tests hold.
 
     Attributes:
-        key: its name.
-        statement: the claim in words; "" for those of its first test.
-        tests: what it takes.
-        sgd_only: whether it is about SGD, and not testable with another optimiser: those change
-            what a scale does (Adam cancels it).
+        key: the name of the claim.
+        statement: the claim as text; if "", the label of its first test.
+        tests: the tests.
+        sgd_only: whether the claim is testable only with SGD, since other optimisers change the
+            effect of a scale (Adam cancels it).
     """
 
     key: str
@@ -51,7 +53,7 @@ class Claim:
     sgd_only: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """The claim as JSON has it."""
+        """The claim as a dict for JSON."""
         return {**vars(self), "tests": [test.to_dict() for test in self.tests]}
 
     @staticmethod
@@ -60,28 +62,28 @@ class Claim:
         return Claim(**{**stored, "tests": tuple(map(Test.from_dict, stored["tests"]))})
 
     def parts(self, comparison: Results) -> tuple[Part, ...]:
-        """Its tests, evaluated."""
+        """The results of its tests."""
         optimizer = comparison.protocol["optimizer"]
-        if self.sgd_only and optimizer.partition(",")[0] != "sgd":  # weight decay may follow
-            why = f"the optimizer is {optimizer}: the claim is about SGD"
+        if self.sgd_only and optimizer.partition(",")[0] != "sgd":  # "sgd, weight decay 0.001"
+            why = f"the optimizer is {optimizer}, and the claim is for SGD"
             return tuple(test.untested(comparison, why) for test in self.tests)
         return tuple(test.part(comparison) for test in self.tests)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finding:
-    """A claim, judged.
+    """The verdict on a claim.
 
     Attributes:
-        key: the claim's.
-        statement: the claim in words.
+        key: the name of the claim.
+        statement: the claim as text.
         verdict: "holds", "fails", "undecided" or "not testable here".
-        why: which test decides it, what it found, and where its bound lies.
-        p: of the verdict, after Holm's correction; of an undecided claim, of the likelier one. NaN
-            where not testable.
-        p_words: the same in words; "" where not testable.
-        family: how many claims the correction is for.
-        parts: the tests.
+        why: the test that decides the verdict, with its estimate and bound.
+        p: the p-value of the verdict after Holm's correction; for an undecided claim that of the
+            likelier verdict. NaN if not testable.
+        p_words: the p-value as text; "" if not testable.
+        family: the number of claims in the correction.
+        parts: the results of the claim's tests.
         exploratory: whether the claim, its bounds or the target loss were chosen after the study
             had started.
     """
@@ -98,12 +100,12 @@ class Finding:
 
 
 def as_claims(claims: Sequence[Claim | Test]) -> list[Claim]:
-    """Claims as they are; of a test alone, the claim that it passes."""
+    """Claims, with each single test turned into a claim."""
     several = isinstance(claims, Sequence) and not isinstance(claims, str)
     given: list[Any] = list(claims) if several else [claims]
     if not all(isinstance(claim, Claim | Test) for claim in given):
         raise ValueError(
-            f"claims is {claims!r}; expected a list of Claims or tests, such as study.Ratio(...)."
+            f"claims is {claims!r}; expected a list of Claims or Tests, such as study.Ratio(...)."
         )
     found = [
         claim if isinstance(claim, Claim) else Claim(str(i), "", (claim,))
@@ -111,7 +113,10 @@ def as_claims(claims: Sequence[Claim | Test]) -> list[Claim]:
     ]
     for claim in found:
         if not claim.tests or not all(isinstance(test, Test) for test in claim.tests):
-            raise ValueError(f"claim {claim.key!r} has the tests {claim.tests}; expected Tests.")
+            raise ValueError(
+                f"claim {claim.key!r} has the tests {claim.tests}; expected at least one Test, "
+                "such as study.Ratio(...)."
+            )
     return found
 
 
@@ -119,10 +124,10 @@ def judge(comparison: Results, claims: Sequence[Claim | Test] | None = None) -> 
     """Judges claims on a comparison.
 
     Args:
-        comparison: what was found.
-        claims: claims, or tests that are claims of their own; by default those stored when the
-            study started. Holm's correction is over these and the stored ones, as far as they are
-            testable, so that the verdict on a stored claim does not depend on who asks.
+        comparison: the results.
+        claims: claims or single tests; by default the claims that were stored when the study
+            started. Holm's correction is over these and all stored claims that are testable, so
+            the verdict on a stored claim does not change if only some of them are given.
     """
     known = [claim["tests"] for claim in comparison.record["claims"]]
     stored = [Claim.from_dict(claim) for claim in comparison.record["claims"]]
@@ -151,33 +156,33 @@ def judge(comparison: Results, claims: Sequence[Claim | Test] | None = None) -> 
 
 
 def _verdict(parts, p, union, family):
-    """The verdict, its p-value, and which test decides it."""
+    """The verdict, its p-value, and the test that decides it."""
     if p is None:
         why = joined(*dict.fromkeys(part.note for part in parts if not part.testable))
         return {"verdict": NOT_TESTABLE, "p": math.nan, "why": _sentence(why)}
     holds, fails = union
     verdict = UNDECIDED if p >= ALPHA else HOLDS if holds < fails else FAILS
     weakest = max(parts, key=lambda part: part.p_holds)
-    intro, said = "", [weakest]
+    intro, named = "", [weakest]
     if verdict == HOLDS:
-        intro = "all tests hold; the weakest is "
+        intro = "all tests hold; the one with the largest p-value is "
     elif verdict == FAILS:
         intro = "decided by "
-        said = [part for part in parts if part.p_fails * len(parts) < ALPHA]
+        named = [part for part in parts if part.p_fails * len(parts) < ALPHA]
     elif weakest.p_holds >= ALPHA:
-        intro, said = "left open by ", [part for part in parts if part.p_holds >= ALPHA]
+        intro, named = "undecided because of ", [part for part in parts if part.p_holds >= ALPHA]
     intro = intro if len(parts) > 1 else ""
     if min(union) < ALPHA <= p:
         intro = f"not significant after Holm's correction for {family} claims: "
     likelier = "either verdict" if holds == fails else f"“{HOLDS if holds < fails else FAILS}”"
     corrected = f", corrected for {family} claims (Holm)" if family > 1 else ""
-    p_words = f"{statistics.p_value(p)} for {likelier}{corrected}"
-    why = _sentence(intro + "; ".join(map(_said, said)))
+    p_words = f"{statistics.format_p_value(p)} for {likelier}{corrected}"
+    why = _sentence(intro + "; ".join(map(_describe, named)))
     return {"verdict": verdict, "p": p, "p_words": p_words, "why": why}
 
 
 def tabulate(findings: Sequence[Finding]) -> pd.DataFrame:
-    """One row per part, with the verdict on the claim that it belongs to."""
+    """A table with one row per test, with the verdict on its claim."""
     names = ("key", "statement", "verdict", "exploratory", "p")
     rows = [
         {name: getattr(finding, name) for name in names} | vars(part)
@@ -190,60 +195,62 @@ def tabulate(findings: Sequence[Finding]) -> pd.DataFrame:
     return table.drop(columns="within").rename(columns={"key": "claim"})
 
 
-class Words(NamedTuple):
-    """A test's numbers for people.
+class FormattedPart(NamedTuple):
+    """The result of a test as text.
 
     Attributes:
         estimate: the estimate with its interval.
         bound: the region.
-        place: where the interval, or the trend, lies in relation to it.
+        position: the position of the interval relative to the region, or the direction of a trend.
     """
 
     estimate: str
     bound: str
-    place: str
+    position: str
 
 
-def in_words(part: Part) -> Words:
-    """A test's estimate and bound in words, for screens and pages alike.
+def format_part(part: Part) -> FormattedPart:
+    """A test's estimate, bound and position as text, for the terminal and the report.
 
     Example:
-        >>> " / ".join(in_words(Part("", "ratio", (0, 1), 0.9, 0.7, 1.2, 0.2, 1.0)))
-        '0.900 [0.700, 1.200] / below 1 / the interval reaches beyond 1'
+        >>> " / ".join(format_part(Part("", "ratio", (0, 1), 0.9, 0.7, 1.2, 0.2, 1.0)))
+        '0.900 [0.700, 1.200] / below 1 / the interval contains 1'
     """
     low, high = part.within
     has_low = low > (0 if part.measure == "ratio" else -INF)
     has_high = high < INF
-    lower, upper = (number(round(end, 2) if abs(end) >= 0.1 else end) for end in part.within)
+    lower, upper = (format_number(round(end, 2) if abs(end) >= 0.1 else end) for end in part.within)
     bound = f"{lower} to {upper}" if has_low else f"below {upper}"
     bound = bound if has_high else f"above {lower}"
-    estimate = Estimate(part.estimate, part.low, part.high).words("°" * (part.measure == "degrees"))
+    estimate = Estimate(part.estimate, part.low, part.high).format(
+        "°" * (part.measure == "degrees")
+    )
     holds, fails = part.p_holds < ALPHA, part.p_fails < ALPHA
     beyond = [lower] * (has_low and not part.low > low)
     beyond += [upper] * (has_high and not part.high < high)
     if part.measure == "trend":
         bound, estimate = "rises", f"rank correlation {estimate}"
-        place = "it rises" if holds else "it falls" if fails else "no clear trend"
+        position = "it rises" if holds else "it falls" if fails else "no clear trend"
     elif holds:
-        place = f"the interval lies {'within ' * (has_low and has_high)}{bound}"
+        position = f"the interval lies {'within ' * (has_low and has_high)}{bound}"
     elif fails:
         side = f"below {lower}" if part.high <= low else f"above {upper}"
-        place = f"the interval lies {side}"
+        position = f"the interval lies {side}"
     elif part.low in (0, -INF) and part.high == INF:
-        place = "the runs give no interval"
+        position = "the runs give no interval"
     elif beyond:
-        place = f"the interval reaches beyond {' and '.join(beyond)}"
+        position = f"the interval contains {' and '.join(beyond)}"
     else:
-        place = "all runs are alike, and too few for a conclusion"
+        position = "all runs agree, but they are too few for a conclusion"
     if not part.testable:
-        estimate, place = "–", "not testable"
-    return Words(estimate, bound, place)
+        estimate, position = "–", "not testable"
+    return FormattedPart(estimate, bound, position)
 
 
-def _said(part):
-    estimate, _, place = in_words(part)
+def _describe(part):
+    estimate, _, position = format_part(part)
     note = f" ({part.note})" if part.note else ""
-    return f"{part.label}: {estimate}, {place}{note}"
+    return f"{part.label}: {estimate}, {position}{note}"
 
 
 def _sentence(words):

@@ -1,4 +1,4 @@
-"""What `compare` returns and `load` reads: results, and what one concludes from them."""
+"""The object that `compare` and `load` return: results, their claims and their report."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from soap_jax.study.contrasts import Test
 
 
 class Comparison(results.Results):
-    """What was run and measured (see `soap_jax.study.results.Results`), judged and reported."""
+    """The results of a comparison, its claims and its report.
+
+    See also `soap_jax.study.results.Results`.
+    """
 
     def judge(self, claims: Sequence[Claim | Test] | None = None) -> list[Finding]:
-        """Judges claims, by default those stored when the study started.
+        """Judges claims; by default those that were stored when the study started.
 
-        Findings on claims that were not stored, or with other bounds, are exploratory.
+        A finding is exploratory if its claim was not stored then, or had other bounds.
         """
         return claims_.judge(self, claims)
 
@@ -27,20 +30,21 @@ class Comparison(results.Results):
         """Writes the report.
 
         Args:
-            path: of the page, such as "report.html", which needs no other file; or a directory, for
-                report.html, figures (SVG, PNG, PDF) and tables (CSV).
+            path: a file such as "report.html", for a page that needs no other file; or a directory,
+                which then holds report.html, figures (SVG, PNG, PDF) and tables (CSV).
             claims: as in `judge`.
         """
-        from soap_jax.study import report  # here, since what draws takes a while to import
+        from soap_jax.study import report  # imported here, since drawing libraries load slowly
 
         report.write(self, self.judge(claims), path)
 
 
 def load(path: str | os.PathLike[str]) -> Comparison:
-    """Reads what `compare` wrote into a directory.
+    """Reads the comparison that `compare` wrote into a directory.
 
     Raises:
-        ValueError: if there is none, it is not finished, or another version wrote it.
+        ValueError: if the directory holds no comparison, an unfinished one, or one of another
+            format.
     """
     found = store.Store(path)
     return Comparison(found.record, found.read(), found.path)

@@ -1,4 +1,4 @@
-"""The tests that claims are made of, each a contrast, a measure and the region of the truth."""
+"""The tests of claims: each has a contrast of methods, a measure and a region."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from soap_jax.study.statistics import Estimate, Result
 
 INF = math.inf
 Region = tuple[float, float]
-"""The interval in which the truth must lie; infinite (for ratios 0) where open."""
+"""An interval for the true value; infinite (for ratios 0) on open sides."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One test within a claim, evaluated; `claims.in_words` says it.
+    """The result of one test of a claim; `claims.format_part` formats it.
 
     Attributes:
-        label: what is measured, in words.
+        label: the measured quantity, as text.
         measure: "ratio", "difference", "share", "degrees" or "trend" (a rank correlation).
-        within: the region written down beforehand.
-        estimate: the estimate; NaN where there is none.
-        low: lower end of its 95 % interval; NaN where there is none, and infinite (for ratios 0)
-            where censored runs leave it open.
-        high: upper end.
-        p_holds: two-sided p-value of "the truth is inside"; see `statistics`.
-        p_fails: two-sided p-value of "the truth is outside".
-        runs: how many runs there are.
-        note: what a reader must know beside the numbers, or "".
-        censored: how many of the runs never reached the target, or diverged.
-        testable: False where `note` says why there are no numbers.
+        within: the region, fixed before the study.
+        estimate: the estimate; NaN if there is none.
+        low: lower end of its 95 % interval; NaN if there is none, and infinite (for ratios 0) if
+            censored runs leave it open.
+        high: upper end, likewise.
+        p_holds: two-sided p-value of "the truth is inside the region"; see `statistics`.
+        p_fails: two-sided p-value of "the truth is outside the region".
+        runs: the number of runs.
+        note: remarks on the numbers, or "".
+        censored: the number of runs that never reached the target or diverged.
+        testable: False if there are no numbers; `note` then gives the reason.
     """
 
     label: str
@@ -55,17 +55,19 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Test:
-    """What a claim takes; one of your own has `measure`, `words` or `label`, and `evaluate`.
+    """Base class of tests.
+
+    A test of your own defines `measure`, `evaluate`, and either `words` or `label`.
 
     Attributes:
-        within: the region in which the truth must lie.
+        within: the region in which the true value must lie.
     """
 
     within: Region = dataclasses.field(kw_only=True)
     measure: ClassVar[str]
     words: ClassVar[str] = ""
     kinds: ClassVar[dict[str, type[Test]]] = {}
-    __test__ = False  # nothing for pytest
+    __test__ = False  # not a test for pytest
 
     def __init_subclass__(cls):
         Test.kinds[cls.__name__] = cls
@@ -73,38 +75,41 @@ class Test:
     def __post_init__(self):
         low, high = self.within
         if not low < high or (self.measure == "ratio" and low < 0):
-            raise ValueError(f"within is {self.within}; expected (low, high), of ratios from 0 on.")
+            raise ValueError(
+                f"within is {self.within}; expected (low, high) with low < high, and for ratios "
+                "low >= 0."
+            )
 
     def label(self, comparison: Results) -> str:
-        """What is measured: `words`, with the labels of the methods that the fields name."""
+        """The measured quantity: `words` with the labels of the methods in the fields."""
         named = {k: comparison.label(v) for k, v in vars(self).items() if isinstance(v, str)}
         return self.words.format(**named)
 
     def evaluate(self, comparison: Results) -> Part:
-        """Measures it; raises `NotTestable` where the comparison cannot."""
+        """Evaluates the test; raises `NotTestable` if the comparison does not allow it."""
         raise NotImplementedError(f"{type(self).__name__} must define evaluate.")
 
     def part(self, comparison: Results) -> Part:
-        """The test, evaluated, or why it cannot be."""
+        """The result of the test, or the reason why there is none."""
         try:
             if len(comparison.seeds) < 2:
-                raise NotTestable("one seed has no spread: at least 2 are needed")
+                raise NotTestable("there is one seed; at least 2 are needed for an interval")
             return self.evaluate(comparison)
         except NotTestable as reason:
             return self.untested(comparison, str(reason))
 
     def untested(self, comparison: Results, why: str) -> Part:
-        """The test where it cannot be evaluated."""
+        """The result of a test that cannot be evaluated, with the reason."""
         label = self.label(comparison)
         return Part(label, self.measure, self.within, note=why, testable=False)
 
-    def found(self, comparison: Results, where: str, result: Result, *more: Any) -> Part:
-        """The test with its numbers; `more` are runs, note and censored of `Part`."""
+    def with_result(self, comparison: Results, where: str, result: Result, *more: Any) -> Part:
+        """The result of the test; `more` are the fields runs, note and censored of `Part`."""
         label = f"{self.label(comparison)}, {where}"
         return Part(label, self.measure, self.within, *result, *more)
 
     def to_dict(self) -> dict[str, Any]:
-        """The test as JSON has it; open ends are null."""
+        """The test as a dict for JSON; open ends of the region are None."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
         plain["within"] = [float(end) if math.isfinite(end) else None for end in self.within]
         return {"test": type(self).__name__} | plain
@@ -124,17 +129,17 @@ class Test:
 class Ratio(Test):
     """Steps to the target loss of one method over those of another, seed by seed.
 
-    By the paired t on the log scale, at best rates by the bootstrap-t.
+    The test is the paired t-test on the log scale; at best rates it is the bootstrap-t.
 
     Attributes:
-        method: the numerator's.
-        reference: the denominator's.
-        at: "shared", the rate that all methods share; "best", each at its own, which must lie
-            inside the grid; or a learning rate.
-        periods: of numerator and denominator; None is a method's smallest.
-        matched: whether it means something only if both methods start from the same weights.
-        amplification: whether to say beside it what the method's feedback makes of the hidden
-            learning rates: norm ratio times cosine.
+        method: the method of the numerator.
+        reference: the method of the denominator.
+        at: "shared", the rate that all methods share; "best", each method's best rate, which must
+            not be at the edge of the grid; or a learning rate.
+        periods: the periods of numerator and denominator; None is a method's smallest.
+        matched: whether the test requires that both methods start from the same weights.
+        amplification: whether the note reports the method's initial amplification of the hidden
+            layers' learning rates: norm ratio times cosine.
     """
 
     method: str
@@ -148,20 +153,20 @@ class Ratio(Test):
     sign: ClassVar[str] = " / "
 
     def label(self, comparison: Results) -> str:
-        """The methods, with their periods if these are what differs."""
+        """The methods, with their periods where these are given."""
         names = zip((self.method, self.reference), self.periods, strict=True)
         return self.sign.join(comparison.label(m) + (f", T = {t}" if t else "") for m, t in names)
 
     def evaluate(self, comparison: Results) -> Part:
-        """Measures it; raises `NotTestable` where the comparison cannot."""
+        """Evaluates the test; raises `NotTestable` if the comparison does not allow it."""
         metric = getattr(self, "metric", None)
         pair = self.method, self.reference
         starts = comparison.different_starts(*pair)
         if self.matched and starts:
             raise NotTestable(starts)
         _check_inside(comparison, self.at, pair, self.periods)
-        found = comparison.compared(*pair, at=self.at, periods=self.periods, metric=metric)
-        steps = f"steps to loss {statistics.number(comparison.target_loss)}"
+        found = comparison.paired_difference(*pair, at=self.at, periods=self.periods, metric=metric)
+        steps = f"steps to loss {statistics.format_number(comparison.target_loss)}"
         what = metric.replace("_", " ") if metric else steps
         result = (found.mean.judge if metric else found.mean.judge_ratio)(self.within)
         notes = [found.note, starts]
@@ -171,9 +176,9 @@ class Ratio(Test):
             values = comparison.grid(self.method, period).values
             steps = np.exp(values[comparison.rates.index(found.rates[0])])
             if steps.max() <= period:
-                notes.append("no run lasted one period: it synced only at the start")
-        flags, where = found.censored, f"{what} {_at(self.at, *found.rates)}"
-        return self.found(
+                notes.append("every run ended within one period: it synced only at the start")
+        flags, where = found.censored, f"{what} {_format_rates(self.at, *found.rates)}"
+        return self.with_result(
             comparison, where, result, np.size(flags), joined(*notes), int(np.sum(flags))
         )
 
@@ -195,15 +200,15 @@ class Difference(Ratio):
 
 @dataclasses.dataclass(frozen=True)
 class Share(Test):
-    """How much of a reference's gain over a control a method has: (m - c) / (r - c) of a metric.
+    """A method's share of the gain of a reference over a control: (m - c) / (r - c) of a metric.
 
-    Each method is at its best rate. By Fieller's method; not testable where the reference may have
-    no gain.
+    Each method is at its best rate. The interval is Fieller's; the test is not testable if the
+    reference has no significant gain.
 
     Attributes:
-        method: m.
-        reference: r.
-        over: c, such as "frozen".
+        method: the method with the metric m.
+        reference: the reference with the metric r.
+        over: the control with the metric c, such as "frozen".
         metric: a column of the table "runs".
     """
 
@@ -216,7 +221,7 @@ class Share(Test):
     words: ClassVar[str] = "{method}: share of the gain of {reference} over {over}"
 
     def evaluate(self, comparison: Results) -> Part:
-        """Measures it; raises `NotTestable` where the comparison cannot."""
+        """Evaluates the test; raises `NotTestable` if the comparison does not allow it."""
         methods = self.method, self.reference, self.over
         rates = _check_inside(comparison, "best", methods)
         grids = [comparison.grid(method, metric=self.metric) for method in methods]
@@ -226,14 +231,16 @@ class Share(Test):
         )
         if np.isnan([method, reference, over]).any():
             raise NotTestable(f"{self.metric} is not known for every run")
-        sign = comparison.better(self.metric) or np.sign(np.mean(reference - over))
+        sign = comparison.improvement_sign(self.metric) or np.sign(np.mean(reference - over))
         gain = statistics.student(sign * (reference - over))
         if not gain.interval[0] > 0:
-            said = Estimate(gain.estimate, *gain.interval)
-            raise NotTestable(f"the reference may gain nothing over the control: {said}")
+            gained = Estimate(gain.estimate, *gain.interval)
+            raise NotTestable(
+                f"the gain of the reference over the control is not significant: {gained}"
+            )
         result = statistics.fieller(method - over, reference - over).judge(self.within)
-        where = f"{self.metric.replace('_', ' ')} {_at('best', *rates)}"
-        return self.found(comparison, where, result, 3 * over.size)
+        where = f"{self.metric.replace('_', ' ')} {_format_rates('best', *rates)}"
+        return self.with_result(comparison, where, result, 3 * over.size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +248,7 @@ class Trend(Test):
     """Steps to the target loss grow from method to method, by Page's test with seeds as blocks.
 
     Attributes:
-        methods: in the order of growth.
+        methods: the methods, in the order in which steps grow.
         at: "shared" or a learning rate.
     """
 
@@ -256,12 +263,14 @@ class Trend(Test):
         return "steps grow from " + " to ".join(map(comparison.label, self.methods))
 
     def evaluate(self, comparison: Results) -> Part:
-        """Measures it; raises `NotTestable` where the comparison cannot."""
-        rate, logs, flags, notes = comparison.together(self.methods, self.at)
+        """Evaluates the test; raises `NotTestable` if the comparison does not allow it."""
+        rate, logs, flags, notes = comparison.log_steps_at(self.methods, self.at)
         result = statistics.trend(logs.T)
         if any(map(statistics.too_many, flags)):
             result = result._replace(p_holds=1.0, p_fails=1.0)
-            notes.insert(0, "more than a tenth of a method's runs are censored: no conclusion")
+            notes.insert(
+                0, "more than a tenth of a method's runs are censored, so there is no conclusion"
+            )
         columns = [c for c in map(str, comparison.evaluations) if c.startswith("weight_angle/")]
         angles = [
             np.mean([comparison.measured(name, method, rate, end=False) for name in columns])
@@ -270,15 +279,15 @@ class Trend(Test):
         if angles:
             notes.append(f"angles of feedback to weights at the start: {_listed(angles)} degrees")
         more = np.size(flags), joined(*notes), int(np.sum(flags))
-        return self.found(comparison, f"at rate {rate:g}", result, *more)
+        return self.with_result(comparison, f"at rate {rate:g}", result, *more)
 
 
 @dataclasses.dataclass(frozen=True)
 class FinalAngle(Test):
-    """The angle of the final error to the true one, at the hidden layer nearest the output.
+    """The angle between the final error and the true one, at the last hidden layer.
 
     Attributes:
-        method: at its best rate.
+        method: the method, at its best rate.
     """
 
     method: str
@@ -286,10 +295,10 @@ class FinalAngle(Test):
     words: ClassVar[str] = "{method}, final error angle at the last hidden layer"
 
     def evaluate(self, comparison: Results) -> Part:
-        """Measures it; raises `NotTestable` where the comparison cannot."""
+        """Evaluates the test; raises `NotTestable` if the comparison does not allow it."""
         where, angles = _final_error_angles(comparison, self.method, comparison.hidden[-1:])
         result = statistics.student(angles[:, 0]).judge(self.within)
-        return self.found(comparison, where, result, len(angles))
+        return self.with_result(comparison, where, result, len(angles))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,7 +306,7 @@ class ErrorAngleTrend(Test):
     """The final error angle grows with distance from the output, by Page's test.
 
     Attributes:
-        method: at its best rate.
+        method: the method, at its best rate.
     """
 
     method: str
@@ -307,16 +316,18 @@ class ErrorAngleTrend(Test):
     words: ClassVar[str] = "{method}, final error angle grows with distance from the output"
 
     def evaluate(self, comparison: Results) -> Part:
-        """Measures it; raises `NotTestable` where the comparison cannot."""
+        """Evaluates the test; raises `NotTestable` if the comparison does not allow it."""
         depth = len(comparison.hidden)
         if depth < 3:
-            raise NotTestable(f"a trend over hidden layers needs at least 3 of them, not {depth}")
+            raise NotTestable(
+                f"a trend over hidden layers needs at least 3; the network has {depth}"
+            )
         where, angles = _final_error_angles(comparison, self.method, comparison.hidden[::-1])
-        note = f"from the output on, {_listed(angles.mean(axis=0))} degrees"
-        return self.found(comparison, where, statistics.trend(angles), len(angles), note)
+        note = f"from the output to the input: {_listed(angles.mean(axis=0))} degrees"
+        return self.with_result(comparison, where, statistics.trend(angles), len(angles), note)
 
 
-def _at(at, *rates):
+def _format_rates(at, *rates):
     *most, last = (f"{rate:g}" for rate in rates)
     return (
         f"each at its best rate ({', '.join(most)} and {last})"
@@ -330,21 +341,21 @@ def _listed(numbers):
 
 
 def _check_inside(comparison, at, methods, periods=(None, None, None)):
-    """The methods' rates: best ones must be chosen among several, and lie inside the grid."""
+    """The methods' rates; raises NotTestable for best rates at the edge of the grid."""
     rates = [comparison.rate(m, at, t) for m, t in zip(methods, periods, strict=False)]
     for method, rate in zip(methods, rates, strict=True):
         if at == "best" and len(comparison.rates) == 1:
-            raise NotTestable("one learning rate leaves none to choose: more are needed")
+            raise NotTestable("best rates need a grid of at least 2 learning rates")
         if at == "best" and comparison.at_edge(rate):
             raise NotTestable(
                 f"the best rate of {method}, {rate:g}, lies at the edge of the grid: a better one "
-                "may lie beyond, so widen the learning rates"
+                "may lie outside, so use a wider grid of learning rates"
             )
     return rates
 
 
 def _amplification(comparison, method, rate):
-    """What feedback makes of the hidden learning rates before training, from the kernels above."""
+    """A note on the initial amplification of hidden learning rates by the kernels above them."""
 
     def start(name, path):
         return comparison.measured(f"{name}/{path}", method, rate, end=False)
@@ -354,11 +365,14 @@ def _amplification(comparison, method, rate):
         for path in comparison.kernels[1:]
     ]
     above = np.cumprod(factors[::-1], axis=0)[::-1].mean(axis=1)
-    return f"hidden rates that count (norm ratio × cosine) start at {_listed(above)} times the rate"
+    return (
+        "effective rates of the hidden layers (norm ratio × cosine) start at "
+        f"{_listed(above)} times the rate"
+    )
 
 
 def _final_error_angles(comparison, method, kernels):
-    """Where they are measured, and `(seeds, kernels)` degrees."""
+    """The rate at which they are measured, as text, and `(seeds, kernels)` degrees."""
     (rate,) = _check_inside(comparison, "best", [method])
     angles = [comparison.measured(f"error_angle/{k}", method, rate, end=True) for k in kernels]
     if not angles or not np.isfinite(angles).all():

@@ -1,6 +1,6 @@
-"""What a figure is, how it looks, and its files.
+"""The class of figures, their common style, and the files that are written.
 
-Words and axes have the colour of the text around them, so that a page may be light or dark.
+Text and axes have the colour of the surrounding text, so that a page can be light or dark.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from altair import LayerChart
 
 from soap_jax.study import files
 
-GREY = "#8a8a8a"  # seen on white and on black
+GREY = "#8a8a8a"  # visible on white and on black
 INK = {"labelColor": "currentColor", "titleColor": "currentColor", "titleFontWeight": "normal"}
 AXIS = {"domainColor": GREY, "tickColor": GREY, "gridColor": GREY, "gridOpacity": 0.25}
 LEGEND = {"orient": "bottom", "columns": 2, "labelLimit": 300, "symbolSize": 60, "symbolOpacity": 1}
@@ -34,15 +34,15 @@ CONFIG: dict[str, Any] = {
 }
 
 PANELS = ("loss_curves", "steps_to_loss", "angles")
-"""What is side by side in the overview."""
-CONVERT: dict[str, Callable[[str], bytes]] = {
+"""The names of the figures in the overview."""
+CONVERTERS: dict[str, Callable[[str], bytes]] = {
     ".svg": str.encode,
     ".png": functools.partial(vl_convert.svg_to_png, scale=2),
     ".pdf": vl_convert.svg_to_pdf,
 }
-"""The files of a figure, from its SVG."""
+"""The converters from SVG to the content of a file, by file suffix."""
 Cells = tuple[list[str], list[list[str]]]
-"""The head of a table, and its rows."""
+"""The header and the rows of a table."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,13 +50,13 @@ class Figure:
     """A figure.
 
     Attributes:
-        name: of its files.
-        title: a few words.
-        caption: what is seen, and how bands and intervals are made.
-        alt: the figure in words, for those who cannot see it.
-        chart: the figure, or None where there is nothing to see.
-        table: its numbers.
-        empty: what to say where there is nothing to see.
+        name: the name of its files, without suffix.
+        title: the title.
+        caption: the caption, which explains the content, bands and intervals.
+        alt: a description of the figure for people who cannot see it.
+        chart: the chart; None if there are no data.
+        table: the data of the figure.
+        empty: the text that replaces the figure if there are no data.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Figure:
 
     @functools.cached_property
     def spec(self) -> dict[str, Any]:
-        """The figure in Vega-Lite; empty where there is nothing to see."""
+        """The figure in Vega-Lite; empty if there are no data."""
         if self.chart is None:
             return {}
         chart = self.chart.properties(title=self.title, description=self.alt)
@@ -77,14 +77,14 @@ class Figure:
 
 
 def save(figures: Sequence[Figure], directory: pathlib.Path) -> None:
-    """Writes each figure as SVG, PNG and PDF, and the first ones side by side as an overview."""
+    """Writes each figure as SVG, PNG and PDF, and an overview of those in `PANELS`."""
     for figure in figures:
         save_svg(_svg(figure.spec), directory / figure.name)
     overview = [figure for figure in figures if figure.name in PANELS]
-    save_svg(beside(overview), directory / "overview")
+    save_svg(side_by_side(overview), directory / "overview")
 
 
-def beside(figures: Sequence[Figure], resolve: str = "shared") -> str:
+def side_by_side(figures: Sequence[Figure], resolve: str = "shared") -> str:
     """Figures side by side as SVG, with a "shared" legend or "independent" ones."""
     specs = [figure.spec for figure in figures if figure.chart]
     panels = [{k: v for k, v in spec.items() if k not in ("$schema", "config")} for spec in specs]
@@ -98,8 +98,8 @@ def _svg(spec):
 
 
 def save_svg(svg: str, stem: pathlib.Path) -> None:
-    """Writes a drawing as SVG, PNG and PDF; none of them is left where it is empty."""
-    for suffix, convert in CONVERT.items():
+    """Writes a drawing as SVG, PNG and PDF; if it is empty, deletes these files."""
+    for suffix, convert in CONVERTERS.items():
         path = stem.with_suffix(suffix)
         if svg:
             content = convert(svg)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and directories that one process writes to."""
+"""Files that are written atomically, and directories that one process at a time writes to."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _UNFINISHED = ".unfinished"
 
 @contextlib.contextmanager
 def locked(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Holds a directory for this process alone; it is made if it is not there.
+    """Locks a directory for this process, and creates it if it does not exist.
 
-    What a killed process left half written is removed.
+    Half-written files that a killed process left are removed.
 
     Raises:
-        ValueError: if another process holds it, or it cannot be written.
+        ValueError: if another process holds the lock, or the directory cannot be written to.
     """
     path = pathlib.Path(path)
     try:
@@ -39,7 +39,7 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         raise _cannot_write(path, error) from error
     try:
-        for depth in ("", "*/"):  # no deeper, whatever else lies under `path`
+        for depth in ("", "*/"):  # no deeper: other directories may lie under `path`
             for leftover in path.glob(f"{depth}.*{_UNFINISHED}"):
                 leftover.unlink()
         yield
@@ -48,7 +48,7 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def is_writable(path: pathlib.Path) -> bool:
-    """Whether files can be made in a directory."""
+    """Whether files can be created in a directory."""
     try:
         with tempfile.TemporaryFile(dir=path):
             return True
@@ -57,11 +57,11 @@ def is_writable(path: pathlib.Path) -> bool:
 
 
 def check_path(path: pathlib.Path) -> None:
-    """Raises ValueError if no directory can be called so: a name is too long, or out of reach."""
+    """Raises ValueError if a directory cannot have this path: too long a name, or no access."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        pass  # `locked` makes it, or says why not
+        pass  # `locked` creates it, or raises an error with the reason
     except OSError as error:
         raise _cannot_write(path, error) from error
 
@@ -76,7 +76,7 @@ def write_atomically(path: pathlib.Path, write: Callable[[IO[bytes]], Any]) -> N
     """Calls `write(file)` on a file beside `path`, then renames it to `path`.
 
     Raises:
-        OSError: if it cannot be written; then `path` is as it was.
+        OSError: if the file cannot be written; `path` is then unchanged.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,5 +103,5 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def write_json(path: pathlib.Path, record: Any) -> None:
-    """Writes what JSON can hold atomically."""
+    """Writes a record that JSON can represent, atomically."""
     write_text(path, json.dumps(record, indent=2) + "\n")

@@ -1,18 +1,20 @@
-"""How much of raw sign sync's effect on speed goes through the hidden layers' learning rate.
+"""Mediation analysis: the part of raw sign sync's effect on speed due to the learning rate.
 
     rule ──> effective learning rate of the hidden layers ──> steps to the target loss
       └────> direction of the error that reaches them ─────────────────┘
 
-Raw signs change both. Two controls change one alone: `bp_scaled_live` has the size of `sign`'s
-error and the direction of backprop, `sign_norm` the direction of `sign` and nearly backprop's size.
-What an error of the same size, but off the true direction, loses in speed counts as direction.
-Steps are compared at the shared rate, seed by seed, and the logarithms of ratios add up:
+Raw signs change both mediators: the effective learning rate of the hidden layers and the direction
+of the error. Two controls change only one of them. `bp_scaled_live` has the size of `sign`'s error
+and the direction of backprop; `sign_norm` has the direction of `sign` and nearly the size of
+backprop's error. A loss of speed at the same size of the error, due to its wrong direction, counts
+as an effect of direction. Steps are compared at the shared rate, seed by seed, and the logarithms
+of ratios add up:
 
     rate first         log(sign / bp) = log(bp_scaled_live / bp) + log(sign / bp_scaled_live)
     direction first    log(sign / bp) = log(sign_norm / bp) + log(sign / sign_norm)
 
-The two orders differ by how rate and direction interact; the average of both is Shapley's.
-`bp_scaled`, with a factor fixed before training, is a check of how much that matters.
+The two orders differ by the interaction of rate and direction; their average is the Shapley value.
+`bp_scaled`, whose factor is fixed before training, checks how much an updated factor matters.
 
 References:
     VanderWeele, Explanation in Causal Inference, 2015, chapters 2 and 7.
@@ -33,7 +35,7 @@ from soap_jax.study.results import NotTestable, Results, joined
 
 _CONTRASTS: tuple[
     tuple[Any, ...], ...
-] = (  # weights of log steps: of the whole effect, of none, of rate or direction alone
+] = (  # order, path, VanderWeele's term; weights of the log steps of sign, bp and the two controls
     ("total", "total", "total effect", (1, -1, 0, 0)),
     ("rate first", "rate", "pure natural indirect effect", (0, -1, 1, 0)),
     ("rate first", "direction", "total natural direct effect", (1, 0, -1, 0)),
@@ -47,17 +49,17 @@ _FIXED = "rate first, fixed at the start"
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-    """A factor on the steps to the target loss, and its share of the total on the log scale.
+    """An effect: a factor on the steps to the target loss, and its share of the total effect.
 
     Attributes:
-        order: which link is changed first; "total" for the whole.
+        order: the mediator that is changed first, or "average"; "total" for the total effect.
         path: "total", "rate" or "direction".
-        term: what VanderWeele calls it.
-        ratio: the factor; below 1 is faster. NaN where censored runs leave no estimate.
-        low: lower end of its 95 % interval; 0 where censored runs leave it open.
-        high: upper end; infinite where they leave it open.
-        share: log of the factor over that of the total; NaN where runs are censored.
-        share_low: lower end of its 95 % interval (Fieller's); NaN where that is unbounded.
+        term: the name of the effect in VanderWeele's book.
+        ratio: the factor; below 1 is faster. NaN if censored runs leave no estimate.
+        low: lower end of its 95 % interval; 0 if censored runs leave it open.
+        high: upper end; infinite if censored runs leave it open.
+        share: log factor of this effect over log factor of the total; NaN if runs are censored.
+        share_low: lower end of its 95 % interval (Fieller's); NaN if that is unbounded.
         share_high: upper end.
     """
 
@@ -74,15 +76,15 @@ class Effect:
 
 @dataclasses.dataclass(frozen=True)
 class Mediation:
-    """The effect of raw sign sync on steps, taken apart.
+    """The effect of a method on steps, decomposed into the effects along two paths.
 
     Attributes:
-        testable: False where `note` says why there is nothing else.
-        note: what a reader must know beside the numbers, or "".
+        testable: False if there are no effects; `note` then gives the reason.
+        note: remarks on the numbers, or "".
         learning_rate: the shared rate.
         effects: the total, both orders, their average, and the check with a fixed factor.
-        effective_rates: by method, the learning rates that count at the first hidden kernel, before
-            training and at its end; means over seeds at the shared rate.
+        effective_rates: for each method, the effective learning rates of the first kernel before
+            and after training; means over seeds at the shared rate.
     """
 
     testable: bool
@@ -95,7 +97,7 @@ class Mediation:
         """The effect along a path ("total", "rate" or "direction").
 
         Raises:
-            KeyError: if there is none: not testable, or `fixed` is not in the study.
+            KeyError: if there is none, since it is not testable or `fixed` is not in the study.
         """
         order = "total" if path == "total" else order
         for effect in self.effects:
@@ -113,15 +115,15 @@ def mediate(
     direction: str = "sign_norm",
     fixed: str = "bp_scaled",
 ) -> Mediation:
-    """Takes the effect of a method apart.
+    """Decomposes the effect of a method on steps.
 
     Args:
-        comparison: with the methods below.
-        method: what changes rate and direction.
-        reference: what changes neither.
-        rate: the control that changes the rate alone.
-        direction: the control that changes the direction alone.
-        fixed: the control whose factor is fixed at the start; it may be missing.
+        comparison: a comparison with the methods below.
+        method: the method that changes rate and direction.
+        reference: the method that changes neither.
+        rate: the control that changes only the rate.
+        direction: the control that changes only the direction.
+        fixed: the control whose factor is fixed at the start; it may be absent.
     """
     try:
         return _mediate(comparison, [method, reference, rate, direction], fixed)
@@ -130,25 +132,25 @@ def mediate(
 
 
 def tabulate(mediation: Mediation) -> pd.DataFrame:
-    """One row per effect; no rows where it is not testable."""
+    """One row per effect; no rows if it is not testable."""
     columns = [field.name for field in dataclasses.fields(Effect)]
     return pd.DataFrame(map(vars, mediation.effects), columns=columns)
 
 
 def _mediate(comparison, core, fixed):
     if (optimizer := comparison.protocol["optimizer"]) != "sgd":
-        raise NotTestable(f"the optimizer is {optimizer}: the diagram is about SGD")
+        raise NotTestable(f"the optimizer is {optimizer}, and the decomposition is for SGD")
     if len(comparison.seeds) < 2:
-        raise NotTestable("one seed has no spread: at least 2 are needed")
+        raise NotTestable("there is one seed; at least 2 are needed for an interval")
     methods = core + [fixed] * (fixed in comparison.methods)
-    rate, logs, flags, notes = comparison.together(methods)
+    rate, logs, flags, notes = comparison.log_steps_at(methods)
     many = [method for method, of in zip(methods, flags, strict=True) if statistics.too_many(of)]
     if set(many) - {fixed}:
         raise NotTestable(f"more than a tenth of a method's runs are censored: {joined(*notes)}")
     effects = [_effect(contrast, logs[:4], flags[:4]) for contrast in _CONTRASTS]
     if many:
         flags = flags[:4]
-        notes.append(f"so nothing is said of {fixed}")
+        notes.append(f"so {fixed} has no effects here")
     elif fixed in methods:
         check = [0, 1, 4, 3]
         fixed_first = [(_FIXED, *c[1:]) for c in _CONTRASTS if c[0] == "rate first"]
@@ -156,7 +158,7 @@ def _mediate(comparison, core, fixed):
     if flags.any():
         notes.append("effects with censored runs are bounds, without shares")
     elif math.isnan(effects[0].share_low):
-        notes.append("the total effect is not clearly other than none: shares have no interval")
+        notes.append("the total effect is not significant: shares have no interval")
     column = f"effective_learning_rate/{comparison.hidden[0]}"
     effective = {
         method: [comparison.measured(column, method, rate, end=e).mean() for e in (False, True)]
@@ -166,7 +168,7 @@ def _mediate(comparison, core, fixed):
 
 
 def _effect(contrast, logs, flags):
-    """One effect; a censored run leaves the side open on which its steps might be more."""
+    """One effect; censored runs, whose steps may be larger, leave one or both sides open."""
     order, path, term, weights = contrast
     lost = flags.any(axis=1)
     above, below = (bool(np.any(lost & (np.multiply(s, weights) > 0))) for s in (1, -1))

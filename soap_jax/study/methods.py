@@ -1,7 +1,8 @@
-"""The methods of a comparison: one registry, read by tables, figures, reports and the command line.
+"""The methods of a comparison: one registry for tables, figures, reports and the command line.
 
-Feedback larger than its kernel multiplies the learning rate of the layers below, and of no other.
-`bp_scaled` does that to backprop: its feedback is the kernel itself, made as large as its signs.
+Feedback that is larger than its kernel multiplies the learning rate of the layers below it, and
+only of those. `bp_scaled` applies the same factor to backprop: its feedback is the kernel, scaled
+to the norm of the kernel's signs.
 """
 
 from __future__ import annotations
@@ -32,56 +33,59 @@ from soap_jax import (
 from soap_jax.tasks import Taps, Task
 
 FEEDBACK_RATE = 0.01
-"""The rate at which feedback descends the losses of `soap_jax.local`, by plain SGD, at every rate.
+"""The learning rate of feedback on the losses of `soap_jax.local`, by plain SGD.
 
-On digits with 256 tanh units, at a learning rate of 0.05, feedback is 71 degrees off its kernel
-after 20 epochs of FA, 59 by information alignment, 65 by activation alignment, 2 by symmetric
-alignment. With a third of this rate symmetric alignment is still at 21 degrees; with three times as
-much information and activation alignment diverge at a learning rate of 0.3 in networks of ReLUs,
-and the former in those of three hidden layers, too."""
+It does not depend on the learning rate of params.
+
+It was chosen on digits with 256 tanh units, at a learning rate of 0.05. The angle of feedback to
+its kernel after 20 epochs is 71 degrees for FA, 59 for information alignment, 65 for activation
+alignment and 2 for symmetric alignment. At a third of this rate symmetric alignment is still at 21
+degrees. At three times this rate information and activation alignment diverge at a learning rate of
+0.3 in ReLU networks, and information alignment also in networks with three hidden layers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Method:
-    """A learning method; all fields left alone make backprop.
+    """A learning method; with the default of every field it is backprop.
 
-    Feedback is that of `soap_jax.with_feedback` on the task's loss, unless the method has a loss or
-    a gradient of its own. For a task with a state, `loss` and `gradient` take it after feedback and
-    return it as `jax.value_and_grad(..., has_aux=True)` would.
+    The method trains `soap_jax.with_feedback` of the task's loss, unless it has a loss or a
+    gradient of its own. For a task with a state, `loss` and `gradient` take the state after
+    feedback and return it as `jax.value_and_grad(..., has_aux=True)` would.
 
     Attributes:
-        rule: how feedback changes outside the optimiser, `soap_jax.Fixed()` for FA; or a mapping
-            from path patterns to rules, as in `soap_jax.init_feedback`.
-        feedback_bar: feedback's own gradient, as in `soap_jax.with_feedback`; with one, the
-            optimiser is over `(params, feedback)`.
-        where: the kernels with feedback, as in `soap_jax.init_feedback`; by default all that
-            `soap_jax.explain` finds it can serve.
-        initializer: of feedback, as in `soap_jax.init_feedback`.
-        direct: what is sent straight to the values that the task names (`soap_jax.tasks.Taps`):
-            the output's "exact" error (DFA), its "sign" (sDFA) or the "target" (DRTP). The
-            projections take feedback's place; `feedback_bar` is their own gradient.
-        taps: the values that get direct feedback, in place of the task's.
-        loss: `(params, feedback, batch) -> scalar`, for what is no feedback on the task's loss;
-            with a state `(params, feedback, state, batch, key) -> (scalar, state)`.
+        rule: the rule that changes feedback outside the optimiser, `soap_jax.Fixed()` for FA; or a
+            mapping from path patterns to rules, as in `soap_jax.init_feedback`.
+        feedback_bar: the gradient of feedback, as in `soap_jax.with_feedback`; if given, the
+            optimiser also updates feedback: it is over `(params, feedback)`.
+        where: the kernels with feedback, as in `soap_jax.init_feedback`; by default every kernel
+            for which `soap_jax.explain` says that feedback has an effect.
+        initializer: the initialiser of feedback, as in `soap_jax.init_feedback`.
+        direct: the signal of direct feedback: the output's "exact" error (DFA), its "sign" (sDFA)
+            or the "target" (DRTP). It is sent to the values that the task names
+            (`soap_jax.tasks.Taps`). Projections replace feedback, and `feedback_bar` is then the
+            gradient of the projections.
+        taps: the values that get direct feedback; by default the task's taps.
+        loss: `(params, feedback, batch) -> scalar`, a loss that replaces `with_feedback` of the
+            task's loss; with a state `(params, feedback, state, batch, key) -> (scalar, state)`.
         init_feedback: `(key, params, batch) -> feedback`, any tree.
-        gradient: `(params, feedback, batch, key, step, learning_rate) -> (loss, gradient)`, for
-            what is no gradient of a loss.
-        estimator: what makes gradients of the task's own loss, such as
+        gradient: `(params, feedback, batch, key, step, learning_rate) -> (loss, gradient)`, for an
+            update that is not the gradient of a loss.
+        estimator: a gradient estimator for the task's own loss, such as
             `soap_jax.perturbation.forward_gradient`: `(loss, has_aux=True) -> grad_fn`, where
-            `loss` is `(params, *args) -> (scalar, aux)` and `grad_fn`
+            `loss` is `(params, *args) -> (scalar, aux)` and `grad_fn` is
             `(params, *args, key=key) -> ((scalar, aux), gradient)`.
-        optimizer: `(base, learning_rate) -> optimiser`, around the task's own.
-        reference: the method that it is compared with.
-        label: what tables and figures call it; by default its key.
-        color: in figures; by default one by its place.
-        isolates: what a comparison with it isolates, in a few words.
-        paper: who wrote of it first.
-        scale: for backprop whose kernels, as errors pass them, are multiplied by
-            `norm(sign(W)) / norm(W)`: that of the "start", or a "live" one.
-        last_only: whether the last kernel alone learns, and what is used after it.
-        swept: whether `compare(periods=...)` multiplies its runs, if it has a rule with a period.
-        needs: what it needs of a task and only a method of your own can bring: such a method is
-            `dataclasses.replace(METHODS[name], loss=..., init_feedback=...)`.
+        optimizer: `(base, learning_rate) -> optimiser`, which wraps the task's optimiser `base`.
+        reference: the key of the method that this one is compared with.
+        label: the name in tables and figures; by default the method's key.
+        color: the colour in figures; by default the next free one of a palette.
+        isolates: the property that a comparison with this method isolates, in a few words.
+        paper: the paper that introduced the method.
+        scale: for scaled backprop, which multiplies each kernel in the backward pass by
+            `norm(sign(W)) / norm(W)`: the ratio at the "start", or the current one ("live").
+        last_only: whether only the last kernel learns, with the params that are used after it.
+        swept: whether a method whose rule has a period runs with each of `compare(periods=...)`.
+        needs: what the method needs and the task does not provide. Supply it by
+            `dataclasses.replace(METHODS[name], gradient=...)`, or by `loss` and `init_feedback`.
         init: `(key, params) -> params`, for a method that starts from other params.
     """
 
@@ -117,48 +121,48 @@ class Method:
         others = ("rule", "where", "loss", "gradient", "estimator", "init_feedback")
         set_ = [name for name in others if getattr(self, name) is not None]
         if (self.direct and set_) or (self.taps and not self.direct):
-            said = f"direct with {set_}" if self.direct else "taps without direct"
+            given = f"direct with {set_}" if self.direct else "taps without direct"
             raise ValueError(
-                f"a method has {said}; expected direct, and with it at most taps, initializer, "
-                "feedback_bar and optimizer: direct feedback takes the place of the others."
+                f"a method has {given}; expected direct with at most taps, initializer, "
+                "feedback_bar and optimizer, since direct feedback replaces the other fields."
             )
 
     @property
-    def own(self) -> bool:
-        """Whether it is direct feedback, or has a loss or a gradient of its own."""
+    def has_own_gradient(self) -> bool:
+        """Whether it uses direct feedback, or has its own loss, gradient or estimator."""
         return any(x is not None for x in (self.direct, self.loss, self.gradient, self.estimator))
 
     @property
     def exact(self) -> bool:
-        """Whether it follows the true gradient's direction, layer by layer."""
-        made = self.own or self.needs or self.feedback_bar or self.init_feedback
+        """Whether each layer's update has the direction of the true gradient."""
+        made = self.has_own_gradient or self.needs or self.feedback_bar or self.init_feedback
         return not made and (self.rule is None or self.rule == rules.Transport())
 
     @property
-    def sync(self) -> rules.Rule | Mapping[str, rules.Rule]:
-        """What its feedback follows; backprop's is W itself."""
+    def feedback_rule(self) -> rules.Rule | Mapping[str, rules.Rule]:
+        """The rule of its feedback; for backprop a rule whose feedback is W."""
         if self.rule is not None:
             return self.rule
         return Scaled(live=self.scale == "live") if self.scale else rules.Transport()
 
     @property
-    def synced(self) -> bool:
-        """Whether one period says how often its feedback changes."""
+    def has_period(self) -> bool:
+        """Whether it has a single rule with a period."""
         return isinstance(self.rule, rules.Rule) and not isinstance(self.rule, rules.Fixed)
 
     def periods(self, swept: Sequence[int] | None) -> tuple[int, ...]:
-        """The periods that it runs with; `(0,)` if it has none.
+        """The periods of its runs; `(0,)` if it has none.
 
         Example:
             >>> METHODS["sign"].periods((1, 10)), METHODS["fa"].periods((1, 10))
             ((1, 10), (0,))
         """
-        if not self.synced:
+        if not self.has_period:
             return (0,)
         return tuple(swept) if swept and self.swept else (int(self.rule.period),)  # type: ignore
 
     def describe(self) -> str:
-        """Its feedback in words that can be compared.
+        """Its feedback as text; equal methods have equal descriptions.
 
         Example:
             >>> METHODS["kp"].describe()
@@ -170,7 +174,7 @@ class Method:
                       "init_feedback", "gradient", "estimator", "optimizer"):  # fmt: skip
             value = getattr(self, field)
             if not any(value is one or value == one for one in usual):
-                said.append(f"{field}={in_words(value)}")
+                said.append(f"{field}={stable_repr(value)}")
         said += [f"scale={self.scale!r}"] * bool(self.scale)
         said += ["last_only=True"] * self.last_only
         return ", ".join(said) or "backprop"
@@ -178,16 +182,16 @@ class Method:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scaled(rules.Rule):
-    """Backprop with the scale of signs: `B <- W norm(sign(W)) / norm(W)`, a ratio of the start.
+    """Backprop with the scale of signs: `B <- W norm(sign(W)) / norm(W)`.
 
     Attributes:
-        live: whether the ratio is that of now.
+        live: whether the ratio is computed at every sync, rather than once at the start.
     """
 
     live: bool = False
 
     def init(self, kernel, feedback, key):
-        """The ratio, unless it is that of now."""
+        """The ratio at the start; None if the rule is live."""
         del feedback, key
         return None if self.live else _ratio(kernel)
 
@@ -201,17 +205,17 @@ class Scaled(rules.Rule):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnyOf(rules.Rule):
-    """One of several rules; the entry "index" of its memory, which may be traced, says which."""
+    """One of several rules, chosen by the entry "index" of its memory, which may be traced."""
 
     members: tuple[rules.Rule, ...]
 
     def init(self, kernel, feedback, key):
-        """The index and what each rule remembers."""
+        """The index and the memory of each rule."""
         own = [member.init(kernel, feedback, key) for member in self.members]
         return {"index": jnp.int32(0), "own": own}
 
     def __call__(self, kernel, feedback, key, memory=None):
-        """Returns what the rule at the index makes."""
+        """Returns the feedback of the rule at the index."""
 
         def branch(i):
             def apply(kernel, feedback, own):
@@ -228,24 +232,24 @@ class AnyOf(rules.Rule):
         return made, memory | {"own": own}
 
 
-def in_words(value) -> str:
-    """A function or a value in words that are the same in another process."""
+def stable_repr(value) -> str:
+    """The name of a function or the `repr` of a value, the same in every process."""
     if isinstance(value, functools.partial):
-        words = [*map(in_words, value.args)]
-        words += [f"{key}={in_words(of)}" for key, of in value.keywords.items()]
-        return f"{in_words(value.func)}({', '.join(words)})"
+        words = [*map(stable_repr, value.args)]
+        words += [f"{key}={stable_repr(of)}" for key, of in value.keywords.items()]
+        return f"{stable_repr(value.func)}({', '.join(words)})"
     return getattr(value, "__qualname__", None) or re.sub(" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _slowly(base, learning_rate):
-    """Params by the task's optimiser, feedback by plain SGD."""
+    """The task's optimiser for params, plain SGD for feedback."""
     del learning_rate
     parts = {"params": base, "feedback": optax.sgd(FEEDBACK_RATE)}
     return optax.partition(parts, ("params", "feedback"))
 
 
 def _held(base, learning_rate):
-    """The task's own for all that learns."""
+    """The task's optimiser for params and feedback, except for parts that are held fixed."""
     del learning_rate
     return optimizers.hold_fixed(base)
 
@@ -256,7 +260,7 @@ def _factored(initializer, **words):
 
 
 def _low_rank(key, shape, dtype):
-    """Factors of rank 10, or of the kernel's where that is less."""
+    """Factors of rank 10, or of the kernel's full rank where that is less."""
     rank = min(10, math.prod(shape[:-1]), shape[-1])
     return initializers.low_rank(rank, as_factors=True)(key, shape, dtype)
 
@@ -270,8 +274,8 @@ def _local(loss, **words):
 
 
 _KUNIN, _LIAO = "Kunin et al. 2020", "Liao et al. 2016"
-MOST_BYTES = 100
-"""The longest name of a method."""
+MAX_NAME_BYTES = 100
+"""The most bytes of a method's name."""
 
 METHODS: dict[str, Method] = {
     "bp": Method(label="backprop", color="#707070", isolates="the reference"),
@@ -293,32 +297,32 @@ METHODS: dict[str, Method] = {
         "preserve",
         label="sign sync, |B0| kept",
         color="#009E73",
-        isolates="B = |B0| sign(W): SOAP's remedy; the scale of B0, but another direction",
+        isolates="B = |B0| sign(W), SOAP's remedy: the scale of B0, but another direction",
         paper=f"{_LIAO}; SOAP 2019",
     ),
     "sign_norm": _sign(
         "norm",
         label="sign sync, norm kept",
         color="#CC79A7",
-        isolates="B = c sign(W), as large as B0: only the direction of the signs",
+        isolates="B = c sign(W) with the norm of B0: only the direction of the signs",
     ),
     "bp_scaled": Method(
         scale="start",
         label="backprop, scaled",
         color="#B87A00",
-        isolates="backprop with the scale of raw signs at the start",
+        isolates="backprop with the scale that raw signs have at the start",
     ),
     "bp_scaled_live": Method(
         scale="live",
         label="backprop, scaled live",
         color="#2F93C9",
-        isolates="backprop with the scale of raw signs, updated as the weights grow",
+        isolates="backprop with the current scale of raw signs, as the weights grow",
     ),
     "frozen": Method(
         last_only=True,
         label="hidden layers frozen",
         color="#8A8A8A",
-        isolates="only the last layer learns: every method must beat this",
+        isolates="only the last layer learns: the baseline for every method",
     ),
     "sign_glorot": _sign(
         "glorot",
@@ -338,15 +342,15 @@ METHODS: dict[str, Method] = {
         rule=rules.Transport(),
         label="weight transport",
         color="#C94F6D",
-        isolates="a copy of W, every T updates: how old the copy may be",
+        isolates="B = W, copied once per period: the effect of an outdated copy",
         paper="Akrout et al. 2019",
     ),
     "weight_mirror": Method(
         rule=rules.WeightMirror(),
-        swept=False,  # at its rate it needs hundreds of syncs
+        swept=False,  # at its learning rate it needs hundreds of syncs
         label="weight mirror",
         color="#4455FF",
-        isolates="B learns W from noise passed through the layer",
+        isolates="B learns W from noise that is sent through the layer",
         paper="Akrout et al. 2019",
     ),
     "kp": Method(
@@ -361,14 +365,14 @@ METHODS: dict[str, Method] = {
         initializers.product(10),
         label="PFA, product of factors",
         color="#5A9600",
-        isolates="B = R B0, where R learns: no synapse mirrors another",
+        isolates="B = R B0, and only R learns: no weight has a mirrored copy",
         paper="Li, Benna 2024",
     ),
     "ldfa": _factored(
         _low_rank,
         label="LDFA, low rank",
         color="#B8860B",
-        isolates="B = Q P of rank 10, both learned: few dimensions of the error pass",
+        isolates="B = Q P of rank 10, and both learn: the error has to pass a low rank",
         paper="Hanut, Kadmon 2025",
     ),
     "information_alignment": _local(
@@ -382,21 +386,21 @@ METHODS: dict[str, Method] = {
         local.SymmetricAlignment(),
         label="symmetric alignment",
         color="#CC66EE",
-        isolates="B learns from W itself",
+        isolates="B learns from W",
         paper=_KUNIN,
     ),
     "activation_alignment": _local(
         local.ActivationAlignment(),
         label="activation alignment",
         color="#BB00AA",
-        isolates="B learns from the activities, without decay of their size",
+        isolates="B learns from the activities, with a penalty on op(x, B)",
         paper=_KUNIN,
     ),
     "dfa": Method(
         direct="exact",
         label="DFA, direct feedback",
         color="#FF0033",
-        isolates="the output's error, directly to every layer",
+        isolates="the output's error is sent directly to every layer",
         paper="Nøkland 2016",
     ),
     "dkp": Method(
@@ -418,14 +422,14 @@ METHODS: dict[str, Method] = {
         direct="target",
         label="DRTP, targets",
         color="#995511",
-        isolates="DFA with the target in place of the error",
+        isolates="the target in place of the error",
         paper="Frenkel et al. 2021",
     ),
     "rflo": Method(
         needs="one step of the cell and of the loss (soap_jax.temporal)",
         label="RFLO, eligibility traces",
         color="#4682B4",
-        isolates="the current error and traces that run forward: no error goes back in time",
+        isolates="the current error and forward traces: no backward pass through time",
         paper="Murray 2019; Bellec et al. 2020",
     ),
     "activity_propagation": Method(
@@ -439,7 +443,7 @@ METHODS: dict[str, Method] = {
         estimator=perturbation.forward_gradient,
         label="forward gradient",
         color="#3E7F3E",
-        isolates="one random direction, and the exact slope of the loss along it",
+        isolates="a random direction, and the exact slope of the loss along it",
         paper="Baydin et al. 2022",
     ),
     "weight_perturbation": Method(
@@ -454,19 +458,19 @@ METHODS: dict[str, Method] = {
 
 
 def check_fits(task: Task, name: str, method: Method) -> None:
-    """Raises ValueError if a method with direct feedback lacks the values to which it goes."""
+    """Raises ValueError if a method with direct feedback lacks taps or a target."""
     if method.direct is None:
         return
     taps = method.taps or task.taps
     if taps is None:
         raise ValueError(
-            f"the method {name!r} sends the output's error straight to activations, and the task "
+            f"the method {name!r} sends the output's error directly to activations, but the task "
             "names none; expected Task(..., taps=Taps(('h1', 'h2'), output='logits')) and a loss "
             "that names these values by jax.ad_checkpoint.checkpoint_name."
         )
     if method.direct == "target" and taps.target is None:
         raise ValueError(
-            f"the method {name!r} sends the target, and the task's taps have none; expected "
+            f"the method {name!r} sends the target, but its taps have none; expected "
             "Taps(..., target=batch -> targets)."
         )
 
@@ -478,8 +482,8 @@ def resolve(methods: Mapping[str, str | Method] | Sequence[str]) -> dict[str, Me
         methods: names in `METHODS`, or a mapping from keys to names and methods.
 
     Raises:
-        ValueError: for none, for a name twice, an unknown one, what is no method, a method that
-            needs what only one of your own can bring, or one whose reference is not there.
+        ValueError: if there is no method, a name is given twice or is unknown, a value is not a
+            method, or a method lacks what it needs.
 
     Example:
         >>> {key: method.rule for key, method in resolve(["bp", "fa"]).items()}
@@ -493,16 +497,16 @@ def resolve(methods: Mapping[str, str | Method] | Sequence[str]) -> dict[str, Me
     keys = [key for key, _ in pairs]
     if not keys or any(keys.count(key) > 1 for key in keys):
         raise ValueError(
-            f"methods is {methods!r}; expected at least one and each once: names of "
-            "soap_jax.study.METHODS, or a dict from your own names to these or to Methods."
+            f"methods is {methods!r}; expected at least one method, each once: a list of names of "
+            "soap_jax.study.METHODS, or a dict from your own names to these names or to Methods."
         )
     found = {}
     for key, method in pairs:
-        said = isinstance(key, str) and key.isprintable() and "/" not in key
-        if not said or not 0 < len(key.encode()) <= MOST_BYTES:
+        valid = isinstance(key, str) and key.isprintable() and "/" not in key
+        if not valid or not 0 < len(key.encode()) <= MAX_NAME_BYTES:
             raise ValueError(
                 f"a method is named {key!r}; expected a printable string without '/', of at most "
-                f"{MOST_BYTES} bytes: it names files."
+                f"{MAX_NAME_BYTES} bytes, since it is part of file names."
             )
         if isinstance(method, str):
             grids.check_known(
@@ -511,25 +515,25 @@ def resolve(methods: Mapping[str, str | Method] | Sequence[str]) -> dict[str, Me
             method = METHODS[method]
         if not isinstance(method, Method):
             raise ValueError(
-                f"the method {key!r} is {method!r}; expected a soap_jax.study.Method, or the name "
-                "of one of the library's."
+                f"the method {key!r} is {method!r}; expected a soap_jax.study.Method or a name "
+                "of soap_jax.study.METHODS."
             )
-        if method.needs and not method.own:
+        if method.needs and not method.has_own_gradient:
             raise ValueError(
-                f"the method {key!r} needs {method.needs}, which a task does not tell; expected "
-                f"dataclasses.replace(study.METHODS[...], loss=..., init_feedback=...) with a "
-                "loss of your own (see soap_jax.direct)."
+                f"the method {key!r} needs {method.needs}, which a task does not provide; expected "
+                "a Method of your own: dataclasses.replace(study.METHODS[...], gradient=...), or "
+                "loss= and init_feedback=."
             )
-        if method.feedback_bar is not None and method.rule is None and not method.own:
+        if method.feedback_bar is not None and method.rule is None and not method.has_own_gradient:
             raise ValueError(
-                f"the method {key!r} has a feedback_bar but no rule; expected rule=Fixed(), whose "
-                "feedback the optimiser then learns."
+                f"the method {key!r} has a feedback_bar but no rule; expected rule=Fixed(): the "
+                "optimiser then learns this feedback."
             )
         found[key] = method
     return found
 
 
 def _ratio(kernel):
-    """How much larger than a kernel its signs are; 1 for a kernel of zeros."""
+    """`norm(sign(W)) / norm(W)`; 1 for a kernel of zeros."""
     size = jnp.linalg.norm(kernel)
     return jnp.where(size > 0, jnp.linalg.norm(jnp.sign(kernel)) / size, 1.0)

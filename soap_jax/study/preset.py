@@ -1,9 +1,10 @@
-"""The preset: one network on one set of images by each method, and seven claims about them.
+"""The preset study: one network on one image data set with each method, and seven claims.
 
     result = study.compare(**preset.comparison_arguments(StudyConfig(), data.load("digits")))
 
-`soap-jax study` is this, `soap-jax train` one of its runs. A field below is an option there, and
-its line under Attributes is the option's help. Importing this module loads nothing heavy.
+`soap-jax study` runs this preset, and `soap-jax train` runs one of its trainings. Each field below
+is an option of these commands, and its entry under Attributes is the help of the option. Importing
+this module loads no large libraries.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
     from soap_jax.study import methods
 
 DATASETS = {"digits": 64, "mnist": 784, "fashion_mnist": 784, "kmnist": 784, "cifar10": 3072}
-"""The data sets, and the values in an example of each."""
+"""The data sets, and the number of values in one example of each."""
 _SIGNS, _SCALED = ("sign", "sign_preserve", "sign_norm"), ("bp_scaled", "bp_scaled_live")
 DEFAULT_METHODS = ("bp", "fa", *_SIGNS, *_SCALED, "frozen")
 WEIGHT_DECAY = 1e-3
-"""The default weight decay of a study with `kp`, which cannot align without it."""
+"""The default weight decay with methods such as `kp`, which cannot align without it."""
 CHOICES = {
     "dataset": tuple(DATASETS),
     "model": ("mlp", "conv"),
@@ -41,20 +42,20 @@ CHOICES = {
     "inputs": ("standard", "unit"),
 }
 MAX_EPOCHS = 10**6
-"""The most epochs, since their orders are drawn at the start."""
+"""The most epochs. Their orders of examples are all drawn at the start."""
 MAX_WEIGHTS = 2**31 - 1
-"""The most weights in a network: 8 GiB of them."""
+"""The most weights in a network, 8 GiB as float32."""
 WARMUP = 5
-"""Updates of plain backprop before activity propagation begins, as in the original.
+"""The updates of plain backprop before activity propagation begins, as in the original package.
 
-Its bias, too, is the original's, `soap_jax.activity`'s default: on digits the hidden layers'
-gradient is then about a thousandth of backprop's, so that they hardly learn. With 1e-8 or less the
-output does not learn either."""
+The bias is also that of the original, the default of `soap_jax.activity`. On digits the gradient of
+the hidden layers is then about a thousandth of backprop's, so they hardly learn. With a bias of
+1e-8 or less the output layer does not learn either."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How methods are compared, whatever they train.
+    """The settings of a comparison of methods that do not depend on the network.
 
     Attributes:
         learning_rates: the grid of learning rates, the same for every method.
@@ -63,19 +64,19 @@ class Protocol:
         epochs: passes over the training data.
         steps: parameter updates, in place of epochs.
         batch_size: examples per step.
-        periods: updates from one synchronisation to the next; methods that sync run with each.
-            Tables and figures show the smallest.
-        target_loss: the training loss that steps are counted to; by default the smallest that every
-            run of the reference reaches within an eighth of the steps.
-        evaluations: how often a run is evaluated, in equal distances.
-        extend: at most so many more rates on a side, where some method's best rate lies at the edge
-            of the grid; each for all methods, none beyond a rate at which some run diverged.
-        measures: what else is measured: effective_rank, of each kernel's errors. It is costly: take
+        periods: updates from one synchronisation to the next; methods that sync run with each of
+            them. Tables and figures show the smallest.
+        target_loss: the training loss to which steps are counted; by default the smallest that
+            every run of the reference reaches within an eighth of the steps.
+        evaluations: number of evaluations of a run, equally spaced.
+        extend: the most learning rates to add on each side of the grid. A rate is added for all
+            methods, where some method's best rate lies at the edge and no run diverged there.
+        measures: additional measures: effective_rank, of each kernel's errors. It is costly, so use
             few evaluations.
-        chunk_size: at most so many runs per device at once; bounds memory on accelerators. By
-            default 4 on CPU, else 256.
-        memory_limit: at most so many GiB per device for the program (a process takes about 0.7
-            besides); makes chunks smaller where needed.
+        chunk_size: the most runs per device at once; limits memory on accelerators. By default 4 on
+            CPU, else 256.
+        memory_limit: the most GiB per device for the program (the process needs about 0.7 more);
+            makes chunks smaller where needed.
     """
 
     learning_rates: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
@@ -92,10 +93,10 @@ class Protocol:
     memory_limit: float | None = None
 
     def smaller(self, changes: Mapping[str, Any] | None = None):
-        """The same at a size that takes about a minute: three seeds, three rates, 300 steps.
+        """A smaller configuration for about a minute: three seeds, three rates, 300 steps.
 
         Args:
-            changes: other values of fields; numbers are the most.
+            changes: other values of fields; numbers are upper limits.
         """
         rates = self.learning_rates[:: math.ceil(len(self.learning_rates) / 3)]
         most: dict[str, Any] = {"seeds": 3, "steps": 300, "evaluations": 10}
@@ -107,7 +108,7 @@ class Protocol:
         return dataclasses.replace(self, **most)
 
     def arguments(self) -> dict[str, Any]:
-        """These fields as `soap_jax.study.compare` takes them."""
+        """These fields as arguments of `soap_jax.study.compare`."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(Protocol)}
         if self.steps is not None:
             values["epochs"] = None
@@ -118,24 +119,24 @@ class Protocol:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
-    """What is trained, and on what.
+    """The network and its data.
 
     Attributes:
         dataset: digits, mnist, fashion_mnist, kmnist or cifar10; only digits needs no download.
-        data: data of one's own instead: FILE.npz with x_train, y_train, x_test and y_test, or a
-            directory of four IDX files, unpacked or gzipped, named as MNIST's.
+        data: your own data instead: FILE.npz with x_train, y_train, x_test and y_test, or a
+            directory of four IDX files, unpacked or gzipped, with the names of MNIST's files.
         model: mlp, or conv: 3 x 3 convolutions of stride 2, then a dense layer.
         hidden: widths of the hidden layers of mlp.
         channels: output channels of the convolutions of conv.
         activation: tanh, relu or sigmoid.
-        optimizer: sgd, momentum (SGD with momentum 0.9) or adam. Claims are about sgd.
-        weight_decay: decoupled: each update also subtracts learning_rate * weight_decay * w, for
-            every method alike, and from feedback that learns by its kernel's gradient; layers that
-            are not trained do not decay. By default 0.001 with such a method (kp, pfa, ldfa, dkp),
-            else 0.
-        init: initial weights: matched draws every method's kernels alike (Glorot normal); soap is
-            that of the original package: methods without feedback start as PyTorch does (uniform
-            within 1 / √fan_in), which is slower.
+        optimizer: sgd, momentum (SGD with momentum 0.9) or adam. Claims are tested only with sgd.
+        weight_decay: decoupled weight decay: each update also subtracts
+            learning_rate * weight_decay * w. It is the same for every method, and also applies to
+            feedback that learns by its kernel's gradient. Layers that are not trained do not decay.
+            By default 0.001 if some method has such feedback (kp, pfa, ldfa, dkp), else 0.
+        init: initial weights: matched gives every method the same kernels (Glorot normal); soap is
+            that of the original package, where methods without feedback start as in PyTorch
+            (uniform within 1 / √fan_in) and learn more slowly.
         inputs: pixels: standard (mean 0 and variance 1 over the training examples) or unit (0
             to 1).
     """
@@ -154,7 +155,7 @@ class Network:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyConfig(Protocol, Network):
-    """The configuration of a study; two equal ones give the same results on the same machine.
+    """The configuration of a study; equal ones give equal results on the same machine.
 
     Attributes:
         methods: names of the methods to compare, of bp, fa, sign, sign_preserve, sign_norm,
@@ -184,8 +185,11 @@ class StudyConfig(Protocol, Network):
         for name, known in CHOICES.items():
             grids.check_known(name, getattr(self, name), known)
         if not self.methods or len(set(self.methods)) < len(self.methods):
-            said = ", ".join(self.methods) or "empty"
-            raise ValueError(f"methods is {said}; expected different ones of {', '.join(METHODS)}.")
+            given = ", ".join(self.methods) or "empty"
+            raise ValueError(
+                f"methods is {given}; expected at least one method, each once, of "
+                f"{', '.join(METHODS)}."
+            )
         for method in self.methods:
             grids.check_known("methods", method, METHODS)
         for name in self.methods:
@@ -198,8 +202,8 @@ class StudyConfig(Protocol, Network):
         self._check_widths()
         grids.check(seeds=[0], learning_rates=self.learning_rates, periods=self.periods)
         grid = math.prod(map(len, (self.methods, self.periods, self.learning_rates)))
-        said = "seeds times methods, learning_rates and periods"
-        grids.check_count(said, self.seeds * grid, most=grids.MOST_RUNS)
+        product = "seeds times methods, learning_rates and periods"
+        grids.check_count(product, self.seeds * grid, most=grids.MOST_RUNS)
         for name in ("target_loss", "memory_limit"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -223,8 +227,8 @@ class StudyConfig(Protocol, Network):
         for name in ("hidden", "channels"):
             if not (widths := getattr(self, name)):
                 raise ValueError(
-                    f"{name} is empty; expected the widths of one hidden layer or more: without "
-                    "one there is nothing for feedback to do."
+                    f"{name} is empty; expected the widths of at least one hidden layer: without "
+                    "one, feedback has no effect."
                 )
             for width in widths:
                 grids.check_count(name, width)
@@ -235,17 +239,17 @@ class StudyConfig(Protocol, Network):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(Network):
-    """The configuration of one model in training.
+    """The configuration of a single training.
 
     Attributes:
-        method: as in a study: bp, fa, sign_preserve, dfa, ...
+        method: a method of a study: bp, fa, sign_preserve, dfa, ...
         learning_rate: the learning rate.
-        seed: of initial weights, initial feedback and the order of examples, as in a study.
-        epochs: passes over the training data; more later go on from these.
+        seed: seed of initial weights, initial feedback and the order of examples, as in a study.
+        epochs: passes over the training data; with a larger number later, training continues.
         batch_size: examples per step.
         period: updates from one synchronisation of feedback to the next, for methods that sync.
-        checkpoint_every: epochs from one checkpoint to the next; the last epoch has one anyway.
-        keep: how many checkpoints to keep, the newest ones.
+        checkpoint_every: epochs from one checkpoint to the next; the last epoch always has one.
+        keep: number of checkpoints to keep; older ones are deleted.
 
     Raises:
         ValueError: for a value out of range.
@@ -274,7 +278,7 @@ class TrainConfig(Network):
         object.__setattr__(self, "weight_decay", self.as_study().weight_decay)
 
     def as_study(self) -> StudyConfig:
-        """A study of this network and method alone; it differs in which seeds it runs.
+        """A study of only this network and method; the study runs seed 0 instead of `seed`.
 
         Example:
             >>> TrainConfig(method="fa", learning_rate=0.5).as_study().learning_rates
@@ -295,15 +299,15 @@ class TrainConfig(Network):
 def comparison_arguments(
     config: StudyConfig, dataset: data.Dataset, *, scale: tasks.Scaling | None = None
 ) -> dict[str, Any]:
-    """What `soap_jax.study.compare` needs for the preset: the task, the methods and the protocol.
+    """The arguments of `soap_jax.study.compare` for the preset.
 
     Args:
         config: the configuration.
-        dataset: the data, as `soap_jax.data.load` or `soap_jax.tasks.read` gives them.
-        scale: of their inputs; by default as the configuration says.
+        dataset: the data, from `soap_jax.data.load` or `soap_jax.tasks.read`.
+        scale: the scaling of inputs; by default that of the configuration.
 
     Raises:
-        ValueError: if the data do not suit the configuration.
+        ValueError: if the data do not fit the configuration.
     """
     from soap_jax import tasks
     from soap_jax.study import preset_claims
@@ -324,7 +328,7 @@ def network(config: Network, dataset: data.Dataset) -> models.MLP | models.ConvN
     """The network without feedback.
 
     Raises:
-        ValueError: if the data do not suit it.
+        ValueError: if the data do not fit it.
     """
     import flax.linen as nn
 
@@ -335,14 +339,14 @@ def network(config: Network, dataset: data.Dataset) -> models.MLP | models.ConvN
         return models.MLP((*config.hidden, classes), activation=activation, feedback=False)
     if dataset.train.images.ndim != 4:
         raise ValueError(
-            f"model is 'conv', and examples have the shape {dataset.train.images.shape[1:]}; "
+            f"model is 'conv', but examples have the shape {dataset.train.images.shape[1:]}; "
             "expected images, (height, width) or (height, width, channels)."
         )
     return models.ConvNet(config.channels, classes, activation=activation, feedback=False)
 
 
-def in_words(config: Network, dataset: data.Dataset) -> str:
-    """What is trained, such as "64-256-10, tanh, sgd"."""
+def network_summary(config: Network, dataset: data.Dataset) -> str:
+    """The network and optimiser as text, such as "mlp 64-256-10, tanh, sgd"."""
     sizes = (dataset.train.images[0].size, *config.hidden, dataset.num_classes)
     widths = "-".join(map(str, sizes if config.model == "mlp" else config.channels))
     decay = f" with weight decay {config.weight_decay:g}" if config.weight_decay else ""
@@ -371,12 +375,12 @@ def optimizer(config: StudyConfig) -> Callable[[Any], optax.GradientTransformati
         return optax.chain(chosen, optax.add_decayed_weights(-share))
 
     decay = f", weight decay {config.weight_decay:g}" if config.weight_decay else ""
-    of_rate.__qualname__ = config.optimizer + decay  # as records say it
+    of_rate.__qualname__ = config.optimizer + decay  # the name in records
     return of_rate
 
 
 def _method(config: StudyConfig, name: str, model: Any, scale: tasks.Scaling) -> methods.Method:
-    """A method of the registry, with what the network must bring and the study's starts."""
+    """A method of the registry, completed for this network and its initial weights."""
     from soap_jax import activity, feedback, training
     from soap_jax.study.methods import METHODS
 
@@ -401,23 +405,24 @@ def _method(config: StudyConfig, name: str, model: Any, scale: tasks.Scaling) ->
 
 
 def _check_offered(name: str, model: str) -> None:
-    """Raises ValueError for a method that needs what the model does not offer."""
+    """Raises ValueError for a method whose needs the preset does not provide for the model."""
     from soap_jax.study.methods import METHODS
 
     needs = METHODS[name].needs
     offered = model == "mlp" and name == "activity_propagation"
     if needs and not offered:
         raise ValueError(
-            f"the method {name!r} needs what model={model!r} does not offer here: {needs}."
+            f"the method {name!r} needs {needs}, which model={model!r} does not offer here. Leave "
+            "the method out, or train it by soap_jax.study.compare on a task of your own."
         )
 
 
 def init_as_torch(key: chex.PRNGKey, params: chex.ArrayTree) -> chex.ArrayTree:
-    """Draws kernels and biases anew as PyTorch's layers do: uniform within 1 / √fan_in.
+    """Draws new kernels and biases like PyTorch's layers: uniform within 1 / √fan_in.
 
     Args:
         key: a PRNG key.
-        params: `{layer: {"kernel": ..., "bias": ...}}`; only shapes count.
+        params: `{layer: {"kernel": ..., "bias": ...}}`; only shapes are used.
     """
     import jax
     from flax import linen as nn

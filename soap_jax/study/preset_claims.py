@@ -1,4 +1,4 @@
-"""The claims that `soap-jax study` tests on an MLP, with bounds written down before any run."""
+"""The claims that `soap-jax study` tests, with bounds that were fixed before any run."""
 
 from soap_jax.study.claims import Claim
 from soap_jax.study.contrasts import INF, ErrorAngleTrend, FinalAngle, Ratio, Trend

@@ -1,4 +1,4 @@
-"""`compare`: trains a task by many methods over the same learning rates and paired seeds."""
+"""`compare`: trains a task with many methods over the same learning rates and paired seeds."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ import optax
 from jax.experimental import multihost_utils
 
 from soap_jax import convolutions, grids, sweeps
-from soap_jax.study import checks, circumstances, comparison, files, loops, statistics, store, trial
+from soap_jax.study import checks, comparison, environment, files, loops, statistics, store, trial
 from soap_jax.study import methods as registry
 from soap_jax.study.claims import Claim, Test, as_claims
 from soap_jax.study.methods import Method
 from soap_jax.tasks import Task
 
 OnProgress = Callable[[str, int | None, int, int, int], None]
-"""Called as `(method, done, in all of this method, done of all methods, in all)`; before
-compilation with None done."""
+"""A callback, `(method, done, total, done_all, total_all) -> None`: the runs that are done and
+their total, of this method and of all methods; `done` is None before the method is compiled."""
 
 
 def compare(
@@ -58,60 +58,62 @@ def compare(
     on_progress: OnProgress | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> comparison.Comparison | None:
-    """Trains a task by every method, at every learning rate, with every seed.
+    """Trains a task with every method, at every learning rate and with every seed.
 
     A seed gives every method the same initial params, the same initial feedback and the same order
-    of examples, so that methods are compared seed by seed. On CPU one run comes after the other on
-    each device, on accelerators many are one batch (see `soap_jax.sweeps`). On CPU convolutions are
-    computed as matrix products (see `soap_jax.convolutions`), and the record says so. Give JAX a
-    CPU device per core before its first use.
+    of examples, so that methods are compared seed by seed. On CPU each device trains one run after
+    another; on accelerators many runs are trained as one batch (see `soap_jax.sweeps`). On CPU
+    convolutions are computed as matrix products (see `soap_jax.convolutions`), and the record notes
+    this. For speed on CPU, configure JAX with one device per core before its first use.
 
     Args:
-        task: what is learnt.
-        methods: names in `soap_jax.study.METHODS`; or a dict from your own names to these or to
-            `Method`s.
+        task: the task: model, data and loss.
+        methods: names in `soap_jax.study.METHODS`; or a dict from your own names to these names
+            or to `Method`s.
         learning_rates: the grid, the same for every method.
-        seeds: how many, from 0 on; or which.
-        steps: parameter updates of a run; those beyond the last evaluation are left out.
+        seeds: the number of seeds, counted from 0; or the seeds themselves.
+        steps: parameter updates of a run, rounded down to a multiple of `evaluations`.
         epochs: passes over the training data, in place of `steps`. Examples are shuffled without
             replacement, and a last, incomplete batch is left out.
-        batch_size: examples per step; of batches that a function makes, as many as it makes.
+        batch_size: examples per step; ignored if `task.train` is a function, which sets it.
         optimizer: `learning_rate -> optax.GradientTransformation`; the rate may be the peak of a
             schedule.
-        periods: updates from one synchronisation to the next; methods with a rule that has a period
-            run with each. By default each rule's own.
-        evaluations: how often a run is measured, at equal distances, besides the start.
-        eval_batch_size: at most so many examples at a time in an evaluation, weighted by size; by
-            default all, as metrics that are no means need it.
-        measures: what else to measure: "effective_rank", that of each kernel's errors, as
-            `soap_jax.metrics.effective_rank` has it; costly, so take few evaluations.
+        periods: updates from one synchronisation to the next; methods whose rule has a period run
+            with each of them. By default each rule's own period.
+        evaluations: the number of evaluations of a run, equally spaced, not counting the one at the
+            start.
+        eval_batch_size: the most examples in one batch of an evaluation; batches are weighted by
+            their size. By default one batch of all examples, which metrics that are not means over
+            examples need.
+        measures: additional measures: "effective_rank", the effective rank of each kernel's errors
+            (see `soap_jax.metrics.effective_rank`). It is costly, so use few evaluations.
         target_loss: the training loss to which steps are counted. By default the smallest smoothed
             loss that every run of the reference reaches within an eighth of the steps, at its best
-            rate; none if that is above 0.9 of the loss at the start.
+            rate; there is no target if that is not below 0.9 of the loss at the start.
         select: the column by which each method's learning rate is chosen, at the end of training:
-            by default "validation_loss", without validation data "train_loss".
-        maximise: whether the largest value of it is best; to be said of what is no loss.
-        extend: at most so many more rates on a side where some method's best rate lies at the edge
-            of a grid of three rates or more, each for all methods; none beyond a rate at which some
-            run diverged. They set neither the target nor the shared rate.
-        claims: what the comparison is to test; their bounds are stored before the first run.
+            by default "validation_loss", or "train_loss" if there are no validation data.
+        maximise: whether a larger value of `select` is better; required unless it is a loss.
+        extend: the most learning rates to add on each side of a grid of at least three rates. A
+            rate is added for all methods, where some method's best rate lies at the edge of the
+            grid and no run diverged there. Added rates set neither the target nor the shared rate.
+        claims: the claims to test; their bounds are stored before the first run.
         keep_params: whether `out` also keeps each run's final params, for `Comparison.params`.
-        out: a directory. The comparison then survives a kill and goes on when the same call is
-            repeated, and methods and seeds may be added to it.
-        chunk_size: at most so many runs per device at once.
-        memory_limit: at most so many bytes per device for a program.
-        on_progress: called as runs are done.
-        record: what else the record shall say, such as a title.
+        out: the directory for results. If the process is killed, the same call resumes the
+            comparison there. Methods and seeds can be added to it later.
+        chunk_size: the most runs per device at once.
+        memory_limit: the most bytes per device for a program.
+        on_progress: called as runs finish; see `OnProgress`.
+        record: additional entries of the record, such as a title.
 
     Returns:
         The comparison, as `soap_jax.study.load(out)` returns it. Under `jax.distributed` every
-        process makes the same call, and all but the first get None.
+        process makes the same call; the first process gets the comparison, the others None.
 
     Raises:
-        ValueError: before any training, for an argument out of range; a task whose loss is no
-            scalar, not finite at the start, not a function of its arguments alone, or without a
-            kernel for feedback; a method that does not fit the task; or a directory that holds
-            other results.
+        ValueError: before any training, for an argument out of range; for a task that has no kernel
+            for feedback, or whose loss is not a scalar, not finite at the start or not a pure
+            function; for a method that does not fit the task; or for a directory that holds other
+            results.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -134,7 +136,7 @@ def compare(
     for name, method in chosen.items():
         registry.check_fits(task, name, method)
     if task.generated:
-        batch_size = trial.made_size(task)
+        batch_size = trial.generated_batch_size(task)
     if not callable(optimizer):
         raise ValueError(
             f"optimizer is {optimizer!r}; expected a function of the learning rate, such as "
@@ -143,8 +145,8 @@ def compare(
     if isinstance(seeds, int | float | np.number):
         grids.check_count("seeds", seeds, most=grids.MOST_RUNS)
         seeds = range(int(seeds))
-    seeds, learning_rates = _plain(seeds), _plain(learning_rates)
-    periods = None if periods is None else _plain(periods) or None
+    seeds, learning_rates = _as_list(seeds), _as_list(learning_rates)
+    periods = None if periods is None else _as_list(periods) or None
     grids.check(seeds=seeds, learning_rates=learning_rates, periods=periods or (1,))
     learning_rates = sorted(map(float, learning_rates))
     steps = trial.steps_of(task, steps, epochs, batch_size)
@@ -170,8 +172,8 @@ def compare(
     def points(rates):
         grid = sweeps.grid(seeds=seeds, learning_rates=rates)
         return {
-            name: [point._replace(period=period) for period in of_method for point in grid]
-            for name, of_method in periods_of.items()
+            name: [point._replace(period=period) for period in own_periods for point in grid]
+            for name, own_periods in periods_of.items()
         }
 
     num = sum(map(len, points(learning_rates).values()))
@@ -186,7 +188,7 @@ def compare(
         "measures": list(measures),
     }
     programs = _programs(task, chosen, layers, settings, keep_params)
-    facts = {
+    full_record = {
         "title": "comparison",
         "config": None,
         "command": None,
@@ -195,7 +197,7 @@ def compare(
         "protocol": {
             **settings,
             "keep_params": keep_params,
-            "optimizer": registry.in_words(optimizer),
+            "optimizer": registry.stable_repr(optimizer),
             "learning_rates": learning_rates,
             "periods": list(periods or ()),
             "target_loss": target_loss,
@@ -204,58 +206,65 @@ def compare(
             "task": fingerprint,
         },
         "seeds": seeds,
-        "methods": _described(chosen, periods_of, programs),
+        "methods": _method_records(chosen, periods_of, programs),
         "extended": [],
         "kernels": list(layers.kernels),
         "examples": task.examples,
         "window": statistics.WINDOW,
         "claims": [claim.to_dict() for claim in as_claims(claims)],
         "loops": {name: "products" if p.products else "scan" for name, (p, _) in programs.items()},
-        **circumstances.provenance(),
+        **environment.provenance(),
     }
-    _check_alike(facts)
+    _check_processes_agree(full_record)
     if out is None and keep_params:
-        raise ValueError("keep_params is True, but out is None; expected a directory for them.")
+        raise ValueError(
+            "keep_params is True, but out is None; expected out=, a directory for params."
+        )
     with contextlib.ExitStack() as stack:
-        into, path = None, None
+        out_store, path = None, None
         if jax.process_index() == 0:
             path = pathlib.Path(out or stack.enter_context(tempfile.TemporaryDirectory()))
             stack.enter_context(files.locked(path))
-            into = store.Store(path)
-            facts["extended"] = into.record.get("extended", [])
+            out_store = store.Store(path)
+            full_record["extended"] = out_store.record.get("extended", [])
         while True:
-            rates = _everywhere([*learning_rates, *facts["extended"]])
+            rates = _from_first_process([*learning_rates, *full_record["extended"]])
             mine = points(rates)
-            if into:
-                into.begin(facts, [_run(name, p) for name, of in mine.items() for p in of])
+            if out_store:
+                out_store.begin(
+                    full_record, [_run(name, p) for name, of in mine.items() for p in of]
+                )
             start = time.perf_counter()
-            _train(task, programs, mine, chunk_size, memory_limit, on_progress, into)
+            _train(task, programs, mine, chunk_size, memory_limit, on_progress, out_store)
             more = []
-            if into:
-                if not into.finished:
-                    into.finish(functools.partial(_completed, into.record, start))
-                found = comparison.load(into.path)
-                more = _beyond(found, extend)
-            if not _everywhere([float(len(more))])[0]:
+            if out_store:
+                if not out_store.finished:
+                    out_store.finish(functools.partial(_complete_tables, out_store.record, start))
+                found = comparison.load(out_store.path)
+                more = _rates_to_add(found, extend)
+            if not _from_first_process([float(len(more))])[0]:
                 break
-            facts["extended"] = _everywhere([*facts["extended"], *more])
-    if into is None:
+            full_record["extended"] = _from_first_process([*full_record["extended"], *more])
+    if out_store is None:
         return None
     if out is None:
         found.path = None
     return found
 
 
-def _completed(record, start, tables):
-    """The tables with steps to the target, which only all of them tell, and the target."""
-    view = comparison.Comparison(record, tables)
-    target = None if math.isnan(view.target_loss) else view.target_loss
-    facts = {"target_loss": target, "seconds": round(time.perf_counter() - start, 1)}
-    return tables | {"runs": view.runs}, facts
+def _complete_tables(record, start, tables):
+    """The tables with the column `steps_to_target`, and entries of the record.
+
+    The target loss is known only when all runs are done.
+    """
+    results = comparison.Comparison(record, tables)
+    target = None if math.isnan(results.target_loss) else results.target_loss
+    additions = {"target_loss": target, "seconds": round(time.perf_counter() - start, 1)}
+    return tables | {"runs": results.runs}, additions
 
 
-def _beyond(found: comparison.Comparison, extend: int) -> list[float]:
-    """The rates to add: beyond an edge where some method is best and no run diverged."""
+def _rates_to_add(found: comparison.Comparison, extend: int) -> list[float]:
+    """The rates to add beyond an edge where some method is best and no run diverged."""
     base, rates = found.protocol["learning_rates"], found.rates
     if len(base) < 3 or not extend:
         return []
@@ -271,12 +280,12 @@ def _beyond(found: comparison.Comparison, extend: int) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A training that one or several methods share.
+    """A training as a function that one or several methods share.
 
     Attributes:
-        run: the whole of it as one function.
+        run: the whole training as one function; see `loops.scanned`.
         products: whether its convolutions are computed as matrix products.
-        digest: of all that it does.
+        digest: a hash of the program.
     """
 
     run: Callable[..., Any]
@@ -285,10 +294,10 @@ class Program:
 
 
 def _programs(task, chosen, layers, settings, keep_params) -> dict[str, tuple[Program, int]]:
-    """The program of each method, and its index in it, traced to see that all of it works.
+    """The program of each method, and the method's index in it.
 
-    Which methods share one is fixed by the registry, not by who else takes part: so no result
-    depends on that.
+    Every program is traced, so that errors appear before any training. The registry fixes which
+    methods share a program, so no result depends on the other methods of a comparison.
     """
     made: dict[Any, Program] = {}
     found = {}
@@ -312,8 +321,8 @@ def _programs(task, chosen, layers, settings, keep_params) -> dict[str, tuple[Pr
 
 
 def _program(task, name, members, layers, settings, keep_params) -> Program:
-    of_method = trial.make(task, members, layers, keep_params=keep_params, **settings)
-    run = loops.scanned(of_method)
+    functions = trial.make(task, members, layers, keep_params=keep_params, **settings)
+    run = loops.scanned(functions)
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     args = scalar, jax.ShapeDtypeStruct((), jnp.float32), scalar, scalar, trial.data_of(task)
     try:
@@ -323,27 +332,27 @@ def _program(task, name, members, layers, settings, keep_params) -> Program:
             f"the method {name!r} does not fit the task: {type(error).__name__}: {error}"
         ) from error
     products = jax.devices()[0].platform == "cpu" and convolutions.convolves(jaxpr)
-    digest = hashlib.sha256(checks.text(jaxpr).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(checks.program_text(jaxpr).encode()).hexdigest()[:16]
     return Program(run, products, digest)
 
 
-def _train(task, programs, points, chunk_size, memory_limit, on_progress, into):
-    """Trains every run that is not done yet; each part is kept as soon as it is there."""
-    known = into.done() if into else set()
+def _train(task, programs, points, chunk_size, memory_limit, on_progress, out_store):
+    """Trains every run that is not done yet, and stores each part as soon as it is done."""
+    stored = out_store.done() if out_store else set()
     finished = {
-        name: _everywhere([float(_run(name, point) in known) for point in mine])
+        name: _from_first_process([float(_run(name, point) in stored) for point in mine])
         for name, mine in points.items()
     }
     total = sum(map(len, points.values()))
     data = trial.data_of(task)
     for name, (program, index) in programs.items():
         mine = points[name]
-        there = int(sum(finished[name]))
-        others = int(sum(map(sum, finished.values()))) - there
+        num_done = int(sum(finished[name]))
+        done_by_others = int(sum(map(sum, finished.values()))) - num_done
 
-        def progress(done, in_all, name=name, there=there, others=others):
+        def progress(done, in_all, name=name, num_done=num_done, done_by_others=done_by_others):
             if on_progress:
-                so_far = others + (there if done is None else done)
+                so_far = done_by_others + (num_done if done is None else done)
                 on_progress(name, done, in_all, so_far, total)
 
         progress(None, len(mine))
@@ -355,13 +364,13 @@ def _train(task, programs, points, chunk_size, memory_limit, on_progress, into):
         }
         parts = sweeps.iterate(program.run, mine, memory_limit=memory_limit, **keywords)
         for part in parts:
-            if into:
-                into.add([_run(name, mine[i]) for i in part.indices], part.results)
+            if out_store:
+                out_store.add([_run(name, mine[i]) for i in part.indices], part.results)
         finished[name] = [1.0] * len(mine)
 
 
-def _plain(values) -> list:
-    """Numbers as Python's own, of whatever they are a sequence."""
+def _as_list(values) -> list:
+    """A list of Python numbers, from a number or any sequence of numbers."""
     return np.ravel([*values] if isinstance(values, Iterable) else values).tolist()
 
 
@@ -376,10 +385,12 @@ def _check_select(task, select, maximise):
     grids.check_known("select", select, columns)
     known = (False, None) if select.endswith("_loss") else (True, False)
     if maximise not in known:
-        raise ValueError(f"maximise is {maximise!r} for {select}; expected one of {known}.")
+        raise ValueError(
+            f"maximise is {maximise!r} for {select}; expected {known[0]} or {known[1]}."
+        )
 
 
-def _described(chosen, periods_of, programs) -> dict[str, dict[str, Any]]:
+def _method_records(chosen, periods_of, programs) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "label": method.label or name,
@@ -390,16 +401,18 @@ def _described(chosen, periods_of, programs) -> dict[str, dict[str, Any]]:
             "description": method.describe(),
             "exact": method.exact,
             "program": f"{programs[name][1]} of {programs[name][0].digest}",
-            "init": method.init and registry.in_words(method.init),
+            "init": method.init and registry.stable_repr(method.init),
             "periods": list(periods_of[name]),
         }
         for name, method in chosen.items()
     }
 
 
-def _check_alike(facts):
-    """Raises ValueError, in every process, if they were not all started alike."""
-    known = {name: facts[name] for name in ("protocol", "seeds", "methods", "versions", "settings")}
+def _check_processes_agree(full_record):
+    """Raises ValueError, in every process, if processes were started differently."""
+    known = {
+        name: full_record[name] for name in ("protocol", "seeds", "methods", "versions", "settings")
+    }
     try:
         digest = np.frombuffer(hashlib.sha256(repr(known).encode()).digest(), np.uint8)
         multihost_utils.assert_equal(digest)
@@ -407,12 +420,12 @@ def _check_alike(facts):
         raise ValueError(
             "the processes of this comparison were started with different options, different "
             "versions of soap_jax or jax, or different settings of JAX or XLA; expected the same "
-            "everywhere."
+            "in every process."
         ) from None
 
 
-def _everywhere(numbers: list[float]) -> list[float]:
-    """What the first process says, in every process."""
+def _from_first_process(numbers: list[float]) -> list[float]:
+    """The numbers of the first process, in every process."""
     if jax.process_count() == 1:
         return numbers
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))

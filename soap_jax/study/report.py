@@ -1,7 +1,7 @@
-"""The report of a comparison: one HTML page that works offline, and asks nothing of any network.
+"""The report of a comparison: one HTML page that works offline and makes no network requests.
 
-The page is `templates/report.html.jinja`, which this module fills in: verdicts first, then figures,
-the causal diagram, the methods and how to repeat it all.
+This module fills in the template `templates/report.html.jinja`: verdicts first, then figures, the
+causal diagram, the methods, and how to reproduce the study.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import jinja2
 import pandas as pd
 import vl_convert
 
-from soap_jax.study import charts, claims, diagram, figures, files, mediation, screen
+from soap_jax.study import charts, claims, diagram, figures, files, mediation, terminal
 from soap_jax.study.results import Results
-from soap_jax.study.statistics import number
+from soap_jax.study.statistics import format_number
 
-VERDICTS = {  # symbol, class in the style sheet, what one claim does, what several do
+VERDICTS = {  # symbol, class in the style sheet, verb for one claim, verb for several
     claims.HOLDS: ("✓", "holds", "holds", "hold"),
     claims.FAILS: ("✗", "fails", "fails", "fail"),
     claims.UNDECIDED: ("?", "undecided", "is undecided", "are undecided"),
@@ -33,21 +33,23 @@ VERDICTS = {  # symbol, class in the style sheet, what one claim does, what seve
 def write(
     comparison: Results, findings: Sequence[claims.Finding], path: str | os.PathLike[str]
 ) -> None:
-    """Writes report.html, figures/, summary.csv and, if there are any, claims and mediation.csv.
+    """Writes report.html, figures/, and CSV tables of the summary, the claims and the mediation.
+
+    Tables without rows are not written.
 
     Args:
-        comparison: what was trained.
+        comparison: the results.
         findings: the verdicts on its claims.
-        path: a directory, made if it is not there; or a file NAME.html, for the page alone.
+        path: a directory, created if it does not exist; or a file NAME.html, for only the page.
     """
     path = pathlib.Path(path)
     if path.suffix == ".html":
         files.write_text(path, render(comparison, findings))
         return
     effects = mediation.mediate(comparison)
-    shown = charts.describe(comparison, findings)
+    shown = charts.all_figures(comparison, findings)
     figures.save(shown, path / "figures")
-    causes = diagram.describe(comparison, effects)
+    causes = diagram.make_diagram(comparison, effects)
     figures.save_svg(causes.svg if causes else "", path / "figures" / "mediation")
     tables = {
         "summary": comparison.summary(),
@@ -66,10 +68,10 @@ def render(comparison: Results, findings: Sequence[claims.Finding]) -> str:
     """The report as an HTML page that needs no other file.
 
     Args:
-        comparison: what was trained.
+        comparison: the results.
         findings: the verdicts on its claims.
     """
-    shown = charts.describe(comparison, findings)
+    shown = charts.all_figures(comparison, findings)
     return _page(comparison, findings, shown, mediation.mediate(comparison))
 
 
@@ -82,9 +84,9 @@ def _page(comparison, findings, shown, effects):
         lstrip_blocks=True,
     )
     specs = {figure.name: figure.spec for figure in shown if figure.chart}
-    for name, spec in specs.items():  # the page has titles as headings
+    for name, spec in specs.items():  # the page shows titles as headings
         specs[name] = {key: value for key, value in spec.items() if key != "title"}
-    longest = max(map(len, [*charts.names(comparison).values(), *charts.VERDICTS]))
+    longest = max(map(len, [*charts.display_names(comparison).values(), *charts.VERDICT_STYLES]))
     data = json.dumps({"specs": specs, "longest": longest}).replace("<", r"\u003c")
     versions = comparison.record.get("versions", {})
     return environment.get_template("report.html.jinja").render(
@@ -94,15 +96,15 @@ def _page(comparison, findings, shown, effects):
         glossary=_glossary(comparison),
         findings=findings,
         verdicts=VERDICTS,
-        in_words=claims.in_words,
+        format_part=claims.format_part,
         tests=lambda finding: _cells(claims.tabulate([finding]).loc[:, "label":"note"]),
         figures=shown,
         specs=data,
         vega=vega() if specs else "",
-        diagram=diagram.describe(comparison, effects),
+        diagram=diagram.make_diagram(comparison, effects),
         effects=_cells(mediation.tabulate(effects)),
-        methods=screen.summary_cells(comparison, full=True),
-        methods_note=screen.summary_notes(comparison, full=True),
+        methods=terminal.summary_cells(comparison, full=True),
+        methods_note=terminal.summary_notes(comparison, full=True),
         command=comparison.record.get("command"),
         details=_details(comparison),
         version=versions.get("soap_jax", ""),
@@ -111,17 +113,17 @@ def _page(comparison, findings, shown, effects):
 
 @functools.cache
 def vega() -> str:
-    """The JavaScript that draws figures, for a page."""
+    """The JavaScript library that draws the figures of a page."""
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace(
         "</script", r"<\/script"
     )
 
 
 def summarise(comparison: Results, findings: Sequence[claims.Finding]) -> str:
-    """One sentence about all verdicts, and no more than they say."""
+    """One sentence that counts the verdicts."""
     study = f"On {comparison.record['title']}, over {_count(len(comparison.seeds), 'seed')}"
     if not findings:
-        return f"{study}, no claim was looked at."
+        return f"{study}: no claim was tested."
     said = []
     for verdict, (_, _, one, many) in VERDICTS.items():
         keys = [finding.key for finding in findings if finding.verdict == verdict]
@@ -129,13 +131,13 @@ def summarise(comparison: Results, findings: Sequence[claims.Finding]) -> str:
             said.append(f"{len(keys)} {one if len(keys) == 1 else many} ({', '.join(keys)})")
     *most, last = said
     listed = f"{', '.join(most)} and {last}" if most else last
-    return f"{study}, of {_count(len(findings), 'claim')} {listed}."
+    return f"{study}: of {_count(len(findings), 'claim')}, {listed}."
 
 
 def _glossary(comparison):
-    """What each method isolates, and the paper that it is from."""
+    """The property that each method isolates, and the method's paper."""
     said = {}
-    for method, label in charts.names(comparison).items():
+    for method, label in charts.display_names(comparison).items():
         record = comparison.methods[method]
         paper = f" ({record['paper']})" if record["paper"] else ""
         said[label] = (record["isolates"] or record["description"]) + paper
@@ -143,17 +145,17 @@ def _glossary(comparison):
 
 
 def _cells(table: pd.DataFrame) -> figures.Cells:
-    """A table in words."""
+    """A table as text."""
     rows = table.to_numpy(object).tolist()
-    said = [[number(v) if isinstance(v, float) else str(v) for v in row] for row in rows]
+    said = [[format_number(v) if isinstance(v, float) else str(v) for v in row] for row in rows]
     return [str(column).replace("_", " ") for column in table], said
 
 
 def _setting(comparison: Results) -> str:
-    """What was trained, in a line."""
+    """The task, the protocol and the grid, in one line."""
     protocol, rates = comparison.record["protocol"], comparison.rates
     examples = comparison.record.get("examples", {}).get("train")
-    seen = [f"{number(examples)} training examples"] if examples else []
+    seen = [f"{format_number(examples)} training examples"] if examples else []
     seen += [_count(len(comparison.kernels), "kernel"), protocol["optimizer"]]
     seen += [f"batch {protocol['batch_size']}", f"{protocol['steps']:,} steps"]
     return (
@@ -168,24 +170,26 @@ def _count(number, noun):
 
 
 def _details(comparison: Results) -> dict[str, dict[str, str]]:
-    """Configuration and circumstances, as lists of terms."""
+    """Configuration, data and environment, as lists of terms."""
     record = comparison.record
     protocol = {key: value for key, value in record["protocol"].items() if key != "task"}
     known = ("data_source", "examples", "kernels", "loops", "versions", "device", "settings")
     lists = {
         "Configuration": record.get("config") or protocol,
-        "Rules of feedback": {m["label"]: m["description"] for m in comparison.methods.values()},
-        "Circumstances": {key: record[key] for key in (*known, "seconds") if record.get(key)},
+        "Feedback rules": {m["label"]: m["description"] for m in comparison.methods.values()},
+        "Data and environment": {
+            key: record[key] for key in (*known, "seconds") if record.get(key)
+        },
     }
     return {
-        title: {term.replace("_", " "): _said(value) for term, value in terms.items()}
+        title: {term.replace("_", " "): _plain_text(value) for term, value in terms.items()}
         for title, terms in lists.items()
         if terms
     }
 
 
-def _said(value: Any) -> str:
-    """A value as a list of words, without the marks of Python."""
+def _plain_text(value: Any) -> str:
+    """A value as text, without the brackets and quotes of Python."""
     if isinstance(value, str):
         return value
     if value in ([], None):

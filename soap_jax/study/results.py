@@ -1,8 +1,8 @@
-"""A comparison of methods: its tables and its record, and what they say.
+"""The results of a comparison of methods: tables, the record, and estimates from them.
 
-A method's learning rate is chosen on validation data (without any: on the training loss), and its
-metrics are then read on test data. Steps to the target loss are compared at one rate that all
-methods share, pairing the seeds; or with each method at its own best rate.
+A method's learning rate is chosen on validation data, or on the training loss if there are none;
+its metrics are then those of the test data. Steps to the target loss are compared seed by seed, at
+one rate that all methods share or with each method at its own best rate.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from soap_jax.study.store import KEYS, TABLES
 
 ORDER = ["learning_rate", "seed", "step"]
 Periods = tuple[int | None, int | None]
-"""The periods of two methods that are compared; None is a method's smallest."""
+"""The periods of the two methods of a pair; None is a method's smallest."""
 
 
 class NotTestable(ValueError):
-    """Says in words why a comparison cannot tell something."""
+    """The reason, as text, why a comparison cannot answer a question."""
 
 
-class Compared(NamedTuple):
-    """Two methods, compared seed by seed.
+class PairedDifference(NamedTuple):
+    """The difference between two methods, over paired seeds.
 
     Attributes:
-        mean: of the log ratios of steps, or of the differences in a metric.
-        rates: the learning rates of both.
-        censored: `(seeds,)` bool of each: the runs that are only bounds.
-        note: what censored runs and edges of the grid make of it, in words; else "".
+        mean: the mean of the log ratios of steps, or of the differences in a metric.
+        rates: the learning rates of both methods.
+        censored: for each method `(seeds,)` bool, the runs whose values are only bounds.
+        note: remarks on censored runs and on rates at the edge of the grid, or "".
     """
 
     mean: statistics.Mean
@@ -47,27 +47,28 @@ class Compared(NamedTuple):
 
 
 class Results:
-    """What `compare` returns and `load` reads.
+    """The tables and the record of a comparison, with estimates from them.
 
     Args:
-        record: what was run, as study.json has it.
-        tables: "runs", "evaluations" and "losses".
-        path: the directory that they are from, if any.
-        target_loss: counts steps to another loss than the study's.
+        record: the record of the comparison, the content of study.json.
+        tables: the tables "runs", "evaluations" and "losses".
+        path: the directory of the results, if there is one.
+        target_loss: a loss to which steps are counted, instead of the study's target loss.
 
     Attributes:
-        runs: a row a run.
-        evaluations: a row a run and evaluation, with the measures as NAME/PATH.
-        losses: a row a run, with every batch's loss in a list.
-        target_loss: to which steps are counted. Where none was given it is the smallest smoothed
-            training loss that every seed of the reference reaches, at its best rate, within an
-            eighth of the steps; NaN if that is not below 0.9 of the loss at the start.
+        runs: a table with a row for each run.
+        evaluations: a table with a row for each evaluation of each run; measures are columns
+            NAME/PATH.
+        losses: a table with a row for each run, which has the loss of every batch in a list.
+        target_loss: the loss to which steps are counted. If none was given, it is the smallest
+            smoothed training loss that every seed of the reference reaches, at its best rate,
+            within an eighth of the steps; NaN if that is not below 0.9 of the loss at the start.
         shared_rate: the smallest rate at which every run of the reference reaches the target within
-            half the steps: so small a rate measures how fast a method learns rather than how
-            stable it is. Without the reference it is the smallest for all methods. NaN if there is
-            none.
-        why: why there is no target loss or shared rate; else "".
-        exploratory: whether `target_loss` is another than the study's own.
+            half the steps. At a small rate the steps measure how fast a method learns, rather than
+            how stable it is. If there is no reference, the condition is on the runs of all methods.
+            NaN if there is no such rate.
+        why: the reason why there is no target loss or shared rate, or "".
+        exploratory: whether `target_loss` differs from the study's own target loss.
     """
 
     def __init__(
@@ -99,28 +100,28 @@ class Results:
         self.target_loss: float = own if target_loss is None else target_loss
         self.exploratory = target_loss is not None and target_loss != own
         if self.exploratory or self.protocol["target_loss"] is None:
-            losses = _array(self.losses)
+            losses = _loss_array(self.losses)
             steps = statistics.steps_to_loss(losses, self.target_loss, self.record["window"])
             counted = self.losses[KEYS].assign(steps_to_target=steps)
             self.runs = self.runs.drop(columns="steps_to_target").merge(counted, on=KEYS)
         self.shared_rate = self._shared()
 
     def at_target(self, loss: float) -> Self:
-        """The same runs with steps counted to another loss; its findings are exploratory."""
+        """The same runs with steps counted to another loss; findings on them are exploratory."""
         tables = {name: getattr(self, name) for name in TABLES}
         return type(self)(self.record, tables, self.path, target_loss=loss)
 
-    # What was run
+    # The study
 
     def label(self, method: str) -> str:
-        """A method's name for people; its key if it is not among the methods."""
+        """A method's name in tables and figures; its key if it is not among the methods."""
         return self.methods.get(method, {}).get("label", method)
 
     @functools.cached_property
     def metrics(self) -> list[str]:
-        """Final results by column: of test data, else validation data, else the training loss.
+        """The columns of final results: of test data, else validation data, else the training loss.
 
-        The one that chose the rates comes first.
+        The metric that chose the learning rates comes first.
         """
         columns = [
             name for name in map(str, self.runs) if name.startswith(("test_", "validation_"))
@@ -130,19 +131,19 @@ class Results:
         found = tests or columns or ["train_loss"]
         return sorted(found, key=lambda name: not name.endswith(f"_{chosen}"))
 
-    def better(self, metric: str) -> int:
+    def improvement_sign(self, metric: str) -> int:
         """1 if a larger value of a metric is better, -1 if a smaller one, 0 if unknown."""
         if metric.split("_", 1)[-1] == self.protocol["select"].split("_", 1)[-1]:
             return 1 if self.protocol["maximise"] else -1
         return -1 if metric.endswith("_loss") else 0
 
     def different_starts(self, *methods: str) -> str:
-        """Says so if methods start from different params; else ""."""
+        """A note if methods start from different params, or ""."""
         starts = {self.methods.get(method, {}).get("init") or None for method in methods}
         return "the methods start from different weights" if len(starts) > 1 else ""
 
-    def base(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The rows of a table at each method's smallest period."""
+    def at_smallest_periods(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The rows of a table with each method's smallest period."""
         smallest = {method: min(of["periods"]) for method, of in self.methods.items()}
         return table[table["period"] == table["method"].map(smallest)]
 
@@ -154,8 +155,8 @@ class Results:
         Args:
             table: "runs", "evaluations" or "losses".
             method: the method's name.
-            rate: the learning rate; None for all.
-            period: by default the method's smallest.
+            rate: the learning rate; None for all rates.
+            period: the period; by default the method's smallest.
 
         Raises:
             NotTestable: if the method, or its period, is not in the study.
@@ -171,7 +172,7 @@ class Results:
         return rows[chosen if rate is None else chosen & (rows["learning_rate"] == rate)]
 
     def measured(self, column: str, method: str, rate: float, *, end: bool) -> np.ndarray:
-        """A column of "evaluations" before training or at its end, `(seeds,)`; NaN if unknown."""
+        """A column of "evaluations" at the start or end of training, `(seeds,)`; NaN if absent."""
         rows = self.rows("evaluations", method, rate)
         rows = rows.drop_duplicates("seed", keep="last" if end else "first").set_index("seed")
         return rows.reindex(index=self.seeds, columns=[column])[column].to_numpy(float)
@@ -181,8 +182,9 @@ class Results:
 
         Args:
             method: the method's name.
-            period: by default its smallest.
-            metric: a column of "runs"; None compares the logarithms of steps to the target loss.
+            period: the period; by default its smallest.
+            metric: the column of "runs" to take; by default the logarithm of steps to the target
+                loss.
         """
         rows = self.rows("runs", method, None, period)
         if metric and metric not in rows:
@@ -198,13 +200,17 @@ class Results:
         score = score if self.protocol["maximise"] else -score
         return Runs(values, censored, diverged > 0, score, loss)
 
-    def together(
+    def log_steps_at(
         self, methods: Sequence[str], at: str | float = "shared"
     ) -> tuple[float, np.ndarray, np.ndarray, list[str]]:
-        """Methods at one rate: it, log steps `(methods, seeds)`, which are censored, and notes.
+        """The log steps of several methods at one learning rate.
+
+        Returns:
+            The rate, log steps `(methods, seeds)`, censored `(methods, seeds)` bool, and notes.
 
         Raises:
-            NotTestable: if there is no such method or rate, or they start from different params.
+            NotTestable: if there is no such method or rate, or the methods start from different
+                params.
         """
         grids = [self.grid(method) for method in methods]
         if starts := self.different_starts(*methods):
@@ -214,12 +220,12 @@ class Results:
         logs, flags = (
             np.stack([of[i] for of in part]) for part in list(zip(*grids, strict=True))[:2]
         )
-        return rate, logs, flags, [self.missing(method, rate) for method in methods]
+        return rate, logs, flags, [self.censored_note(method, rate) for method in methods]
 
-    # Which learning rate
+    # Learning rates
 
     def rate(self, method: str, at: str | float, period: int | None = None) -> float:
-        """The learning rate that `at` means: "shared", "best" or a rate.
+        """The learning rate for `at`: "shared", "best" or a rate.
 
         Raises:
             NotTestable: if there is no such rate.
@@ -239,14 +245,14 @@ class Results:
 
     def best_rate(self, method: str, period: int | None = None) -> float:
         """The rate with the best mean score; NaN if some run diverged at every rate."""
-        tuned = self.grid(method, period, self.protocol["select"]).tuned
+        tuned = self.grid(method, period, self.protocol["select"]).best_rate_index
         return math.nan if tuned is None else self.rates[tuned]
 
     def at_edge(self, rate: float) -> bool:
-        """Whether a best rate is the grid's first or last: a better one may lie beyond."""
+        """Whether a rate is the first or last of the grid, so that a better one may lie outside."""
         return len(self.rates) > 1 and rate in (self.rates[0], self.rates[-1])
 
-    # What was found
+    # Estimates
 
     def ratio(
         self, a: str, b: str, *, at: str | float = "shared", periods: Periods = (None, None)
@@ -256,20 +262,21 @@ class Results:
         Args:
             a: the numerator.
             b: the denominator.
-            at: "shared", the rate that all methods share; "best", each at its own; or a rate.
-            periods: of both; None is the smallest.
+            at: "shared", the rate that all methods share; "best", each method's own best rate; or
+                a rate.
+            periods: the periods of both methods; None is the smallest.
 
         Returns:
-            The geometric mean of the ratios with its interval; its note says what censored runs and
-            edges of the grid make of it.
+            The geometric mean of the ratios with its interval. Its note reports censored runs and
+            rates at the edge of the grid.
 
         Raises:
             NotTestable: if there is no such method or rate.
         """
-        found = self.compared(a, b, at=at, periods=periods)
+        found = self.paired_difference(a, b, at=at, periods=periods)
         return Estimate(*found.mean.judge_ratio()[:3], found.note)
 
-    def compared(
+    def paired_difference(
         self,
         a: str,
         b: str,
@@ -277,32 +284,32 @@ class Results:
         at: str | float = "shared",
         periods: Periods = (None, None),
         metric: str | None = None,
-    ) -> Compared:
-        """What `ratio` is made of; with a metric, differences in it."""
+    ) -> PairedDifference:
+        """The log ratios of steps behind `ratio`; with a metric, the differences in it."""
         pairs = list(zip((a, b), periods, strict=True))
-        above, below = (self.grid(method, period, metric) for method, period in pairs)
+        runs, reference_runs = (self.grid(method, period, metric) for method, period in pairs)
         rates = [self.rate(method, at, period) for method, period in pairs]
         i, j = map(self.rates.index, rates)
         if at == "best":
-            mean = statistics.bootstrap_t(above, below)
+            mean = statistics.bootstrap_t(runs, reference_runs)
         else:
-            mean = statistics.student(above.values[i] - below.values[j])
-        censored = above.censored[i], below.censored[j]
+            mean = statistics.student(runs.values[i] - reference_runs.values[j])
+        censored = runs.censored[i], reference_runs.censored[j]
         if metric and np.any(censored):
             raise NotTestable(f"{metric} of {a} or {b} is not known for every seed")
         mean = statistics.censor(mean, *censored)
         places = dict.fromkeys((*pair, rate) for pair, rate in zip(pairs, rates, strict=True))
-        missing = [self.missing(method, rate, period) for method, period, rate in places]
+        missing = [self.censored_note(method, rate, period) for method, period, rate in places]
         edges = [
             f"the best rate of {method}, {rate:g}, lies at the edge of the grid"
             for method, _, rate in places
             if at == "best" and self.at_edge(rate)
         ]
         note = joined(_censoring(mean, censored, joined(*missing)), *edges)
-        return Compared(mean, (rates[0], rates[1]), censored, note)
+        return PairedDifference(mean, (rates[0], rates[1]), censored, note)
 
-    def missing(self, method: str, rate: float, period: int | None = None) -> str:
-        """The runs of a method at a rate that never got there, counted; "" if there are none."""
+    def censored_note(self, method: str, rate: float, period: int | None = None) -> str:
+        """The number of censored runs of a method at a rate, as text; "" if there are none."""
         runs = self.rows("runs", method, rate, period)
         diverged = int(runs["diverged"].sum())
         censored = int((runs["diverged"] | runs["steps_to_target"].isna()).sum())
@@ -313,13 +320,18 @@ class Results:
     def summary(self) -> pd.DataFrame:
         """One row per method and period.
 
-        The columns are `method`, `period`, `best_rate`, `best_rate_at_edge` (a better one may lie
-        beyond the grid), each of `metrics` at it with `_low` and `_high`, `shared_rate`,
-        `steps_to_target` there (geometric mean), their `ratio` to the method's reference with
-        `_low` and `_high`, `censored` (how many of the method's runs there diverge or never reach
-        the target: they count as if they did at the last step, and make the ratio a bound),
-        `fewest_steps` (the smallest geometric mean at any rate where every run gets there) at
-        `fastest_rate`, `diverged` and `runs`.
+        The columns are:
+
+        - `method` and `period`;
+        - `best_rate` and `best_rate_at_edge` (a better rate may lie outside the grid);
+        - each of `metrics` at the best rate, with `_low` and `_high`;
+        - `shared_rate`, and `steps_to_target` at it (geometric mean);
+        - `ratio`, of these steps to those of the method's reference, with `_low` and `_high`;
+        - `censored`, the number of the method's runs at the shared rate that diverged or never
+          reached the target. They count with all their steps, and make the ratio a bound;
+        - `fewest_steps`, the smallest geometric mean at any rate where every run reaches the
+          target, and `fastest_rate`, this rate;
+        - `diverged` and `runs`, the numbers of diverged runs and of all runs.
         """
         rows: list[dict[str, Any]] = []
         for method, period in ((m, p) for m, of in self.methods.items() for p in of["periods"]):
@@ -329,9 +341,9 @@ class Results:
             at_best = self.rows("runs", method, best, period)
             for metric in self.metrics:
                 mean = statistics.student(at_best[metric])
-                row |= _named(metric, mean.estimate, *mean.interval)
+                row |= _with_ends(metric, mean.estimate, *mean.interval)
             row |= {"shared_rate": self.shared_rate, "steps_to_target": math.nan}
-            row |= _named("ratio", *[math.nan] * 3) | {"censored": 0}
+            row |= _with_ends("ratio", *[math.nan] * 3) | {"censored": 0}
             means = np.exp(runs.values.mean(axis=1))
             if not math.isnan(self.shared_rate):
                 here = self.rates.index(self.shared_rate)
@@ -340,7 +352,7 @@ class Results:
                 reference = self.methods[method]["reference"]
                 if reference in self.methods and reference != method:
                     found = self.ratio(method, reference, periods=(period, None))
-                    row |= _named("ratio", found.value, found.low, found.high)
+                    row |= _with_ends("ratio", found.value, found.low, found.high)
             fastest = np.where(runs.censored.any(axis=1), np.inf, means).argmin()
             arrived = not runs.censored[fastest].any()
             row["fewest_steps"] = float(means[fastest]) if arrived else math.nan
@@ -351,44 +363,47 @@ class Results:
     def params(
         self, method: str, rate: float, seed: int, period: int | None = None
     ) -> dict[str, np.ndarray]:
-        """A run's final params by their paths, which `compare(keep_params=True)` kept."""
+        """A run's final params by their paths, stored by `compare(keep_params=True)`."""
         period = min(self.methods[method]["periods"]) if period is None else period
         if self.path is None:
-            raise ValueError("the comparison has no directory; expected compare(out=...)")
+            raise ValueError(
+                "the comparison has no directory with params; expected compare(..., out=..., "
+                "keep_params=True)."
+            )
         run = store.Run(method, rate, seed, period)
         with np.load(store.Store(self.path).params(run)) as arrays:
             return {name.removeprefix("params/"): leaf for name, leaf in arrays.items()}
 
-    # Inside
+    # Private
 
-    def _leaders(self):
-        """The methods by which the target loss and the shared rate are set."""
+    def _reference_methods(self):
+        """The methods that set the target loss and the shared rate."""
         return [self.reference] if self.reference else list(self.methods)
 
     def _target(self):
         own = [rate not in self.extended for rate in self.rates]
         reached, starts = [], []
-        for method in self._leaders():
+        for method in self._reference_methods():
             runs = Runs(*(of[own] for of in self.grid(method, metric=self.protocol["select"])))
-            if runs.tuned is None:
+            if runs.best_rate_index is None:
                 self.why = f"some run of {method} diverged at every rate"
                 return math.nan
-            rate = np.array(self.rates)[own][runs.tuned]
-            losses = _array(self.rows("losses", method, rate))
+            rate = np.array(self.rates)[own][runs.best_rate_index]
+            losses = _loss_array(self.rows("losses", method, rate))
             early = statistics.smooth(losses, self.record["window"])
             reached.append(early[:, : max(1, self.protocol["steps"] // 8)].min(axis=1).max())
             starts.append(losses[:, 0].mean())
         if max(reached) < 0.9 * min(starts):
             return float(max(reached))
         self.why = (
-            "within an eighth of the steps the reference does not reach 0.9 of the loss that it "
-            "starts from with every seed: train longer"
+            "the reference does not reach 0.9 of its initial loss within an eighth of the steps "
+            "with every seed: train longer"
         )
         return math.nan
 
     def _shared(self):
-        rows = self.base(self.runs)
-        rows = rows[rows["method"].isin(self._leaders())]
+        rows = self.at_smallest_periods(self.runs)
+        rows = rows[rows["method"].isin(self._reference_methods())]
         rows = rows[~rows["learning_rate"].isin(self.extended)]
         arrived = ~rows["diverged"] & (2 * rows["steps_to_target"] <= self.protocol["steps"])
         reached = arrived.groupby(rows["learning_rate"]).all()
@@ -396,33 +411,33 @@ class Results:
             return float(reached.idxmax())
         who = self.label(self.reference) if self.reference else "every method"
         self.why = self.why or (
-            f"at no rate of the grid does every run of {who} reach loss "
-            f"{statistics.number(self.target_loss)} within half the steps: train longer, or widen "
-            "the rates"
+            f"at no rate of the grid do all runs of {who} reach loss "
+            f"{statistics.format_number(self.target_loss)} within half the steps: train longer, or "
+            "use a wider grid of rates"
         )
         return math.nan
 
 
 def joined(*notes: str) -> str:
-    """Notes in one line, without those that are empty."""
+    """Notes in one line, without empty ones."""
     return "; ".join(filter(None, notes))
 
 
 def _censoring(mean, censored, missing):
-    """What censored runs make of a mean, in words; "" where there are none."""
+    """A note on the bound that censored runs make of a mean; "" if there are none."""
     if mean.has_low and mean.has_high:
         return ""
     bound = "a lower bound" if mean.has_low else "an upper bound"
     bound = bound if mean.has_low or mean.has_high else "neither a lower nor an upper bound"
     if any(map(statistics.too_many, censored)):
-        bound = "more than a tenth of a method's runs are censored, which leaves no conclusion"
-    return f"{bound}: {missing or 'runs were censored at rates that resamples chose'}"
+        bound = "more than a tenth of a method's runs are censored, so there is no conclusion"
+    return f"{bound}: {missing or 'there are censored runs at rates that the bootstrap chose'}"
 
 
-def _array(losses):
-    """`(runs, steps)`."""
+def _loss_array(losses):
+    """The losses as an array `(runs, steps)`."""
     return np.array(losses["train_loss"].tolist(), float)
 
 
-def _named(name, *numbers):
+def _with_ends(name, *numbers):
     return dict(zip((name, f"{name}_low", f"{name}_high"), numbers, strict=True))

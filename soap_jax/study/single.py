@@ -1,12 +1,12 @@
-"""Trains one model by one method, for those who want a model rather than a study.
+"""Trains one model with one method, to get a model rather than a comparison.
 
-    train.json          configuration, versions, device, data source; once trained, the result
+    train.json          configuration, versions, device, data source; after training, the result
     curves              one row per epoch            (.parquet, .csv, .svg, .png, .pdf)
-    checkpoints/EPOCH   Orbax: the state of training, the curves up to it, and their checksum
+    checkpoints/EPOCH   Orbax: the state of training, the curves so far, and a checksum of both
 
-Start, feedback, order of examples and measurements are those of one run of a study. A training that
-is stopped, however it is, goes on from its last checkpoint, and ends as if it had never stopped:
-on CPU bit for bit. What was trained is there for use in Python:
+Initial weights, feedback, order of examples and measurements are the same as in one run of a study.
+A training that was stopped in any way resumes from its last checkpoint. Its results are then the
+same as without the stop; on CPU they are equal bit for bit. A trained model is used from Python:
 
     trained = single.load("results/train/digits-sign_preserve")
     logits = trained.apply_fn(trained.params, trained.feedback, images)     # images as stored
@@ -31,28 +31,28 @@ import orbax.checkpoint as ocp
 import pandas as pd
 
 from soap_jax import convolutions, data, tasks, training
-from soap_jax.study import charts, circumstances, figures, files, loops, preset, store, trial
+from soap_jax.study import charts, environment, figures, files, loops, preset, store, trial
 from soap_jax.study.methods import METHODS
 from soap_jax.study.preset import TrainConfig
 
 FORMAT = 2
-"""The version of train.json and the checkpoints; it grows when older ones cannot be read."""
+"""The version of train.json and the checkpoints; it increases when older ones cannot be read."""
 
 Row = dict[str, float]
 """One row of the curves, by column."""
 
 
 class Trained(NamedTuple):
-    """A model that was trained.
+    """A trained model.
 
     Attributes:
-        config: how.
-        epoch: for how long.
-        apply_fn: `(params, feedback, images) -> logits`, of images as they are stored.
+        config: the configuration of the training.
+        epoch: the number of epochs that it was trained for.
+        apply_fn: `(params, feedback, images) -> logits`, for images as they are stored.
         params: the parameters.
         feedback: feedback weights or projections, which the forward pass does not use; None for
             methods that follow the true gradient.
-        state: the whole state of training, to go on with.
+        state: the whole state of training.
     """
 
     config: TrainConfig
@@ -70,28 +70,28 @@ def train(
     *,
     on_epoch: Callable[[Row], None] = lambda row: None,
 ) -> dict[str, Any]:
-    """Trains until all epochs are done, from the last checkpoint if there is one.
+    """Trains a model for the configured epochs, from the last checkpoint if there is one.
 
     Args:
-        path: the directory for all of it; hold it with `soap_jax.study.files.locked`.
-        config: the training.
+        path: the directory for the results; lock it with `soap_jax.study.files.locked`.
+        config: the configuration of the training.
         dataset: the data.
-        on_epoch: called with the last row of the curves, first with that training starts from.
+        on_epoch: called with the last row of the curves, at the start and after every epoch.
 
     Returns:
-        What train.json says.
+        The content of train.json.
 
     Raises:
-        ValueError: if the directory holds another training, or the batch size is more than all
-            examples; or if the last checkpoint cannot be read, or one cannot be written.
+        ValueError: if the directory holds another training, the batch size is larger than the
+            number of examples, the last checkpoint cannot be read, or one cannot be written.
     """
-    path, (task, of_method, start) = pathlib.Path(path), _trial(config, dataset)
-    facts = _begin(path, config, dataset)
+    path, (task, functions, start) = pathlib.Path(path), _trial(config, dataset)
+    record = _begin(path, config, dataset)
     arrays = jax.device_put(trial.data_of(task))
     _, rate, _, index = start
-    state, plan = jax.jit(of_method.init)(*start, arrays)
-    measure = jax.jit(of_method.measure)
-    segment = convolutions.as_products(loops.segment(of_method))
+    state, plan = jax.jit(functions.init)(*start, arrays)
+    measure = jax.jit(functions.measure)
+    segment = convolutions.as_products(loops.segment(functions))
     train_epoch = jax.jit(segment, donate_argnums=0)
 
     def row_of(epoch, train_loss):
@@ -101,8 +101,8 @@ def train(
         return row | {name: float(value) for name, value in (first | found).items()}
 
     with _manager(path, max_to_keep=config.keep) as manager:
-        if kept(path):
-            state, rows = _restore(path, manager, kept(path)[-1], state)
+        if checkpoint_epochs(path):
+            state, rows = _restore(path, manager, checkpoint_epochs(path)[-1], state)
         else:
             rows = [row_of(0, math.nan)]
         on_epoch(rows[-1])
@@ -113,28 +113,28 @@ def train(
             if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
                 store.write_table(path / "curves", pd.DataFrame(rows))
                 _save(path, manager, epoch, state, rows)
-    found = jax.jit(of_method.test)(state, arrays)
+    found = jax.jit(functions.test)(state, arrays)
     ends = [row[name] for row in rows for name in ("train_loss", "validation_loss")][1:]
-    limit = store.DIVERGED * rows[0]["validation_loss"]
+    limit = store.DIVERGENCE_FACTOR * rows[0]["validation_loss"]
     result = {
         "epochs": config.epochs,
         "steps": rows[-1]["step"],
         "diverged": not (all(map(math.isfinite, ends)) and rows[-1]["train_loss"] <= limit),
         **{f"test_{name}": float(value) for name, value in found.items()},
     }
-    facts["result"] = {k: v if math.isfinite(v) else None for k, v in result.items()}
-    files.write_json(path / "train.json", facts)
+    record["result"] = {k: v if math.isfinite(v) else None for k, v in result.items()}
+    files.write_json(path / "train.json", record)
     said = f"{METHODS[config.method].label}, rate {config.learning_rate:g}, seed {config.seed}"
-    figures.save_svg(charts.training(pd.DataFrame(rows), said), path / "curves")
-    return facts
+    figures.save_svg(charts.training_curves(pd.DataFrame(rows), said), path / "curves")
+    return record
 
 
 def load(path: str | os.PathLike[str], *, epoch: int | None = None) -> Trained:
-    """Loads what `soap-jax train` trained, from its last checkpoint.
+    """Loads a model that `soap-jax train` trained, from its last checkpoint.
 
     Args:
-        path: what was given to it as `--out`.
-        epoch: that of an earlier checkpoint.
+        path: the directory that was given to it as `--out`.
+        epoch: the epoch of an earlier checkpoint to load instead.
 
     Returns:
         The model, its feedback and its configuration, on the first device.
@@ -143,24 +143,24 @@ def load(path: str | os.PathLike[str], *, epoch: int | None = None) -> Trained:
         ValueError: if there is no such model, or its checkpoint cannot be read.
     """
     path = pathlib.Path(path)
-    facts = read(path)
-    if facts is None:
+    record = read_record(path)
+    if record is None:
         raise ValueError(
-            f"{path} holds no model: train.json is not there. Name the directory that was given to "
+            f"{path} holds no model: there is no train.json. Name the directory that was given to "
             "soap-jax train as --out."
         )
-    found = kept(path)
+    found = checkpoint_epochs(path)
     epoch = max(found, default=0) if epoch is None else epoch
     if epoch not in found:
-        there = f"only of the epochs {', '.join(map(str, found))}" if found else "none at all"
-        raise ValueError(f"{path} has no checkpoint of epoch {epoch}; it has {there}.")
-    config, network = TrainConfig(**facts["config"]), facts["network"]
+        known = f"those of epochs {', '.join(map(str, found))}" if found else "none"
+        raise ValueError(f"{path} has no checkpoint of epoch {epoch}; it has {known}.")
+    config, network = TrainConfig(**record["config"]), record["network"]
     num = 2 * config.batch_size  # only shapes count
     like = data.Split(np.zeros((num, *network["image_shape"]), np.uint8), np.zeros(num, np.int32))
     dataset = data.Dataset("", like, like, network["num_classes"], 255, "")
     scale = tasks.Scaling(*network["scaling"])
-    task, of_method, start = _trial(config, dataset, scale)
-    state, _ = jax.eval_shape(of_method.init, *start, trial.data_of(task))
+    task, functions, start = _trial(config, dataset, scale)
+    state, _ = jax.eval_shape(functions.init, *start, trial.data_of(task))
     with _manager(path, read_only=True, create=False) as manager:
         train = _restore(path, manager, epoch, state)[0].train
     model = preset.network(config, dataset)
@@ -174,45 +174,48 @@ def load(path: str | os.PathLike[str], *, epoch: int | None = None) -> Trained:
     return Trained(config, epoch, apply_fn, train.params, weights, train)
 
 
-def read(path: pathlib.Path, config: TrainConfig | None = None) -> dict[str, Any] | None:
-    """What train.json says; None if training has not begun.
+def read_record(path: pathlib.Path, config: TrainConfig | None = None) -> dict[str, Any] | None:
+    """The content of train.json; None if there is no training in the directory.
 
     Args:
         path: the directory.
-        config: the training that it is to hold, if it holds any.
+        config: the expected configuration; by default any.
 
     Raises:
-        ValueError: if it holds another one. More epochs than before are none.
+        ValueError: if the training has another configuration. Only `config.epochs` may differ: it
+            may be larger than before.
     """
-    facts = store.read_record(
+    record = store.read_record(
         path / "train.json",
         FORMAT,
         "a training",
-        check=lambda facts: TrainConfig(**facts["config"]),
+        check=lambda record: TrainConfig(**record["config"]),
     )
-    if facts is None and kept(path):
+    if record is None and checkpoint_epochs(path):
         raise ValueError(
-            f"{path} holds checkpoints, but not the train.json that says of what. Name another "
+            f"{path} holds checkpoints, but not train.json, their record. Name another "
             "directory with --out, or delete this one."
         )
-    if facts is not None and config is not None:
-        ours, theirs = json.loads(json.dumps(vars(config))), facts["config"]
-        ours["epochs"] = min(ours["epochs"], theirs["epochs"])  # these alone may grow
-        differ = circumstances.differences(theirs, ours)
-        circumstances.refuse(path, "a model that was", differ)
-    return facts
+    if record is not None and config is not None:
+        ours, theirs = json.loads(json.dumps(vars(config))), record["config"]
+        ours["epochs"] = min(
+            ours["epochs"], theirs["epochs"]
+        )  # only this may be larger than before
+        changes = environment.differences(theirs, ours)
+        environment.refuse_changes(path, "a model", changes)
+    return record
 
 
-def kept(path: pathlib.Path) -> list[int]:
+def checkpoint_epochs(path: pathlib.Path) -> list[int]:
     """The epochs that have a checkpoint."""
     found = (path / "checkpoints").glob("*")
     return sorted(int(step.name) for step in found if step.name.isdecimal())
 
 
 def _begin(path, config, dataset) -> dict[str, Any]:
-    """Notes under which circumstances training begins or goes on."""
-    before = read(path, config)
-    facts = {
+    """Writes the configuration, versions and devices with which training starts or resumes."""
+    before = read_record(path, config)
+    record = {
         "format": FORMAT,
         "config": vars(config),
         "feedback": METHODS[config.method].describe(),
@@ -222,40 +225,43 @@ def _begin(path, config, dataset) -> dict[str, Any]:
             "scaling": tasks.scaling(dataset, config.inputs),
         },
         "data_source": dataset.source,
-        **circumstances.provenance(),
+        **environment.provenance(),
         "resumed": [],
         "result": None,
     }
-    facts["versions"]["orbax-checkpoint"] = ocp.__version__
-    facts = json.loads(json.dumps(facts))
+    record["versions"]["orbax-checkpoint"] = ocp.__version__
+    record = json.loads(json.dumps(record))
     if before is not None:
         fixed = ("data_source", "feedback", "network", "settings")
-        differ = circumstances.differences(before, {name: facts[name] for name in fixed})
-        circumstances.refuse(path, "a model that was", differ)
+        changes = environment.differences(before, {name: record[name] for name in fixed})
+        environment.refuse_changes(path, "a model", changes)
         longer = config.epochs > before["config"]["epochs"]
-        if longer and not facts["settings"]["jax_threefry_partitionable"]:
+        if longer and not record["settings"]["jax_threefry_partitionable"]:
             raise ValueError(
-                "jax_threefry_partitionable is off, so the order of examples depends on the number "
-                "of epochs and training cannot be extended. Name another directory with --out."
+                "jax_threefry_partitionable is off: the order of examples then depends on the "
+                "number of epochs, so training cannot be extended. Name another directory with "
+                "--out."
             )
-        now = {name: facts[name] for name in ("versions", "device")}
+        now = {name: record[name] for name in ("versions", "device")}
         last = {name: (before["resumed"] or [before])[-1][name] for name in now}
-        more = [{"after_epoch": max(kept(path), default=0), **now}] if now != last else []
-        facts |= {name: before[name] for name in now} | {"resumed": before["resumed"] + more}
-    files.write_json(path / "train.json", facts)
-    return facts
+        more = (
+            [{"after_epoch": max(checkpoint_epochs(path), default=0), **now}] if now != last else []
+        )
+        record |= {name: before[name] for name in now} | {"resumed": before["resumed"] + more}
+    files.write_json(path / "train.json", record)
+    return record
 
 
 def _trial(config, dataset, scale=None) -> tuple[tasks.Task, trial.Trial, tuple]:
-    """The task, the functions of its training, and what they start from, as in a study.
+    """The task, the functions of its training, and the arguments of their `init`, as in a study.
 
-    Epochs lie between measurements; the start is seed, learning rate, period and index.
+    There is one evaluation per epoch. The arguments are seed, learning rate, period and index.
     """
     arguments = preset.comparison_arguments(config.as_study(), dataset, scale=scale)
     task = arguments["task"]
     size = config.batch_size
     batch = jax.tree.map(lambda leaf: leaf[:size], task.train)
-    of_method = trial.make(
+    functions = trial.make(
         task,
         (arguments["methods"][config.method],),
         trial.layers_of(task, task.init(jax.random.key(0)), None, batch),
@@ -266,12 +272,12 @@ def _trial(config, dataset, scale=None) -> tuple[tasks.Task, trial.Trial, tuple]
     )
     (period,) = METHODS[config.method].periods((config.period,))
     start = np.int32(config.seed), np.float32(config.learning_rate), np.int32(period), 0
-    return task, of_method, start
+    return task, functions, start
 
 
 @contextlib.contextmanager
 def _manager(path, **options) -> Iterator[ocp.CheckpointManager]:
-    """Orbax's manager; silent, since errors say it all."""
+    """Orbax's manager without its log, since errors contain the same information."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -284,39 +290,39 @@ def _manager(path, **options) -> Iterator[ocp.CheckpointManager]:
 
 
 def _save(path, manager, epoch, state, rows):
-    """Raises ValueError, which says what checkpoint there is, if this one cannot be written."""
+    """Saves a checkpoint; if it cannot be written, the ValueError names the last one."""
     curves = pd.DataFrame(rows).to_dict("list")
     progress = {"curves": curves, "sha256": _checksum(state, curves)}
     arguments = {"state": ocp.args.StandardSave(state), "progress": ocp.args.JsonSave(progress)}
     try:
         manager.save(epoch, args=ocp.args.Composite(**arguments))
-    except (OSError, ValueError, RuntimeError) as error:  # TensorStore's are ValueErrors
+    except (OSError, ValueError, RuntimeError) as error:  # TensorStore raises ValueErrors
         why = str(error).split("\n")[0].rsplit(": ", 1)[-1].split(" [os_error")[0]
-        found = kept(path)
+        found = checkpoint_epochs(path)
         raise ValueError(
             f"cannot write to {path}: {why}. "
             + (f"The checkpoint of epoch {found[-1]} is kept" if found else "No checkpoint is kept")
-            + "; once that is mended, the same command goes on from there."
+            + ". Fix the cause, then repeat the same command to resume."
         ) from error
 
 
 def _restore(path, manager, epoch, like) -> tuple[trial.State, list[Row]]:
-    """The state, onto the first device, and the curves until then."""
+    """The state, on the first device, and the curves up to its epoch."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
     arguments = {"state": ocp.args.StandardRestore(like), "progress": ocp.args.JsonRestore()}
     try:
         found = manager.restore(epoch, args=ocp.args.Composite(**arguments))
         state, progress = found.state, found.progress
-        if progress["sha256"] != _checksum(state, progress["curves"]):  # Orbax itself has none
-            raise ValueError("its content has another checksum than when it was written")
-    except Exception as error:  # of any kind: that depends on what is damaged
-        others = [one for one in kept(path) if one < epoch]
-        then = f"that of epoch {others[-1]}" if others else "the start"
+        if progress["sha256"] != _checksum(state, progress["curves"]):  # Orbax has no checksum
+            raise ValueError("its checksum differs from the one when it was written")
+    except Exception as error:  # the type depends on the damaged part
+        others = [one for one in checkpoint_epochs(path) if one < epoch]
+        then = f"the checkpoint of epoch {others[-1]}" if others else "the start"
         raise ValueError(
             f"the checkpoint {path / 'checkpoints' / str(epoch)} cannot be read: it is damaged, or "
-            f"other versions than those in {path / 'train.json'} wrote it. Delete it, and training "
-            f"goes on from {then}."
+            f"written by other versions than those in {path / 'train.json'}. Delete it; training "
+            f"then resumes from {then}."
         ) from error
     return state, pd.DataFrame(progress["curves"]).to_dict("records")  # type: ignore[return-value]
 

@@ -1,16 +1,17 @@
-"""What paired seeds allow one to conclude, with which interval and which p-value.
+"""Estimates, intervals and p-values from paired seeds.
 
-Everything here works on arrays: `smooth` and `steps_to_loss` on losses as a sweep returns them,
-`paired_ratio` on two methods' steps, seed by seed.
+All functions work on arrays: `smooth` and `steps_to_loss` take losses as a sweep returns them, and
+`paired_ratio` takes the steps of two methods, seed by seed.
 
 A `Mean` is an estimate with its standard error and its *pivot*, the distribution of
-(estimate - truth) / error: Student's t (`student`) or, where each method's learning rate was chosen
-on the same seeds, the one that a bootstrap finds (`bootstrap_t`). Interval and p-values come from
-one pivot, so that they never contradict each other.
+(estimate - truth) / error. The pivot is Student's t (`student`) or, if each method's learning rate
+was chosen on the same seeds, a bootstrap distribution (`bootstrap_t`). The interval and the
+p-values come from the same pivot, so that they never contradict each other.
 
-A statement says that the truth lies in a region. It has two p-values, of "it does" (`p_holds`) and
-of "it does not" (`p_fails`), both two-sided: for α = 0.05 the first is below α exactly where the
-95 % interval lies inside the region, the second exactly where it lies outside.
+A hypothesis here says that the truth lies in a region. It has two p-values: `p_holds`, of "the
+truth is inside", and `p_fails`, of "the truth is outside". A small p-value supports its statement.
+Both are two-sided: for α = 0.05, `p_holds` is below α exactly if the 95 % interval lies inside the
+region, and `p_fails` is below α exactly if the interval lies outside.
 """
 
 from __future__ import annotations
@@ -28,22 +29,24 @@ from statsmodels.stats import multitest
 
 ALPHA = 0.05
 WINDOW = 11
-"""Batches in the moving average of the training loss, centred so that it does not lag."""
+"""The batches in the moving average of the training loss, which is centred to avoid a lag."""
 RESAMPLES = 9999
 RESAMPLING_SEED = 20160715
 TINY = 1e-12
-"""Standard errors of logs or degrees up to this are rounding, and count as zero."""
+"""The largest standard error, of logs or degrees, that counts as a rounding error of zero."""
 
 Pivot: TypeAlias = Any
 """A distribution of (estimate - truth) / error, such as `scipy.stats.t(df)` or an `Empirical`."""
 
 
 def smooth(losses: ArrayLike, window: int = WINDOW) -> np.ndarray:
-    """A centred mean over `window` batches, fewer at the ends; NaN from the first break on.
+    """A centred mean over `window` batches, fewer at the ends.
+
+    It is NaN from the first loss on that is not finite.
 
     Args:
         losses: `(..., steps)`.
-        window: how many batches.
+        window: the number of batches.
 
     Example:
         >>> smooth([1.0, 3.0, np.inf, 1.0]).tolist()
@@ -64,15 +67,15 @@ def smooth(losses: ArrayLike, window: int = WINDOW) -> np.ndarray:
 
 
 def steps_to_loss(losses: ArrayLike, target: float, window: int = WINDOW) -> np.ndarray:
-    """The number of batches seen when a run's smoothed loss first falls to a target.
+    """The number of batches until a run's smoothed loss first reaches a target.
 
     Args:
-        losses: `(..., steps)`, each batch's loss before its update.
+        losses: `(..., steps)`, the loss of each batch before its update.
         target: the loss to reach.
-        window: of `smooth`; 1 for losses that are smooth already.
+        window: the window of `smooth`; 1 for losses that are already smoothed.
 
     Returns:
-        `(...)`, NaN where a run never gets there.
+        `(...)`, NaN for runs that never reach the target.
 
     Example:
         >>> steps_to_loss([[2.0, 0.4, 0.6], [2.0, 2.0, 2.0]], 0.5, window=1).tolist()
@@ -82,12 +85,12 @@ def steps_to_loss(losses: ArrayLike, target: float, window: int = WINDOW) -> np.
     return np.where(arrived.any(-1), arrived.argmax(-1) + 1.0, np.nan)
 
 
-def number(value: float) -> str:
-    """A number for people: three digits, thousands set off, a dash where there is none.
+def format_number(value: float) -> str:
+    """A number as text: three digits, commas between thousands, a dash for NaN.
 
     Example:
-        >>> number(1234.6), number(0.22871), number(0.5), number(float("nan"))
-        ('1,235', '0.229', '0.5', '–')
+        >>> [format_number(value) for value in (1234.6, 0.22871, 0.5, float("nan"))]
+        ['1,235', '0.229', '0.5', '–']
     """
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
@@ -97,11 +100,11 @@ def number(value: float) -> str:
     return f"−{said}" if value < 0 and said != "0" else said
 
 
-def p_value(value: float) -> str:
-    """A p-value for people.
+def format_p_value(value: float) -> str:
+    """A p-value as text.
 
     Example:
-        >>> p_value(0.00002), p_value(0.0314)
+        >>> format_p_value(0.00002), format_p_value(0.0314)
         ('p < 0.001', 'p = 0.031')
     """
     return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
@@ -109,14 +112,14 @@ def p_value(value: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """An estimate and its 95 % interval; `str` says both in words.
+    """An estimate and its 95 % interval; `str` formats both.
 
     Attributes:
-        value: the estimate; NaN where there is none.
-        low: lower end of the interval, infinite (for ratios 0) where the runs leave it open; NaN
-            where there is no interval.
-        high: upper end.
-        note: what a reader must know beside the numbers, or "".
+        value: the estimate; NaN if there is none.
+        low: lower end of the interval; infinite (for ratios 0) if the interval is open on this
+            side, NaN if there is no interval.
+        high: upper end, likewise.
+        note: remarks on the numbers, or "".
 
     Example:
         >>> print(Estimate(1.8, 1.7512, 1.85), Estimate(1.8, 1.7, math.inf), sep="; ")
@@ -131,38 +134,40 @@ class Estimate:
     note: str = ""
 
     def __str__(self):
-        return self.words()
+        return self.format()
 
-    def words(self, unit: str = "") -> str:
-        """The estimate with its unit, and its interval as far as there is one."""
+    def format(self, unit: str = "") -> str:
+        """The estimate with its unit, and its interval if there is one."""
         if math.isnan(self.value):
             return "–"
-        said = alike(self.value, self.value) + unit
+        said = format_like(self.value, self.value) + unit
         open_high = self.high == math.inf
-        open_low = self.low == -math.inf or self.low == 0 < self.value  # as ratios are open
+        open_low = self.low == -math.inf or self.low == 0 < self.value  # 0 means open for ratios
         if math.isnan(self.low) or (open_low and open_high):
             return said
-        low = f"({number(self.low)}" if open_low else f"[{alike(self.low, self.value)}"
-        return f"{said} {low}, " + ("∞)" if open_high else f"{alike(self.high, self.value)}]")
+        low = f"({format_number(self.low)}" if open_low else f"[{format_like(self.low, self.value)}"
+        return f"{said} {low}, " + ("∞)" if open_high else f"{format_like(self.high, self.value)}]")
 
 
-def alike(value: float, beside: float) -> str:
-    """A number with as many decimals as three digits of another one have.
+def format_like(value: float, reference: float) -> str:
+    """A number with the decimals that a reference has when it is written with three digits.
 
     Example:
-        >>> alike(1.3, 0.9612), alike(0.961, 1.1174), alike(1234.6, 1), alike(0.0012, 97)
-        ('1.300', '0.96', '1,235', '0.0012')
+        >>> [format_like(*pair) for pair in ((1.3, 0.9612), (0.961, 1.1174), (1234.6, 1))]
+        ['1.300', '0.96', '1,235']
+        >>> format_like(0.0012, 97)
+        '0.0012'
     """
-    size = math.floor(math.log10(abs(beside))) if beside and math.isfinite(beside) else 2
+    size = math.floor(math.log10(abs(reference))) if reference and math.isfinite(reference) else 2
     decimals = max(0, 2 - size)
     vanishes = abs(value) < 0.5 * 10.0**-decimals
     if not math.isfinite(value) or abs(value) >= 99.95 or decimals > 6 or vanishes:
-        return number(value)
+        return format_number(value)
     return f"{value:.{decimals}f}".replace("-", "−")
 
 
 class Result(NamedTuple):
-    """An estimate, its 95 % interval, and how a statement fares."""
+    """An estimate, its 95 % interval, and the two p-values of a hypothesis."""
 
     estimate: float
     low: float
@@ -173,7 +178,7 @@ class Result(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Empirical:
-    """A pivot known by resampling. The sample counts as one more resample, so no p-value is 0.
+    """A pivot from resampling. The sample counts as one more resample, so no p-value is 0.
 
     Attributes:
         values: `(resamples,)`, ascending.
@@ -192,7 +197,7 @@ class Empirical:
         return float((1 + beyond) / (1 + self.values.size))
 
     def interval(self, confidence: float) -> tuple[float, float]:
-        """The order statistics beyond which `sf` or `cdf` is below (1 - confidence) / 2."""
+        """The order statistics outside which `cdf` or `sf` is below (1 - confidence) / 2."""
         tail = math.ceil(round((1 - confidence) / 2 * (1 + self.values.size), 6)) - 1
         if tail < 1:
             return -np.inf, np.inf
@@ -205,12 +210,12 @@ class Mean:
 
     Attributes:
         estimate: the estimate.
-        error: its standard error; 0 where the sample does not vary, which is taken at its word:
-            the interval is a point. NaN for one value alone.
+        error: its standard error. If all values of the sample are equal, it is 0, and the interval
+            is a point. NaN for a single value.
         pivot: the distribution of (estimate - truth) / error.
-        has_low: whether the sample says how small the truth can be: not if it is an upper bound.
-        has_high: whether the sample says how large the truth can be: not if it is a lower bound.
-        least: the smallest one-sided p-value of a sample that does not vary.
+        has_low: whether the interval has a lower end; False if the estimate is an upper bound.
+        has_high: whether the interval has an upper end; False if the estimate is a lower bound.
+        smallest_p: the smallest one-sided p-value of a sample whose values are all equal.
     """
 
     estimate: float
@@ -218,39 +223,40 @@ class Mean:
     pivot: Pivot
     has_low: bool = True
     has_high: bool = True
-    least: float = 0.0
+    smallest_p: float = 0.0
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval; infinite where the sample says nothing, NaN for one value."""
-        below, above = self.pivot.interval(1 - ALPHA) if self.error else (0.0, 0.0)
-        low = float(self.estimate - self.error * above) if self.has_low else -np.inf
-        high = float(self.estimate - self.error * below) if self.has_high else np.inf
+        """The 95 % interval; infinite on an open side, NaN for a single value."""
+        lower, upper = self.pivot.interval(1 - ALPHA) if self.error else (0.0, 0.0)
+        low = float(self.estimate - self.error * upper) if self.has_low else -np.inf
+        high = float(self.estimate - self.error * lower) if self.has_high else np.inf
         return low, high
 
     def p_above(self, bound: float) -> float:
-        """One-sided p-value of "the truth lies above `bound`": small speaks for it."""
+        """The one-sided p-value of "the truth is above `bound`"; a small one supports it."""
         return self._p(bound, -np.inf, self.has_low)
 
     def p_below(self, bound: float) -> float:
-        """One-sided p-value of "the truth lies below `bound`": small speaks for it."""
+        """The one-sided p-value of "the truth is below `bound`"; a small one supports it."""
         return self._p(bound, np.inf, self.has_high)
 
-    def _p(self, bound, nowhere, is_known):
-        if bound == nowhere or not is_known:
-            return float(bound != nowhere)
+    def _p(self, bound, open_end, is_known):
+        if bound == open_end or not is_known:
+            return float(bound != open_end)
         difference = self.estimate - bound
         if not self.error:
-            return self.least if difference * nowhere < 0 else 1.0
-        tail = self.pivot.sf if nowhere < 0 else self.pivot.cdf
+            return self.smallest_p if difference * open_end < 0 else 1.0
+        tail = self.pivot.sf if open_end < 0 else self.pivot.cdf
         return float(tail(difference / self.error))
 
     def judge(self, within: tuple[float, float]) -> Result:
-        """How the statement fares that the truth lies inside a region, infinite where open.
+        """Tests the hypothesis that the truth lies inside a region, infinite on open sides.
 
-        Being inside takes two one-sided conclusions, so the larger p-value counts (the
-        intersection-union test; for a bounded region, Schuirmann's equivalence test). Being outside
-        takes one of two, so the smaller counts. Either is doubled, as those of intervals are.
+        "Inside" needs both one-sided conclusions, so it takes the larger p-value (the
+        intersection-union test; for a bounded region, Schuirmann's equivalence test). "Outside"
+        needs one of the two, so it takes the smaller p-value. Both are doubled, so that they agree
+        with the two-sided interval.
 
         Example:
             >>> result = student([1.9, 2.0, 2.1]).judge((0.0, np.inf))
@@ -263,7 +269,7 @@ class Mean:
         return Result(self.estimate, *self.interval, p_holds, p_fails)
 
     def judge_ratio(self, within: tuple[float, float] = (0.0, np.inf)) -> Result:
-        """The same for the exponential of the mean, in a region of ratios (0 where open)."""
+        """As `judge`, for the exponential of the mean and a region of ratios (0 if open below)."""
         low, high = (math.log(end) if end else -np.inf for end in within)
         result = self.judge((low, high))
         estimate, least, most = np.exp(result[:3]).tolist()
@@ -271,10 +277,10 @@ class Mean:
 
 
 def student(sample: ArrayLike) -> Mean:
-    """The mean of independent values, by Student's t.
+    """The mean of independent values, with Student's t as pivot.
 
-    `p_above` and `p_below` are those of `scipy.stats.ttest_1samp`; where all values are the same,
-    which says nothing of their spread, those of the sign test.
+    `p_above` and `p_below` are those of `scipy.stats.ttest_1samp`. If all values are equal, their
+    spread is unknown, and the p-values are those of the sign test.
 
     Example:
         >>> low, high = student([1.0, 2.0, 3.0]).interval
@@ -286,11 +292,11 @@ def student(sample: ArrayLike) -> Mean:
         return Mean(float(values.mean()) if values.size else np.nan, np.nan, _student_t(1))
     pivot = _student_t(values.size - 1)
     if np.ptp(values) <= TINY:
-        return Mean(float(values[0]), 0.0, pivot, least=0.5**values.size)
+        return Mean(float(values[0]), 0.0, pivot, smallest_p=0.5**values.size)
     return Mean(float(values.mean()), float(stats.sem(values)), pivot)
 
 
-_student_t = functools.cache(stats.t)  # slow to make
+_student_t = functools.cache(stats.t)  # its constructor is slow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,8 +304,8 @@ class Quotient(Mean):
     """The ratio of two paired means, by Fieller's method; see `fieller`.
 
     Attributes:
-        part: `(seeds,)`, the numerator's values.
-        whole: `(seeds,)`, the denominator's.
+        part: `(seeds,)`, the values of the numerator.
+        whole: `(seeds,)`, the values of the denominator.
     """
 
     part: np.ndarray = dataclasses.field(kw_only=True)
@@ -307,9 +313,10 @@ class Quotient(Mean):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Each ρ for which the mean of part - ρ whole is not significantly other than zero.
+        """The set of ρ for which the mean of part - ρ whole does not differ significantly from 0.
 
-        NaN where the mean of the whole itself is not, since that set is unbounded.
+        NaN if the mean of the whole does not differ significantly from 0: the set is then
+        unbounded.
         """
         a, b = self.part, self.whole
         quantile = stats.t.ppf(1 - ALPHA / 2, a.size - 1)
@@ -322,11 +329,11 @@ class Quotient(Mean):
         root = math.sqrt(max(half**2 - square * rest, 0.0))
         return float((half - root) / square), float((half + root) / square)
 
-    def _p(self, bound, nowhere, is_known):
+    def _p(self, bound, open_end, is_known):
         if not np.isfinite(bound):
-            return float(bound != nowhere)
+            return float(bound != open_end)
         side = np.sign(self.whole.mean())
-        return student(side * (self.part - bound * self.whole))._p(0.0, nowhere, is_known)
+        return student(side * (self.part - bound * self.whole))._p(0.0, open_end, is_known)
 
 
 def fieller(part: ArrayLike, whole: ArrayLike) -> Quotient:
@@ -350,12 +357,12 @@ class Runs(NamedTuple):
     """The runs of one method, over learning rates and paired seeds.
 
     Attributes:
-        values: `(rates, seeds)`, what is compared: logarithms of steps, or a metric.
-        censored: `(rates, seeds)` bool: the value is only a bound, since the run never reached the
-            target or diverged.
-        diverged: `(rates, seeds)` bool.
-        score: `(rates, seeds)`, by which the learning rate is chosen; more is better.
-        loss: `(rates, seeds)`, which breaks ties; less is better.
+        values: `(rates, seeds)`, the values to compare: logarithms of steps, or a metric.
+        censored: `(rates, seeds)` bool, whether the value is only a bound, since the run never
+            reached the target or diverged.
+        diverged: `(rates, seeds)` bool, whether the run diverged.
+        score: `(rates, seeds)`, the score that chooses the learning rate; larger is better.
+        loss: `(rates, seeds)`, the loss that decides between equal scores; smaller is better.
     """
 
     values: np.ndarray
@@ -365,22 +372,22 @@ class Runs(NamedTuple):
     loss: np.ndarray
 
     @property
-    def tuned(self) -> int | None:
-        """Index of the best learning rate; None if some run diverged at each."""
+    def best_rate_index(self) -> int | None:
+        """The index of the best learning rate; None if some run diverged at every rate."""
         if (self.diverged | np.isnan(self.score)).any(axis=1).all():
             return None
         return int(choose_rates(self, np.ones((1, self.score.shape[1]), int))[0])
 
 
 def choose_rates(runs: Runs, counts: np.ndarray) -> np.ndarray:
-    """The learning rate with the best mean score, in each of many resamples at once.
+    """The learning rates with the best mean scores, one for each of many resamples.
 
-    Ties, up to a millionth since scores are float32, go to the lower mean loss. A rate at which any
-    run of the resample diverged is not chosen.
+    Scores are float32, so a relative difference of less than a millionth counts as equal; the lower
+    mean loss then decides. A rate at which some run of the resample diverged is not chosen.
 
     Args:
         runs: the runs of one method.
-        counts: `(resamples, seeds)`, how often each seed is in each resample.
+        counts: `(resamples, seeds)`, the number of times that each resample contains each seed.
 
     Returns:
         `(resamples,)` indices of learning rates.
@@ -398,31 +405,31 @@ def choose_rates(runs: Runs, counts: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _resamples(seeds: int, resamples: int) -> np.ndarray:
-    """The same for every comparison, so that all methods are resampled jointly."""
+    """The counts of seeds in resamples, the same for every pair of methods."""
     rng = np.random.default_rng(RESAMPLING_SEED)
     return rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
 
 
-def bootstrap_t(above: Runs, below: Runs, *, resamples: int = RESAMPLES) -> Mean:
+def bootstrap_t(method: Runs, reference: Runs, *, resamples: int = RESAMPLES) -> Mean:
     """Mean paired difference of two methods, each at its best rate, by the bootstrap-t over seeds.
 
-    In every resample of the seeds each method's rate is chosen anew, so that the pivot knows what
-    the choice adds to the spread. The pivot is made symmetric: where two rates are nearly tied the
-    difference jumps from one to the other, and an equal-tailed bootstrap-t reflects that jump to
-    the wrong side (its 95 % intervals then covered 69 %, the symmetric ones 95 %). Censored values
-    enter as they are; where a rate that any resample chose has some, the mean is a bound (see
-    `censor`).
+    Each resample of the seeds chooses each method's rate again, so that the pivot includes the
+    variance from this choice. The pivot is made symmetric. If two rates have nearly the same score,
+    the choice switches between them and the difference jumps; an equal-tailed bootstrap-t reflects
+    this jump to the wrong side. (Its 95 % intervals then covered 69 %, and symmetric ones 95 %.)
+    Censored values are used as they are. If a rate that some resample chose has censored runs, the
+    mean is a bound (see `censor`).
 
     Args:
-        above: the runs of one method; `tuned` must not be None.
-        below: those of another, with the same seeds, to be taken off.
-        resamples: how many; the seed of the generator is fixed, so results repeat.
+        method: the runs of one method; `best_rate_index` must not be None.
+        reference: the runs of the other method, with the same seeds, whose values are subtracted.
+        resamples: the number of resamples; the generator's seed is fixed, so results repeat.
 
     References:
         Hall, On symmetric bootstrap confidence intervals, 1988.
     """
-    pair = (above, below)
-    seeds = above.values.shape[1]
+    pair = (method, reference)
+    seeds = method.values.shape[1]
     counts = _resamples(seeds, resamples)
     rates = [choose_rates(runs, counts) for runs in pair]
     a, b = (runs.values[chosen] for runs, chosen in zip(pair, rates, strict=True))
@@ -431,56 +438,60 @@ def bootstrap_t(above: Runs, below: Runs, *, resamples: int = RESAMPLES) -> Mean
     squares = np.sum(counts * (differences - means[:, None]) ** 2, axis=1)
     errors = np.sqrt(squares / max(seeds - 1, 1) / seeds)
 
-    mean = student(above.values[above.tuned] - below.values[below.tuned])
+    mean = student(
+        method.values[method.best_rate_index] - reference.values[reference.best_rate_index]
+    )
     shifts = np.where(np.abs(means - mean.estimate) > TINY, means - mean.estimate, 0.0)
-    flat = errors <= TINY  # resamples that do not vary: infinitely far off, or not at all
+    flat = errors <= TINY  # resamples without variance: their ratio is infinite or 0
     ratios = shifts / np.where(flat, 1.0, errors)
-    pivot = np.where(flat & (shifts != 0), np.inf, ratios)  # it is made symmetric below
-    unsure = not mean.error and bool(shifts.any())  # the sample does not vary, its resamples do
+    pivot = np.where(flat & (shifts != 0), np.inf, ratios)  # made symmetric below
+    unsure = not mean.error and bool(shifts.any())  # only resamples vary
     return dataclasses.replace(
         mean,
         pivot=Empirical(np.sort(np.concatenate([pivot, -pivot]))),
-        has_low=not (unsure or below.censored[rates[1]].any()),
-        has_high=not (unsure or above.censored[rates[0]].any()),
+        has_low=not (unsure or reference.censored[rates[1]].any()),
+        has_high=not (unsure or method.censored[rates[0]].any()),
     )
 
 
 def too_many(censored: ArrayLike) -> bool:
-    """Whether more than a tenth of a method's runs are censored: then nothing is concluded."""
+    """Whether more than a tenth of a method's runs are censored, so that there is no conclusion."""
     flags = np.asarray(censored)
     return 10 * int(flags.sum()) > flags.size
 
 
-def censor(mean: Mean, above: ArrayLike, below: ArrayLike) -> Mean:
-    """Takes from a mean difference what censored runs do not allow it to say.
+def censor(mean: Mean, numerator: ArrayLike, denominator: ArrayLike) -> Mean:
+    """Opens the interval of a mean difference on the sides that censored runs leave unknown.
 
-    With a run's steps cut at its budget the mean of a numerator's logs is that of smaller numbers:
-    the ratio is a lower bound, which says nothing of how large the truth can be. A censored
-    denominator makes an upper bound. Both leave not even an estimate; more than a tenth of either
-    leaves no conclusion.
+    A censored run counts with its budget of steps, which is too small. If runs of the numerator are
+    censored, the ratio is therefore a lower bound, without an upper end. If runs of the denominator
+    are censored, it is an upper bound. If both are, there is no estimate; if more than a tenth of
+    either are, there is no conclusion.
 
     Args:
-        mean: of log(numerator's steps / denominator's).
-        above: bool, which of the numerator's runs are censored.
-        below: the same of the denominator's.
+        mean: the mean of log(numerator's steps / denominator's steps).
+        numerator: bool, whether each run of the numerator is censored.
+        denominator: the same for the denominator.
     """
-    nothing = too_many(above) or too_many(below)
+    nothing = too_many(numerator) or too_many(denominator)
     return dataclasses.replace(
         mean,
-        estimate=np.nan if np.any(above) and np.any(below) else mean.estimate,
-        has_low=mean.has_low and not (nothing or np.any(below)),
-        has_high=mean.has_high and not (nothing or np.any(above)),
+        estimate=np.nan if np.any(numerator) and np.any(denominator) else mean.estimate,
+        has_low=mean.has_low and not (nothing or np.any(denominator)),
+        has_high=mean.has_high and not (nothing or np.any(numerator)),
     )
 
 
-def paired_ratio(above: ArrayLike, below: ArrayLike, *, budget: float | None = None) -> Estimate:
-    """The geometric mean of paired ratios, such as of steps to a loss, with its t interval.
+def paired_ratio(
+    numerators: ArrayLike, denominators: ArrayLike, *, budget: float | None = None
+) -> Estimate:
+    """The geometric mean of paired ratios, for example of steps to a loss, with its t interval.
 
     Args:
-        above: `(seeds,)`, the numerators; NaN of a run that never got there.
-        below: `(seeds,)`, the denominators of the same seeds.
-        budget: steps that each run had. NaNs count as so many, and make the ratio a bound: the
-            interval is open on that side.
+        numerators: `(seeds,)`, the numerators; NaN for a run that never reached the loss.
+        denominators: `(seeds,)`, the denominators for the same seeds.
+        budget: the number of steps of each run. NaNs are replaced by it and make the ratio a bound:
+            the interval is then open on one side.
 
     Raises:
         ValueError: for NaNs without a budget, or values that are not positive.
@@ -489,12 +500,18 @@ def paired_ratio(above: ArrayLike, below: ArrayLike, *, budget: float | None = N
         >>> print(paired_ratio([20.0, 40.0, 84.0], [10.0, 20.0, 40.0]))
         2.03 [1.90, 2.18]
     """
-    pair = [np.asarray(steps, float) for steps in (above, below)]
+    pair = [np.asarray(steps, float) for steps in (numerators, denominators)]
     missing = [np.isnan(steps) for steps in pair]
     if budget is None and np.any(missing):
-        raise ValueError("some runs never got there (NaN); expected budget=, the steps they had.")
+        raise ValueError(
+            "some values are NaN, of runs that never reached the loss; expected budget=, the "
+            "number of steps of each run."
+        )
     if any(np.any(steps <= 0) for steps in pair):
-        raise ValueError("some values are not positive; ratios are taken on the log scale.")
+        raise ValueError(
+            "some values are not positive; expected positive numbers, since ratios are averaged on "
+            "the log scale."
+        )
     a, b = (np.log(np.where(np.isnan(steps), budget or np.nan, steps)) for steps in pair)
     return Estimate(*censor(student(a - b), *missing).judge_ratio()[:3])
 
@@ -503,11 +520,12 @@ def trend(table: ArrayLike) -> Result:
     """Page's test of whether values grow from column to column.
 
     Args:
-        table: `(blocks, columns)`; only ranks within a block count.
+        table: `(blocks, columns)`; only ranks within a block are used.
 
     Returns:
-        Page's L scaled to [-1, 1] (without ties, the mean of the blocks' Spearman correlations with
-        the order), without interval; `p_holds` is of a rise, `p_fails` of a fall, both two-sided.
+        Page's L scaled to [-1, 1], without interval. Without ties it is the mean over blocks of the
+        Spearman correlation with the order of columns. `p_holds` is the p-value of a rise and
+        `p_fails` that of a fall, both two-sided.
 
     Example:
         >>> result = trend([[1, 2, 3], [4, 5, 6], [7, 9, 8]])
@@ -526,10 +544,10 @@ def trend(table: ArrayLike) -> Result:
 
 
 def intersection_union(p_holds: Sequence[float], p_fails: Sequence[float]) -> tuple[float, float]:
-    """The p-values of a claim with several parts: it holds if all do, and fails if any does.
+    """The p-values of a claim with several parts: it holds if all hold, and fails if any fails.
 
-    "All" is as credible as the least credible part, without correction (Berger 1982); "any" had as
-    many chances as there are parts (Bonferroni).
+    For "all hold" the p-value is the largest one, without correction (Berger 1982). For "any fails"
+    it is the smallest one times the number of parts (Bonferroni).
     """
     return max(p_holds), min(1.0, len(p_fails) * min(p_fails))
 
@@ -537,10 +555,10 @@ def intersection_union(p_holds: Sequence[float], p_fails: Sequence[float]) -> tu
 def holm(p_holds: ArrayLike, p_fails: ArrayLike) -> np.ndarray:
     """Holm-adjusted p-values of "this claim is decided", one per claim.
 
-    Of each claim exactly one is true, that it holds or that it does not, so a claim is decided by
-    the smaller of its two-sided p-values, in the direction that this names; the doubling in each
-    pays for looking both ways. Holm's steps keep the probability of any wrong verdict at α: proven
-    for independent tests (Shaffer 1980), and simulated for these in the tests.
+    Each claim either holds or does not hold, so the smaller of its two p-values decides it, in the
+    direction of that p-value. Both p-values are two-sided, which corrects for testing both
+    directions. Holm's procedure keeps the probability of any wrong verdict at α. This is proven for
+    independent tests (Shaffer 1980), and simulated for the tests used here.
 
     References:
         Holm, A simple sequentially rejective multiple test procedure, 1979.

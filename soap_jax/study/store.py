@@ -1,16 +1,16 @@
-"""The directory that holds a comparison, while it runs and after.
+"""The directory that holds a comparison, while it runs and afterwards.
 
     study.json         the record: protocol, methods, claims, versions, device, duration
     runs               one row per run                      (.parquet and .csv)
     evaluations        one row per run and evaluation       (.parquet and .csv)
     losses             one row per run: every batch's loss  (.parquet)
-    progress.json      while runs are missing: what study.json will say
-    parts/             while runs are missing: those that are done since, some in each file
-    params/            if asked for: each run's final params                  (.npz)
+    progress.json      while runs are missing: the later content of study.json
+    parts/             while runs are missing: the new runs, several in each file
+    params/            on request: each run's final params            (.npz)
 
-Everything is written under another name first and then renamed, so a file is whole or absent. A
-comparison that is stopped, however it is, goes on with the runs that are missing. Methods and seeds
-may be added later; what else a run depends on may not change.
+Every file is written under a temporary name and then renamed, so that it is complete or absent. A
+comparison that was stopped in any way resumes with the missing runs. Methods and seeds can be added
+later; the rest of what runs depend on must not change.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ import pandas as pd
 
 import soap_jax
 from soap_jax import trees
-from soap_jax.study import circumstances, files, statistics
+from soap_jax.study import environment, files, statistics
 
 FORMAT = 3
-"""The version of tables and files; it grows when older results cannot be read any more."""
+"""The version of tables and files; it increases when older results can no longer be read."""
 KEYS = ["method", "learning_rate", "seed", "period"]
-"""The columns that name a run; the period is 0 where none says how often feedback changes."""
+"""The columns that identify a run; the period is 0 for methods without one."""
 TABLES = ("runs", "evaluations", "losses")
-DIVERGED = 2.0
-"""A run whose training loss ends above so many times its first one counts as diverged."""
-SAME = ("protocol", "versions", "device", "settings")
-"""What may not change between runs of one comparison."""
+DIVERGENCE_FACTOR = 2.0
+"""The ratio of final to first training loss above which a run counts as diverged."""
+UNCHANGEABLE = ("protocol", "versions", "device", "settings")
+"""The parts of the record that must be the same for all runs of a comparison."""
 
 Tables = dict[str, pd.DataFrame]
 
 
 class Run(NamedTuple):
-    """What names a run, in the order of `KEYS`."""
+    """The identity of a run, in the order of `KEYS`."""
 
     method: str
     learning_rate: float
@@ -55,18 +55,18 @@ class Run(NamedTuple):
 
 
 class Store:
-    """The directory that holds one comparison's results; hold it with `files.locked`.
+    """The directory that holds one comparison's results; lock it with `files.locked`.
 
     Args:
-        path: where.
+        path: the directory.
 
     Attributes:
-        path: where.
-        record: what is known of what is there; empty if nothing is.
-        finished: whether study.json is there and nothing newer is under way.
+        path: the directory.
+        record: the record of the comparison in it; empty if there is none.
+        finished: whether study.json exists and no newer runs are in progress.
 
     Raises:
-        ValueError: if what is there is no comparison, or one of another format.
+        ValueError: if the directory holds something else, or a comparison of another format.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -80,51 +80,56 @@ class Store:
         return (self.path / "study.json").exists() and not (self.path / "progress.json").exists()
 
     def begin(self, record: Mapping[str, Any], runs: Collection[Run]) -> None:
-        """Notes how the runs to come are done, beside those that are there, if any are missing.
+        """Writes the record of the runs to come, unless all of them are stored already.
 
         Args:
-            record: of the comparison.
-            runs: all that it asks for.
+            record: the record of the comparison.
+            runs: all runs that the comparison asks for.
 
         Raises:
-            ValueError: if runs are there that were done otherwise, or whose claims had other
-                bounds, or if these and those would not be every method with every seed.
+            ValueError: if stored runs had other settings, or their claims had other bounds; or if
+                stored and new runs together would not be every method with every seed.
         """
         try:
             plain = json.dumps(record, default=lambda value: value.tolist())
         except (AttributeError, TypeError) as error:
-            raise ValueError(f"the record is not what JSON can hold: {error}.") from error
+            raise ValueError(
+                f"the record cannot be stored as JSON ({error}); expected strings, numbers, "
+                "lists and dicts."
+            ) from error
         now: dict[str, Any] = json.loads(plain)
         before, there = self.record, self.done()
         if there and not before:
             raise ValueError(
-                f"{self.path} holds runs, but not progress.json, which says how they were done. "
+                f"{self.path} holds runs, but not progress.json, the record of their settings. "
                 "Name another directory as out, or delete this one."
             )
         if there:
-            were, are = ({part: of[part] for part in SAME} for of in (before, now))
-            differ = circumstances.differences(_comparable(were), _comparable(are))
+            were, are = ({part: of[part] for part in UNCHANGEABLE} for of in (before, now))
+            changes = environment.differences(_comparable(were), _comparable(are))
             for name, method in now["methods"].items():
                 was = before["methods"].get(name, method)
-                differ += [
+                changes += [
                     f"the method {name}, {said}"
-                    for said in circumstances.differences(
+                    for said in environment.differences(
                         {"trains by": was["description"]}, {"trains by": method["description"]}
                     )
                 ]
-                if not differ and was.get("program") != method.get("program"):
-                    differ.append(f"the code of {name}: the task's, the optimizer's or its own")
+                if not changes and was.get("program") != method.get("program"):
+                    changes.append(
+                        f"the code of {name}: that of the task, the optimizer or the method"
+                    )
             if now["claims"] and before["claims"] not in ([], now["claims"]):
-                differ.append("the claims, whose bounds were written down before the first run")
-            circumstances.refuse(self.path, "runs that were", differ)
+                changes.append("the claims, whose bounds were written down before the first run")
+            environment.refuse_changes(self.path, "runs", changes)
             now["methods"] = before["methods"] | now["methods"]
             now["seeds"] = sorted({*before["seeds"], *now["seeds"]})
-            now["claims"] = before["claims"]  # what is claimed after the first run is exploratory
-            mine = expected(now)
+            now["claims"] = before["claims"]  # later claims are exploratory
+            mine = expected_runs(now)
             if foreign := there - mine:
                 raise ValueError(
-                    f"{self.path} holds {min(foreign)}, which is no run of this comparison. Delete "
-                    "the part of it, and what is missing then is done again."
+                    f"{self.path} holds {min(foreign)}, which is not a run of this comparison. "
+                    "Delete its file in parts/; missing runs are then trained again."
                 )
             if missing := mine - there.union(runs):
                 raise ValueError(
@@ -139,7 +144,7 @@ class Store:
         files.write_json(self.path / "progress.json", now)
 
     def add(self, runs: Sequence[Run], results: Mapping[str, Any]) -> None:
-        """Keeps some runs: what `loops.scanned` gave, with a leading axis of the runs."""
+        """Stores some runs: the results of `loops.scanned`, with a leading axis over runs."""
         flat = trees.named({name: part for name, part in results.items() if name != "params"})
         for i, run in enumerate(runs if "params" in results else ()):
             params = trees.named(results["params"])
@@ -151,21 +156,22 @@ class Store:
         files.write_atomically(path, lambda file: np.savez(file, facts=np.array(facts), **flat))
 
     def params(self, run: Run) -> pathlib.Path:
-        """The file with a run's final params, by their paths."""
+        """The file with a run's final params, keyed by their paths."""
         return self.path / "params" / f"{'-'.join(map(str, run))}.npz"
 
     def done(self) -> set[Run]:
-        """The runs that are there, in the tables or in parts."""
+        """The stored runs, in the tables or in parts."""
         found = [run for runs, _ in self._parts() for run in runs]
         if (self.path / "study.json").exists():
             found += _runs(self._table("runs"))
         return set(found)
 
     def finish(self, complete: Callable[[Tables], tuple[Tables, dict[str, Any]]]) -> None:
-        """Puts all parts into the tables, then writes the record, which makes them results.
+        """Merges all parts into the tables, then writes study.json, which marks them as finished.
 
         Args:
-            complete: from the tables to the same, completed, and to what else the record shall say.
+            complete: `tables -> (tables, entries)`, which completes the tables and returns
+                additional entries of the record.
         """
         pieces = [tidy(runs, results, self.record) for runs, results in self._parts()]
         if (self.path / "study.json").exists():
@@ -174,7 +180,7 @@ class Store:
         joined = {}
         for name in TABLES:
             table = pd.concat([piece[name] for piece in pieces], ignore_index=True)
-            # A process that was killed here has left what is in a table in its part, too.
+            # If a process was killed here, some runs are in a table and in a part.
             joined[name] = table.drop_duplicates([*KEYS, *table.columns.intersection(["step"])])
         tables, facts = complete(joined)
         for name, table in tables.items():
@@ -193,29 +199,29 @@ class Store:
         """Reads the tables.
 
         Raises:
-            ValueError: if runs are missing, or a table cannot be read or is of other runs.
+            ValueError: if runs are missing, a table cannot be read, or it holds other runs.
         """
         if not self.record:
             raise ValueError(
-                f"{self.path} holds no comparison: neither study.json nor progress.json is there. "
+                f"{self.path} holds no comparison: there is neither study.json nor progress.json. "
                 "Name the directory that was given as out."
             )
         if not self.finished:
             raise ValueError(
-                f"{self.path} holds {len(self.done())} runs: the comparison is not finished. The "
-                "same command or call goes on where it stopped."
+                f"{self.path} holds {len(self.done())} runs: the comparison is not finished. "
+                "Repeat the same command or call to resume it."
             )
-        tables, mine = {name: self._table(name) for name in TABLES}, expected(self.record)
+        tables, mine = {name: self._table(name) for name in TABLES}, expected_runs(self.record)
         for name, each in zip(
             TABLES, (1, self.record["protocol"]["evaluations"] + 1, 1), strict=True
         ):
             found = tables[name].groupby(KEYS).size().to_dict()
             if wrong := dict.fromkeys(mine, each).items() ^ found.items():
                 raise ValueError(
-                    f"{self.path / name}.parquet holds {len(found)} runs; expected the record's "
-                    f"{len(mine)}, each {each} times: every method at every period, learning rate "
-                    f"and seed (see {Run(*min(wrong)[0])}). Run the comparison again, into another "
-                    "directory."
+                    f"{self.path / name}.parquet holds {len(found)} runs; expected "
+                    f"{len(mine)} as in the record, with {each} rows each: every method at every "
+                    f"period, learning rate and seed (see {Run(*min(wrong)[0])}). Run the "
+                    "comparison again, into another directory."
                 )
         return tables
 
@@ -226,7 +232,7 @@ class Store:
             missing = [column for column in KEYS if column not in table]
             if missing:
                 raise ValueError(f"it lacks the columns {', '.join(missing)}")
-        except Exception as error:  # PyArrow, too, raises what not
+        except Exception as error:  # PyArrow raises errors of many types
             raise ValueError(
                 f"{file} cannot be read ({error}). Run the comparison again, into another "
                 "directory."
@@ -240,7 +246,7 @@ class Store:
                     flat = dict(arrays)
                 names, columns = json.loads(str(flat.pop("facts")))
                 if sorted(flat) != columns:
-                    raise ValueError(f"it has not {', '.join(columns)}")
+                    raise ValueError(f"expected the arrays {', '.join(columns)}")
                 runs = [Run(*run) for run in names]
                 results: dict[str, Any] = {"evaluations": {}, "test": {}}
                 for name, leaf in flat.items():
@@ -250,10 +256,10 @@ class Store:
                     else:
                         results[part] = leaf
                 if {len(runs)} != {len(leaf) for leaf in jax.tree.leaves(results)}:
-                    raise ValueError("its arrays are not of one length")
-            except Exception as error:  # NumPy raises what not
+                    raise ValueError("its arrays differ in length")
+            except Exception as error:  # NumPy raises errors of many types
                 raise ValueError(
-                    f"{file} is damaged ({error!r}). Delete it, and its runs are done again."
+                    f"{file} is damaged ({error!r}). Delete it; its runs are then trained again."
                 ) from error
             yield runs, results
 
@@ -267,13 +273,13 @@ def read_record(
     """Reads a record; None if it is not there.
 
     Args:
-        file: as `files.write_json` wrote it.
+        file: a file that `files.write_json` wrote.
         version: the format that it must have.
-        what: it records.
-        check: raises for what is none.
+        what: the kind of record, for error messages.
+        check: a function that raises if its argument is not a valid record.
 
     Raises:
-        ValueError: if it is no such record, or has another format.
+        ValueError: if the file is not a valid record, or has another format.
     """
     if not file.exists():
         return None
@@ -297,35 +303,38 @@ def read_record(
 
 
 def write_table(path: pathlib.Path, table: pd.DataFrame) -> None:
-    """Writes a table as Parquet, and as CSV unless its rows hold lists."""
+    """Writes a table as Parquet, and as CSV except for the losses."""
     content = table.to_parquet(None, index=False, write_page_checksum=True)
     files.write_atomically(path.with_suffix(".parquet"), lambda file: file.write(content))
-    if path.name != "losses":  # a row is as long as a run
+    if path.name != "losses":  # each row holds a list of all steps
         files.write_text(path.with_suffix(".csv"), table.to_csv(index=False))
 
 
 def _storable(leaf) -> np.ndarray:
-    """An array of a type that NumPy's files know: bfloat16 and the like as float32."""
+    """An array that NumPy can store: bfloat16 and similar types become float32."""
     return np.asarray(leaf, np.float32) if leaf.dtype.kind == "V" else leaf
 
 
 def _runs(table) -> list[Run]:
-    """The runs of a table of them."""
+    """The runs in a table."""
     return [Run(*row) for row in table[KEYS].itertuples(index=False, name=None)]
 
 
 def _comparable(record):
-    """A record without what does not bear on results: CPU runs are alike on two devices or more."""
+    """A record without entries that do not influence results.
+
+    On CPU results are the same for any number of devices from two on.
+    """
     device = record["device"]
     if device.get("platform") != "cpu":
         return record
     rest = {name: value for name, value in device.items() if name not in ("count", "processes")}
-    several = "several" if device.get("count") != 1 else 1  # XLA compiles otherwise for one
+    several = "several" if device.get("count") != 1 else 1  # XLA compiles differently for one
     return record | {"device": rest | {"count": several}}
 
 
-def expected(record: Mapping[str, Any]) -> set[Run]:
-    """Every method with every seed, at every learning rate and period."""
+def expected_runs(record: Mapping[str, Any]) -> set[Run]:
+    """The runs of every method with every seed, at every learning rate and period."""
     return {
         Run(name, rate, seed, period)
         for name, method in record["methods"].items()
@@ -338,24 +347,27 @@ def expected(record: Mapping[str, Any]) -> set[Run]:
 def tidy(runs: Sequence[Run], results: Mapping[str, Any], record: Mapping[str, Any]) -> Tables:
     """Turns the results of some runs into rows of the three tables.
 
-    A run is `diverged` if any loss was not finite (from the next measurement on all is NaN) or if
-    its smoothed training loss ends above `DIVERGED` times its first value.
+    A run is `diverged` if some loss was not finite (its values are NaN from the next evaluation
+    on), or if its final smoothed training loss is above `DIVERGENCE_FACTOR` times its first loss.
 
     Args:
-        runs: which.
-        results: as `loops.scanned` gives them, with a leading axis of the runs.
-        record: of the comparison.
+        runs: the runs.
+        results: the results of `loops.scanned`, with a leading axis over runs.
+        record: the record of the comparison.
     """
-    losses, marks = np.asarray(results["train_loss"], np.float32), record["protocol"]["evaluations"]
+    losses, evaluations = (
+        np.asarray(results["train_loss"], np.float32),
+        record["protocol"]["evaluations"],
+    )
     num, steps = losses.shape
-    every = steps // marks
-    whole = np.isfinite(losses).reshape(num, marks, every).all(axis=2)
+    every = steps // evaluations
+    whole = np.isfinite(losses).reshape(num, evaluations, every).all(axis=2)
     alive = np.logical_and.accumulate(np.insert(whole, 0, True, axis=1), axis=1)  # when measured
     losses = np.where(np.repeat(alive[:, :-1], every, axis=1), losses, np.float32("nan"))
     smooth = statistics.smooth(losses, record["window"])
     names = pd.DataFrame(runs, columns=KEYS)
     columns = sorted(results["evaluations"], key=lambda name: "/" in name)  # measures come last
-    lost = np.float64("nan")  # makes float64 of all
+    lost = np.float64("nan")  # a float64, so that all columns become float64
     measured = {k: np.where(alive, results["evaluations"][k], lost) for k in columns}
     final = {name: values[:, -1] for name, values in measured.items() if "/" not in name}
     final |= {f"test_{k}": np.where(alive[:, -1], v, lost) for k, v in results["test"].items()}
@@ -363,7 +375,7 @@ def tidy(runs: Sequence[Run], results: Mapping[str, Any], record: Mapping[str, A
     for name in ("validation_loss", "test_loss"):
         finite &= np.isfinite(final.get(name, 0.0))
     with np.errstate(invalid="ignore"):
-        diverged = ~(finite & (smooth[:, -1] <= DIVERGED * losses[:, 0]))
+        diverged = ~(finite & (smooth[:, -1] <= DIVERGENCE_FACTOR * losses[:, 0]))
     target = record["protocol"]["target_loss"]
     table = names.assign(
         steps=steps,
@@ -372,7 +384,7 @@ def tidy(runs: Sequence[Run], results: Mapping[str, Any], record: Mapping[str, A
         train_loss=smooth[:, -1],
         **final,
     )
-    at = np.arange(marks + 1) * every
+    at = np.arange(evaluations + 1) * every
     before = np.insert(smooth, 0, np.nan, axis=1)
     rows = (
         names.loc[names.index.repeat(len(at))]

@@ -1,18 +1,19 @@
-"""One training of a task by a method, as pure functions: its start, its step, its measurements.
+"""One training of a task with a method, as pure functions for its start, steps and measurements.
 
-Methods that differ in their rule alone share one program, in which a traced index says whose rule
-syncs feedback. Backprop is among them: its feedback is W.
+Methods that differ only in their rule share one program. A traced index selects the rule that syncs
+feedback. Backprop is one of these methods: its feedback is W.
 
     validation_loss, validation_METRIC
-    gradient_angle/PATH             of a kernel's pseudo-gradient to its true one
-    error_angle/PATH                of the errors of its output, example by example
+    gradient_angle/PATH             angle between a kernel's pseudo-gradient and true gradient
+    error_angle/PATH                the same for the errors at its output, mean over examples
     effective_learning_rate/PATH    rate × <pseudo, true> / <true, true> of its gradients
-    effective_rank/PATH             of these errors, if asked for
-    weight_angle/PATH               of feedback to its kernel
-    norm_ratio/PATH                 of feedback to its kernel
+    effective_rank/PATH             effective rank of these errors, if requested
+    weight_angle/PATH               angle between feedback and its kernel
+    norm_ratio/PATH                 norm of feedback over the norm of its kernel
 
-The first four are of every kernel but the last, whose gradient is exact. Errors are not measured
-of a kernel that the transform does not follow there, or under a gradient that is of no loss.
+The measures of gradients and errors exist for every kernel but the last, whose gradient is exact.
+Errors are not measured for kernels where the transform cannot follow them, nor for methods whose
+update is not the gradient of a loss.
 """
 
 from __future__ import annotations
@@ -43,43 +44,45 @@ from soap_jax.transform import (
 PROBE_SIZE = 256
 """Examples on which gradients are compared."""
 MEASURES = ("effective_rank",)
-"""What is measured only if asked for."""
+"""The measures that are computed only on request."""
 LOSS_STREAM, STATE_STREAM, EVALUATION_KEY, BATCH_STREAM = range(2**30, 2**30 + 4)
-"""Folded into a seed's key, beside its streams for params, feedback and order."""
+"""Numbers folded into a seed's key, for streams other than params, feedback and order."""
 DIRECTION_STREAM = 2**30 + 4
-"""Folded into a step's key, for gradients that are estimated."""
+"""The number folded into a step's key, for the random draws of a gradient estimator."""
 
 Optimizer = Callable[[Any], optax.GradientTransformation]
 """`learning_rate -> optimiser`."""
 
 
 class Layers(NamedTuple):
-    """Which param is which, by `soap_jax.explain`.
+    """The roles of a task's params, from `soap_jax.explain`.
 
     Attributes:
-        kernels: those that errors pass or that come first, in order of use.
-        served: those that feedback serves.
-        last: the last kernel, and the params that are first used after it.
+        kernels: paths of the kernels that errors pass through, and of the first layer's, in order
+            of use.
+        feedback_kernels: paths of the kernels that can have feedback.
+        last: paths of the last kernel and of the params that are first used after it.
     """
 
     kernels: tuple[str, ...]
-    served: tuple[str, ...]
+    feedback_kernels: tuple[str, ...]
     last: frozenset[trees.Path]
 
 
 class State(NamedTuple):
-    """What a training carries from step to step: its `TrainState`, and the model's own state."""
+    """The state of a training: its `TrainState`, and the model's own state."""
 
     train: training.TrainState
     model: chex.ArrayTree
 
 
 class Plan(NamedTuple):
-    """What stays the same through a training.
+    """The parts of a training that stay the same.
 
     Attributes:
-        order: `(steps, batch_size)` int32, the examples of each batch; None if they are made.
-        key: from which the loss and made batches draw.
+        order: `(steps, batch_size)` int32, the examples of each batch; None if a function generates
+            the batches.
+        key: the random key of the loss and of generated batches.
     """
 
     order: jax.Array | None
@@ -94,9 +97,9 @@ class Trial(NamedTuple):
         step: `(state, plan, learning_rate, index, data, i) -> (state, loss)`.
         measure: `(state, plan, learning_rate, index, data) -> scalars by column`.
         test: `(state, data) -> scalars by metric`.
-        steps: how many there are.
-        marks: how often a run is measured, in equal distances, besides the start.
-        keep_params: whether the final params are among its results.
+        steps: the number of steps.
+        evaluations: the number of evaluations, equally spaced, not counting the one at the start.
+        keep_params: whether the final params are among the results.
     """
 
     init: Callable[..., tuple[State, Plan]]
@@ -104,7 +107,7 @@ class Trial(NamedTuple):
     measure: Callable[..., dict[str, jax.Array]]
     test: Callable[..., dict[str, jax.Array]]
     steps: int
-    marks: int
+    evaluations: int
     keep_params: bool
 
 
@@ -120,11 +123,11 @@ def batch_of(task: Task, data, plan: Plan, i) -> chex.ArrayTree:
     return jax.tree.map(lambda leaf: leaf[plan.order[i]], data["train"])  # type: ignore[index]
 
 
-def made_size(task: Task) -> int:
-    """The examples of a batch that the task's function makes; 1 if it makes none."""
+def generated_batch_size(task: Task) -> int:
+    """The number of examples in a batch that the task generates; 1 if that is unknown."""
     try:
         leaves = jax.tree.leaves(jax.eval_shape(task.train, jax.random.key(0)))
-    except Exception:  # `checks` says what is wrong with it
+    except Exception:  # `checks` raises the error that explains it
         return 1
     return leaves[0].shape[0] if leaves and leaves[0].shape else 1
 
@@ -136,7 +139,7 @@ def loss_of(task: Task) -> Callable[..., tuple[jax.Array, chex.ArrayTree]]:
     return lambda params, state, batch, key: (task.loss(params, batch), state)
 
 
-def directly(task: Task, method: Method) -> Callable[..., Any]:
+def direct_feedback_loss(task: Task, method: Method) -> Callable[..., Any]:
     """The task's loss with direct feedback: `(params, projections, state, batch, key) -> ...`."""
     taps: Any = method.taps or task.taps
     bar: Any = method.feedback_bar
@@ -167,7 +170,9 @@ def steps_of(task: Task, steps: int | None, epochs: int | None, batch_size: int)
         if steps is None:
             raise ValueError("epochs is given, but train is a function; expected steps.")
     elif batch_size > (num := task.examples["train"]):
-        raise ValueError(f"batch_size is {batch_size}; expected at most {num}, the examples.")
+        raise ValueError(
+            f"batch_size is {batch_size}; expected at most {num}, the number of training examples."
+        )
     elif epochs is not None:
         grids.check_count("epochs", epochs, most=grids.MOST // num)
         return epochs * (num // batch_size)
@@ -176,31 +181,31 @@ def steps_of(task: Task, steps: int | None, epochs: int | None, batch_size: int)
 
 
 def layers_of(task: Task, params, state, batch) -> Layers:
-    """Reads from `explain` which param is which.
+    """Reads the roles of the params from `soap_jax.explain`.
 
     Raises:
-        ValueError: if there is no kernel that feedback could serve.
+        ValueError: if there is no kernel that can have feedback.
     """
     rows = explain(loss_of(task), params, state, batch, jax.random.key(0), has_aux=True)
     kinds = ("feedback", "no effect", "backprop")
     kernels = [row.path for row in rows if len(row.shape) > 1 and row.effect in kinds]
-    served = ["/".join(row.path) for row in rows if row.effect == "feedback"]
-    if not served:
+    feedback_kernels = ["/".join(row.path) for row in rows if row.effect == "feedback"]
+    if not feedback_kernels:
         raise ValueError(
-            "the task has no kernel for feedback: no error passes one in a product with an "
-            "activation on its way back. Expected two layers or more; is the batch an argument of "
-            f"the loss? What soap_jax.explain says of it:\n{rows}"
+            "the task has no kernel for feedback: no backpropagated error is multiplied by a "
+            "kernel. Expected at least two layers, and a batch that is an argument of the loss. "
+            f"This is what soap_jax.explain finds:\n{rows}"
         )
     paths = [row.path for row in rows]
     last = frozenset(paths[paths.index(kernels[-1]) :])
-    return Layers(tuple(map("/".join, kernels)), tuple(served), last)
+    return Layers(tuple(map("/".join, kernels)), tuple(feedback_kernels), last)
 
 
 def shared_key(method: Method) -> tuple | None:
-    """What tells a method from others in one program; None for one that needs its own."""
-    if method.own or method.feedback_bar or method.init_feedback or method.optimizer:
+    """The key of a method among those that share a program; None if it needs its own."""
+    if method.has_own_gradient or method.feedback_bar or method.init_feedback or method.optimizer:
         return None
-    rule = method.sync
+    rule = method.feedback_rule
     if type(rule) not in (rules.Fixed, rules.SignSync, rules.Transport, methods.Scaled):
         return None
     return _static(rule), method.last_only
@@ -223,45 +228,45 @@ def make(
     measures: Sequence[str] = (),
     keep_params: bool = False,
 ) -> Trial:
-    """Makes the functions of a training by one of the methods `members`, of which an index tells.
+    """Makes the functions of a training with one of the methods `members`, chosen by an index.
 
-    Initial params, feedback and the order of examples come from streams of their own, so that
-    methods are paired by their seed.
+    Initial params, feedback and the order of examples come from separate random streams, so that
+    runs of different methods with the same seed are paired.
 
     Args:
-        task: what is learnt.
-        members: one method; or several that differ in rule, scale and `last_only` alone.
+        task: the task.
+        members: one method, or several that differ only in rule, scale and `last_only`.
         layers: from `layers_of`.
         optimizer: `learning_rate -> optimiser`.
         batch_size: examples per step.
-        steps: updates in all.
-        evaluations: how often a run is measured; divides `steps`.
-        eval_batch_size: at most so many examples at a time; by default all.
-        measures: of `MEASURES`, what else to measure.
+        steps: the number of updates.
+        evaluations: the number of evaluations after the start; divides `steps`.
+        eval_batch_size: the most examples in one batch of an evaluation; by default all.
+        measures: additional measures, of `MEASURES`.
         keep_params: as in `Trial`.
     """
     method = members[0]
     learns = method.feedback_bar is not None
-    plain = loss_of(task)
-    through: Any = with_feedback(plain, feedback_bar=method.feedback_bar)
+    task_loss = loss_of(task)
+    feedback_loss: Any = with_feedback(task_loss, feedback_bar=method.feedback_bar)
     if method.direct is not None:
-        through = directly(task, method)
+        feedback_loss = direct_feedback_loss(task, method)
 
-    def of_method(params, weights, state, batch, key):
+    def method_loss(params, weights, state, batch, key):
         if method.loss is None:
-            return through(params, weights, state, batch, key)
+            return feedback_loss(params, weights, state, batch, key)
         if task.init_state is None:
             return method.loss(params, weights, batch), state
         return method.loss(params, weights, state, batch, key)
 
     def value_and_grad(params, weights, state, batch, key, step, learning_rate):
         if method.estimator is not None:
-            grad_fn = method.estimator(plain, has_aux=True)
+            grad_fn = method.estimator(task_loss, has_aux=True)
             draw = jax.random.fold_in(key, DIRECTION_STREAM)
             return grad_fn(params, state, batch, key, key=draw)
         if method.gradient is None:
             argnums = (0, 1) if learns else 0
-            gradient = jax.value_and_grad(of_method, argnums, has_aux=True)
+            gradient = jax.value_and_grad(method_loss, argnums, has_aux=True)
             return gradient(params, weights, state, batch, key)
         if task.init_state is None:
             loss, gradients = method.gradient(params, weights, batch, key, step, learning_rate)
@@ -288,8 +293,8 @@ def make(
 
         return optax.chain(chosen, optax.stateless(only))
 
-    def at(train, index):
-        """The training's state, which one of the methods goes on with."""
+    def with_index(train, index):
+        """The training's state with the method's index in the memory of the rule."""
         feedback = train.feedback
         if len(members) == 1 or not isinstance(feedback, fb.FeedbackState):
             return train
@@ -302,19 +307,25 @@ def make(
             return made
         if method.direct is not None:
             model = task.init_state and jax.eval_shape(task.init_state, key)
-            return init_projections(key, through, params, model, batch, key)
-        if method.own and method.rule is None:
+            return init_projections(key, feedback_loss, params, model, batch, key)
+        if method.has_own_gradient and method.rule is None:
             return None
-        rule = method.sync
+        rule = method.feedback_rule
         if len(members) > 1:
-            rule = methods.AnyOf(members=tuple(_static(member.sync) for member in members))
-        where = _at(layers.served) if method.where is None and made is None else method.where
+            rule = methods.AnyOf(members=tuple(_static(member.feedback_rule) for member in members))
+        where = (
+            _only(layers.feedback_kernels)
+            if method.where is None and made is None
+            else method.where
+        )
         state = fb.init_feedback(
             key, params, rule, where=where, initializer=method.initializer, feedback=made
         )
         if isinstance(rule, Mapping):
             return state
-        fixed = jnp.array([isinstance(member.sync, rules.Fixed) for member in members])[index]
+        fixed = jnp.array([isinstance(member.feedback_rule, rules.Fixed) for member in members])[
+            index
+        ]
         return dataclasses.replace(state, period=jnp.where(fixed, 0, jnp.maximum(period, 1)))
 
     def init(seed, learning_rate, period, index, data):
@@ -339,16 +350,16 @@ def make(
         def gradient(params, weights, batch, *, step):
             return value_and_grad(params, weights, state.model, batch, key, step, learning_rate)
 
-        of_gradient = training.make_gradient_step(
+        gradient_step = training.make_gradient_step(
             gradient, optimizer_at(learning_rate, index), learn_feedback=learns, has_aux=True
         )
-        train = at(state.train, index)
-        train, (loss, model) = of_gradient(train, batch_of(task, data, plan, i))
+        train = with_index(state.train, index)
+        train, (loss, model) = gradient_step(train, batch_of(task, data, plan, i))
         return State(train, model), loss
 
     def measure(state, plan, learning_rate, index, data):
         key = jax.random.key(EVALUATION_KEY)
-        train = at(state.train, index)
+        train = with_index(state.train, index)
         params, feedback = train.params, train.feedback
         if isinstance(feedback, fb.FeedbackState):
             feedback = fb.sync_feedback(params, feedback, train.step)
@@ -363,17 +374,17 @@ def make(
         size = batch_size if of_no_loss else PROBE_SIZE
         probe = jax.tree.map(lambda leaf: leaf[:size], probe)
         args = state.model, probe, key
-        true, true_errors = gradient_and_errors(plain, has_aux=True)(params, None, *args)
+        true, true_errors = gradient_and_errors(task_loss, has_aux=True)(params, None, *args)
         if of_no_loss:
             pseudo = value_and_grad(params, weights, *args, train.step, learning_rate)[1]
             errors: dict[str, jax.Array] = {}
         elif method.loss is not None or method.direct is not None:
             of_params = gradient_and_errors(
-                lambda params, *args: of_method(params, weights, *args), has_aux=True
+                lambda params, *args: method_loss(params, weights, *args), has_aux=True
             )
             pseudo, errors = of_params(params, None, *args)
         else:
-            pseudo, errors = gradient_and_errors(plain, has_aux=True)(params, weights, *args)
+            pseudo, errors = gradient_and_errors(task_loss, has_aux=True)(params, weights, *args)
         num = jax.tree.leaves(probe)[0].shape[0]
         pseudo, true = map(trees.named, (pseudo, true))
         share = _share_of_hidden(members, index)
@@ -384,11 +395,13 @@ def make(
             row[f"effective_learning_rate/{name}"] = learning_rate * along
             if name in errors and name in true_errors:
                 angles = metrics.angles_by_example(errors[name], true_errors[name], num)
-                row[f"error_angle/{name}"] = jnp.nanmean(angles)  # NaN of those without an error
+                row[f"error_angle/{name}"] = jnp.nanmean(
+                    angles
+                )  # NaN for examples without an error
             if name in errors and "effective_rank" in measures:
                 rank = metrics.effective_rank(errors[name], batch_size=num)
                 row[f"effective_rank/{name}"] = rank
-        if not method.own:
+        if not method.has_own_gradient:
             for metric in (metrics.weight_angle, metrics.norm_ratio):
                 found = trees.named(metric(params, weights))
                 row |= {f"{metric.__name__}/{name}": value for name, value in found.items()}
@@ -403,14 +416,14 @@ def make(
 
 
 def evaluate(task: Task, params, state, data, batch_size: int | None = None):
-    """The loss and the metrics of a model over examples, by name, batches weighted by their size.
+    """The loss and the metrics of a model on examples, by name; batches are weighted by size.
 
     Args:
-        task: whose they are.
-        params: the model's.
-        state: its state; None without one.
+        task: the task with the loss and the metrics.
+        params: the model's params.
+        state: the model's state; None if the task has none.
         data: the examples.
-        batch_size: at most so many at a time; by default all.
+        batch_size: the most examples in one batch; by default all.
     """
 
     def one(batch):
@@ -442,9 +455,9 @@ def _order(key, num, batch_size, steps):
 
 
 def _share_of_hidden(members, index):
-    """0 where only the last kernel learns, else 1."""
+    """The factor on the updates of hidden layers: 0 if only the last kernel learns, else 1."""
     return jnp.array([float(not member.last_only) for member in members], jnp.float32)[index]
 
 
-def _at(names):
+def _only(names):
     return lambda path, leaf: path in names

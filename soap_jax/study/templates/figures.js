@@ -4,11 +4,11 @@ function draw(name, linear) {
   const place = document.getElementById("plot-" + name);
   const text = JSON.stringify(specs[name]);
   const spec = JSON.parse(linear ? text.replaceAll('"type":"log"', '"type":"linear"') : text);
-  spec.width = "container"; // and follows it
+  spec.width = "container"; // follows the width of the page
   spec.config.legend.columns = Math.max(1, Math.floor((place.clientWidth - 60) / (30 + 6 * longest)));
   vegaEmbed(place, spec, {
     renderer: "svg",
-    ast: true, // expressions are read, not run: the page allows no eval
+    ast: true, // expressions are interpreted, since the page does not allow eval
     actions: { export: true, source: false, compiled: false, editor: false },
     downloadFileName: name,
   });
@@ -25,6 +25,6 @@ for (const name of Object.keys(specs)) {
     redraw();
   };
   if (logs) document.getElementById("plot-" + name).before(button);
-  matchMedia("(max-width: 40rem)").addEventListener("change", redraw); // a phone is turned
+  matchMedia("(max-width: 40rem)").addEventListener("change", redraw); // when a phone is turned
   redraw();
 }

@@ -1,4 +1,4 @@
-"""What the command line shows of a comparison: tables with their notes, and progress."""
+"""The output of a comparison in a terminal: tables with notes, and a progress bar."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rich.text import Text
 
 from soap_jax.study import claims, statistics
 from soap_jax.study.results import Results
-from soap_jax.study.statistics import Estimate, number
+from soap_jax.study.statistics import Estimate, format_number
 
 
 def summary_table(comparison: Results) -> Table:
-    """The table of methods at their smallest periods."""
+    """The table of methods, each at its smallest period."""
     title = f"{comparison.record['title']}, {len(comparison.seeds)} seeds, 95 % intervals"
     columns, rows = summary_cells(comparison, full=False)
     table = _table(title, summary_notes(comparison, full=False))
@@ -31,31 +31,33 @@ def summary_table(comparison: Results) -> Table:
 
 
 def summary_cells(comparison: Results, *, full: bool) -> tuple[list[str], list[list[str]]]:
-    """The table of methods, in words: its head and its rows.
+    """The header and the rows of the table of methods, as text.
 
     Args:
-        comparison: what was trained.
+        comparison: the results.
         full: whether to show every period and metric, and the fewest steps at any rate.
     """
     table = comparison.summary()
     several, diverged = (table[column].to_numpy().any() for column in ("period", "diverged"))
     rows = []
-    for row in (table if full else comparison.base(table)).to_dict("records"):
+    for row in (table if full else comparison.at_smallest_periods(table)).to_dict("records"):
         bound, steps, fewest = "> " * bool(row["censored"]), row["steps_to_target"], "–"
         cells = {"method": comparison.label(row["method"])}
         if full and several:
             cells["period"] = str(row["period"] or "–")
-        cells["best rate"] = number(row["best_rate"]) + "*" * bool(row["best_rate_at_edge"])
+        cells["best rate"] = format_number(row["best_rate"]) + "*" * bool(row["best_rate_at_edge"])
         for metric in comparison.metrics if full else comparison.metrics[:1]:
             scale, unit = (100, " %") if "accuracy" in metric else (1, "")
             found = _estimate(row, metric, scale)
             half = found.high - found.value
-            short = statistics.alike(found.value, found.value)
+            short = statistics.format_like(found.value, found.value)
             if math.isfinite(half):
-                short += f" ± {statistics.alike(half, found.value)}"
+                short += f" ± {statistics.format_like(half, found.value)}"
             cells[metric.replace("_", " ") + unit] = str(found) if full else short
         known = not math.isnan(steps)
-        cells[f"steps to {number(comparison.target_loss)}"] = bound * known + number(steps)
+        cells[f"steps to {format_number(comparison.target_loss)}"] = bound * known + format_number(
+            steps
+        )
         ratio = _estimate(row, "ratio")
         is_reference = comparison.methods[row["method"]]["reference"] == row["method"]
         cells["ratio"] = "1" if is_reference and known else str(ratio)
@@ -63,7 +65,9 @@ def summary_cells(comparison: Results, *, full: bool) -> tuple[list[str], list[l
             cells["ratio"] = bound + cells["ratio"]
         if full:
             if not math.isnan(row["fewest_steps"]):
-                fewest = f"{number(row['fewest_steps'])} at {number(row['fastest_rate'])}"
+                fewest = (
+                    f"{format_number(row['fewest_steps'])} at {format_number(row['fastest_rate'])}"
+                )
             cells["fewest steps"] = fewest
         if full or diverged:
             cells["diverged"] = f"{row['diverged']} of {row['runs']}"
@@ -72,42 +76,45 @@ def summary_cells(comparison: Results, *, full: bool) -> tuple[list[str], list[l
 
 
 def summary_notes(comparison: Results, *, full: bool) -> str:
-    """What the numbers in the table of methods are."""
+    """The notes that explain the numbers in the table of methods."""
     select = comparison.record["protocol"]["select"].replace("_", " ")
-    shared, target = comparison.shared_rate, number(comparison.target_loss)
+    shared, target = comparison.shared_rate, format_number(comparison.target_loss)
     who = comparison.label(comparison.reference) if comparison.reference else "every method"
-    notes = [f"The best rate is chosen by {select}; metrics are read at it."]
+    notes = [f"The best rate is chosen by {select}; metrics are those at the best rate."]
     if math.isnan(shared):
         notes.append(f"No steps to compare: {comparison.why}.")
     else:
         notes.append(
-            f"Steps to loss {target} at rate {shared:g}, the smallest at which every run of {who} "
-            "gets there within half the steps; ratios are to each method's reference. > marks "
-            "bounds, where some run never gets there."
+            f"Steps to loss {target} are counted at rate {shared:g}, the smallest at which every "
+            f"run of {who} reaches this loss within half the steps; ratios are to each method's "
+            "reference. > marks a bound: some run never reached the loss."
         )
     periods = [min(method["periods"]) for method in comparison.methods.values()]
     if not full and any(periods):
         updates = f"{max(periods)} updates" if max(periods) > 1 else "update"
         notes.append(f"Feedback is synced every {updates}.")
     if full:
-        notes.append("Fewest steps: at the fastest rate where every run gets there.")
-        notes.append("Means over seeds (of steps: geometric) with 95 % intervals.")
+        notes.append("Fewest steps: at the fastest rate where every run reaches the loss.")
+        notes.append("Values are means over seeds (geometric for steps) with 95 % intervals.")
     if comparison.summary()["best_rate_at_edge"].any():
-        notes.append("* at the edge of the grid: a better rate may lie beyond it.")
+        notes.append("* at the edge of the grid: a better rate may lie outside.")
     return " ".join(notes)
 
 
 def claims_table(findings: Sequence[claims.Finding]) -> Table:
-    """The verdicts, claim by claim, with what each of its tests found and the bound for it."""
+    """The table of verdicts: for each claim, the estimates of its tests and their bounds."""
     family = max((finding.family for finding in findings), default=0)
     notes = [
-        f"p is the verdict's, after Holm's correction for {family} claim{'s' * (family > 1)}."
+        f"p is the p-value of the verdict, after Holm's correction for {family} "
+        f"claim{'s' * (family > 1)}."
     ] * (family > 0)
     open_ones = claims.UNDECIDED, claims.NOT_TESTABLE
     notes += [f"{f.key}: {f.why}" for f in findings if f.verdict in open_ones]
     if any(finding.exploratory for finding in findings):
-        notes.append("Exploratory: the claim, its bounds or the target were chosen afterwards.")
-    table = _table("Claims, with 95 % intervals and the bounds they have to meet", "\n".join(notes))
+        notes.append(
+            "Exploratory: the claim, its bounds or the target were chosen after the study started."
+        )
+    table = _table("Claims, with 95 % intervals and bounds", "\n".join(notes))
     for column in ("", "claim", "verdict"):
         table.add_column(column)
     for column in ("found", "bound"):
@@ -115,8 +122,8 @@ def claims_table(findings: Sequence[claims.Finding]) -> Table:
     for finding in findings:
         verdict = finding.verdict + "\nexploratory" * finding.exploratory
         if not math.isnan(finding.p):
-            verdict += f"\n{statistics.p_value(finding.p)}"
-        said = [claims.in_words(part) for part in finding.parts]
+            verdict += f"\n{statistics.format_p_value(finding.p)}"
+        said = [claims.format_part(part) for part in finding.parts]
         found = "\n".join(words.estimate.removeprefix("rank ") for words in said)
         cells = finding.key, finding.statement, verdict, found, "\n".join(w.bound for w in said)
         table.add_row(*map(Text, cells), end_section=True)
@@ -140,11 +147,11 @@ def _table(title, caption):
 
 
 class Progress:
-    """A bar over all runs of all methods with the time to go, and a line for each method done.
+    """A progress bar over the runs of all methods, and a line for each finished method.
 
     Args:
-        console: where to.
-        labels: what methods are called, by key.
+        console: the console to print to.
+        labels: the labels of methods, by key.
     """
 
     def __init__(self, console: Console, labels: Mapping[str, str]):
@@ -152,11 +159,11 @@ class Progress:
             progress.TextColumn("{task.description}"),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
-            progress.TextColumn("runs, to go"),
+            progress.TextColumn("runs, time left"),
             progress.TimeRemainingColumn(),
             console=console,
             transient=True,
-            speed_estimate_period=math.inf,  # compiling counts as well
+            speed_estimate_period=math.inf,  # compilation is included
         )
         self.labels = labels
         self.task: progress.TaskID | None = None
@@ -173,7 +180,7 @@ class Progress:
         self.bar.stop()
 
     def show(self, method: str, done: int | None, total: int, done_all: int, total_all: int):
-        """As `on_progress` of `compare`: `done` is None while a method is compiled."""
+        """Shows progress, as `on_progress` of `compare`; `done` is None during compilation."""
         if method != self.method:
             self._close()
             self.method, self.begin, self.first = method, time.perf_counter(), None

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from soap_jax import data, study
-from soap_jax.study import circumstances, preset
+from soap_jax.study import environment, preset
 
 CONFIG = preset.StudyConfig(
     learning_rates=(0.1,), seeds=1, epochs=1, hidden=(5,), evaluations=1, periods=(1,)
@@ -36,18 +36,18 @@ def setting(name, value):
     ],
 )
 def test_a_setting_that_bears_on_results_is_named_with_both_values(name, value):
-    before = {"settings": circumstances.settings()}
+    before = {"settings": environment.settings()}
     with setting(name, value):
-        now = {"settings": circumstances.settings()}
-    (said,) = circumstances.differences(before, now)
+        now = {"settings": environment.settings()}
+    (said,) = environment.differences(before, now)
     old = before["settings"][name]
-    assert said == f"settings.{name}: {'not set' if old is None else old} there, {value} now"
+    assert said == f"settings.{name}: was {'not set' if old is None else old}, is now {value}"
 
 
 def test_flags_differ_where_they_change_arithmetic_alone(monkeypatch):
     def flags(text):
         monkeypatch.setenv("XLA_FLAGS", text)
-        return circumstances.settings()["XLA_FLAGS"]
+        return environment.settings()["XLA_FLAGS"]
 
     plain = flags("--xla_a=1 --xla_b=2")
     assert plain == flags(" --xla_b=2  --xla_a=0 --xla_a=1")  # the last one counts
@@ -56,10 +56,10 @@ def test_flags_differ_where_they_change_arithmetic_alone(monkeypatch):
 
 
 def test_what_an_older_version_did_not_note_is_not_compared():
-    now = {"settings": circumstances.settings()}
-    assert circumstances.differences({}, now) == []
+    now = {"settings": environment.settings()}
+    assert environment.differences({}, now) == []
     older = {"settings": {"jax_default_prng_impl": "rbg"}}
-    assert len(circumstances.differences(older, now)) == 1
+    assert len(environment.differences(older, now)) == 1
 
 
 # Every dtype in a study is explicit

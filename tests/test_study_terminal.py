@@ -8,7 +8,7 @@ import pytest
 from made_up import BAD_CASES, break_everything, comparison, make_findings
 from rich.console import Console
 
-from soap_jax.study import claims, screen
+from soap_jax.study import claims, terminal
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def flat(renderable):
 
 
 def test_tables_fit_a_terminal(study):
-    for table in (screen.summary_table(study), screen.claims_table(make_findings())):
+    for table in (terminal.summary_table(study), terminal.claims_table(make_findings())):
         said = shown(table)
         assert "…" not in said and max(map(len, said.splitlines())) <= 80
 
@@ -35,13 +35,13 @@ def test_tables_fit_a_terminal(study):
 def test_a_long_name_takes_nothing_from_the_numbers():
     made = comparison(("bp", "fa"), seeds=2, metric="perplexity")
     made.methods["fa"]["label"] = "a method of my own with a rather long name"
-    said = shown(screen.summary_table(made))
+    said = shown(terminal.summary_table(made))
     assert "…" not in said and "perplexity" in said and max(map(len, said.splitlines())) <= 80
 
 
 def test_the_table_of_methods_has_each_methods_numbers(study):
-    columns, rows = screen.summary_cells(study, full=False)
-    row = study.base(study.summary()).set_index("method").loc["fa"]
+    columns, rows = terminal.summary_cells(study, full=False)
+    row = study.at_smallest_periods(study.summary()).set_index("method").loc["fa"]
     [cells] = [cells for cells in rows if cells[0] == "FA, fixed feedback"]
     said = dict(zip(columns, cells, strict=True))
     assert said["best rate"].rstrip("*") == f"{row['best_rate']:g}"
@@ -53,7 +53,7 @@ def test_the_table_of_methods_has_each_methods_numbers(study):
 
 
 def test_the_full_table_has_every_period_metric_and_fewest_steps(study):
-    columns, rows = screen.summary_cells(study, full=True)
+    columns, rows = terminal.summary_cells(study, full=True)
     assert len(rows) == len(study.summary()) and "period" in columns
     assert {"test accuracy %", "test loss", "fewest steps"} <= set(columns)
     assert any(
@@ -62,14 +62,14 @@ def test_the_full_table_has_every_period_metric_and_fewest_steps(study):
 
 
 def test_bounds_are_marked(study):
-    columns, rows = screen.summary_cells(study, full=False)
+    columns, rows = terminal.summary_cells(study, full=False)
     [late] = [row for row in rows if row[0] == "hidden layers frozen"]
     assert late[columns.index("steps to 0.5")] == "> 340"
     assert late[columns.index("ratio")].startswith("> ")
 
 
 def test_notes_say_which_rate_is_shared_and_what_chooses_rates(study):
-    said = flat(screen.summary_table(study))
+    said = flat(terminal.summary_table(study))
     assert f"at rate {study.shared_rate:g}, the smallest at which every run of backprop" in said
     assert "chosen by validation accuracy" in said and "Feedback is synced every update." in said
     assert "* at the edge of the grid" in said
@@ -78,19 +78,19 @@ def test_notes_say_which_rate_is_shared_and_what_chooses_rates(study):
 @pytest.mark.parametrize("changes", BAD_CASES.values(), ids=BAD_CASES)
 def test_small_studies_have_tables(changes):
     made = comparison(**{"seeds": 2, **changes})
-    for cells in (screen.summary_cells(made, full=full) for full in (True, False)):
+    for cells in (terminal.summary_cells(made, full=full) for full in (True, False)):
         assert "nan" not in str(cells)
-    assert "nan" not in shown(screen.summary_table(made)).split()
+    assert "nan" not in shown(terminal.summary_table(made)).split()
 
 
 def test_without_a_shared_rate_the_notes_say_why(study):
-    said = flat(screen.summary_table(break_everything(study)))
-    assert "No steps to compare: " in said and "every run of backprop" in said
+    said = flat(terminal.summary_table(break_everything(study)))
+    assert "No steps to compare: " in said and "all runs of backprop" in said
 
 
 def test_the_table_of_claims_says_what_p_is_and_which_test_leaves_a_claim_open():
-    said = flat(screen.claims_table(make_findings()))
-    assert "p is the verdict's, after Holm's correction for 6 claims." in said
+    said = flat(terminal.claims_table(make_findings()))
+    assert "p is the p-value of the verdict, after Holm's correction for 6 claims." in said
     assert "4: Censored." in said and "1: 1.84 lies in." not in said
     assert "1.84 [1.80, 1.88] 1.5 to 3" in said
     assert "xploratory" not in said
@@ -98,18 +98,18 @@ def test_the_table_of_claims_says_what_p_is_and_which_test_leaves_a_claim_open()
 
 def test_exploratory_findings_are_called_so():
     findings = [dataclasses.replace(finding, exploratory=True) for finding in make_findings()]
-    said = flat(screen.claims_table(findings))
+    said = flat(terminal.claims_table(findings))
     assert "Exploratory: " in said and said.count(" exploratory") == len(findings)
 
 
 def test_without_claims_there_is_an_empty_table():
-    assert "claim" in shown(screen.claims_table([]))
+    assert "claim" in shown(terminal.claims_table([]))
 
 
 def test_hostile_words_stay_words(study):
     finding = dataclasses.replace(make_findings()[0], statement="[red]x[/red] [/]")
-    assert "[red]x[/red] [/]" in flat(screen.claims_table([finding]))
-    assert claims.HOLDS in flat(screen.claims_table([finding]))
+    assert "[red]x[/red] [/]" in flat(terminal.claims_table([finding]))
+    assert claims.HOLDS in flat(terminal.claims_table([finding]))
 
 
 # Progress
@@ -124,7 +124,7 @@ LABELS = {"bp": "backprop", "fa": "FA"}
 
 
 def test_the_bar_counts_the_runs_of_all_methods_from_the_first_one_on(console):
-    with screen.Progress(console, LABELS) as progress:
+    with terminal.Progress(console, LABELS) as progress:
         progress.show("bp", None, 4, 0, 8)
         [task] = progress.bar.tasks
         assert task.description == "backprop: compiling" and task.total == 8
@@ -138,7 +138,7 @@ def test_the_bar_counts_the_runs_of_all_methods_from_the_first_one_on(console):
 
 
 def test_each_method_that_is_done_has_a_line(console):
-    with screen.Progress(console, LABELS) as progress:
+    with terminal.Progress(console, LABELS) as progress:
         progress.show("bp", 0, 4, 0, 8)
         progress.show("bp", 4, 4, 4, 8)
         progress.show("fa", 2, 4, 6, 8)  # two runs were there already
@@ -149,7 +149,7 @@ def test_each_method_that_is_done_has_a_line(console):
 
 
 def test_a_method_without_new_runs_has_no_line(console):
-    with screen.Progress(console, LABELS) as progress:
+    with terminal.Progress(console, LABELS) as progress:
         progress.show("bp", 4, 4, 4, 8)
     assert "runs in" not in console.file.getvalue()
 
@@ -157,7 +157,7 @@ def test_a_method_without_new_runs_has_no_line(console):
 def test_nothing_is_said_of_a_method_that_an_error_stopped(console):
     with (
         pytest.raises(RuntimeError, match="stop"),
-        screen.Progress(console, LABELS) as progress,
+        terminal.Progress(console, LABELS) as progress,
     ):
         progress.show("bp", 0, 4, 0, 8)
         progress.show("bp", 2, 4, 2, 8)

@@ -1,8 +1,9 @@
-"""Versions, devices and settings that bear on results, and how two records of them differ.
+"""Versions, devices and settings that influence results, and the differences of two records.
 
-A study and a single training both note them. Who goes on under others is refused: with another
-generator the rest would start from other weights, and in other precision it would round otherwise.
-(`jax_numpy_dtype_promotion` is not among them: all dtypes here are explicit.)
+A study and a single training both record them. Resuming under different ones is refused: with
+another random generator the remaining runs would start from other weights, and with another
+precision they would round differently. (`jax_numpy_dtype_promotion` is not recorded, since all
+dtypes here are explicit.)
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _HARMLESS_FLAGS = ("--xla_dump_", "--xla_force_host_platform_device_count")
 
 
 def settings() -> dict[str, Any]:
-    """The settings in force, by the names under which JAX and XLA know them.
+    """The current settings, by the names that JAX and XLA give them.
 
     Example:
         >>> settings()["jax_default_prng_impl"]
@@ -50,7 +51,7 @@ def settings() -> dict[str, Any]:
 
 
 def provenance() -> dict[str, Any]:
-    """The versions, device and settings that results come from."""
+    """The versions, device and settings that results are computed with."""
     devices = jax.devices()
     return {
         "versions": {"soap_jax": soap_jax.__version__, "python": platform.python_version()}
@@ -68,13 +69,13 @@ def provenance() -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What `now` says otherwise than `before`, in words, each with both values.
+    """The entries of `now` whose values differ from `before`, as text with both values.
 
-    A setting that an older version did not note is not compared.
+    Settings that an older version did not record are not compared.
 
     Example:
         >>> differences({"versions": {"jax": "1"}}, {"versions": {"jax": "2"}})
-        ['versions.jax: 1 there, 2 now']
+        ['versions.jax: was 1, is now 2']
     """
     found = []
     for name, value in now.items():
@@ -86,31 +87,37 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             value = {**dict.fromkeys(old), **value}
             found += [f"{name}.{said}" for said in differences(old, value)]
         elif old != value:
-            found.append(f"{name}: {_said(old)} there, {_said(value)} now")
+            found.append(f"{name}: was {_value_text(old)}, is now {_value_text(value)}")
     return found
 
 
-def refuse(path: pathlib.Path, what: str, differ: list[str]) -> None:
-    """Raises ValueError if what a directory holds differs from what is asked for."""
-    if differ:
+def refuse_changes(path: pathlib.Path, what: str, changes: list[str]) -> None:
+    """Raises ValueError if there are changes between a directory's content and the request.
+
+    Args:
+        path: the directory.
+        what: the content of the directory, such as "runs".
+        changes: from `differences`.
+    """
+    if changes:
         raise ValueError(
-            f"{path} holds {what} done otherwise ({'; '.join(differ)}). Go on as before, name "
-            "another directory as out, or delete this one."
+            f"{path} holds {what} with other settings ({'; '.join(changes)}); expected the "
+            "same. Repeat the original call, name another directory as out, or delete this one."
         )
 
 
 def _flags(text: str) -> str:
-    """Flags in one order, the last of each name, without those that do not bear on results."""
+    """Sorted flags: the last of each name, without flags that do not influence results."""
     flags = {flag.partition("=")[0]: flag for flag in text.split()}
     return " ".join(sorted(f for f in flags.values() if not f.startswith(_HARMLESS_FLAGS)))
 
 
-def _said(value) -> str:
+def _value_text(value) -> str:
     return "not set" if value in (None, "") else str(value)
 
 
 def _processor() -> str:
-    """The model of the CPU, as far as the system tells."""
+    """The model of the CPU, if the system reports it."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
