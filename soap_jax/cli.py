@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import math
 import os
@@ -20,7 +21,7 @@ import time
 import traceback
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 try:
@@ -29,6 +30,9 @@ except ModuleNotFoundError as error:
     raise SystemExit("The command line needs: pip install 'soap_jax[study]'") from error
 
 from soap_jax.study import preset
+
+if typing.TYPE_CHECKING:
+    from soap_jax.study import task_files
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 CACHE_SIZE = 2**30
@@ -110,26 +114,25 @@ class TaskStudy(_Running, preset.Protocol):
     task: tyro.conf.Positional[pathlib.Path]
     select: str | None = None
     maximise: bool | None = None
-    file: tyro.conf.Suppress[Any] = None
 
-    def run(self):
-        """Compares."""
-        options = self.smaller(self._quick()) if self.quick else self
-        chosen = {name: getattr(self.file, name) for name in ("methods", "claims", "optimizer")}
+    def run(self, file: task_files.TaskFile):
+        """Compares what the file defines."""
+        options = self.smaller(self._quick(file)) if self.quick else self
+        chosen = {name: getattr(file, name) for name in ("methods", "claims", "optimizer")}
         chosen |= {"select": self.select, "maximise": self.maximise}
         out = self.place(self.task.stem)
-        for name, task in self.file.tasks.items():
+        for name, task in file.tasks.items():
             title = " ".join(filter(None, (self.task.stem, name)))
             arguments = options.arguments() | chosen | {"task": task}
             _compare(arguments, out / name, {"title": title}, dry_run=self.dry_run)
 
-    def _quick(self) -> dict[str, Any]:
+    def _quick(self, file: task_files.TaskFile) -> dict[str, Any]:
         """What the file changes with --quick; lists that the command line gives stay."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        defaults |= self.file.options
+        defaults |= file.options
         return {
             name: value
-            for name, value in self.file.smaller.items()
+            for name, value in file.smaller.items()
             if not isinstance(value, tuple) or getattr(self, name) == defaults[name]
         }
 
@@ -276,21 +279,23 @@ def main():
         print(f"soap_jax {soap_jax.__version__}")
         return
     with _errors():
-        _parse(sys.argv[1:]).run()
+        _parse(sys.argv[1:])()
 
 
-def _parse(args: list[str]) -> Any:
-    """The options of a command, as an object that runs it."""
+def _parse(args: list[str]) -> Callable[[], None]:
+    """Reads a command and its options; returns a function that runs it."""
     task = next((arg for arg in args if arg.endswith(".py")), None)
     study: Any = Annotated[Study, tyro.conf.subcommand("study")]
+    file = None
     if args[:1] == ["study"] and task is not None:
-        study = Annotated[TaskStudy, tyro.conf.subcommand("study", default=_task_study(task, args))]
+        file, default = _read_task_file(task, args)
+        study = Annotated[TaskStudy, tyro.conf.subcommand("study", default=default)]
     report = Annotated[Report, tyro.conf.subcommand("report")]
     train = Annotated[Train, tyro.conf.subcommand("train")]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
+            command = tyro.cli(
                 study | report | train,
                 args=args or ["--help"],
                 prog="soap-jax",
@@ -306,6 +311,7 @@ def _parse(args: list[str]) -> Any:
         near = re.findall(r"^--[a-z][\w-]+", more, re.MULTILINE) if "Perhaps" in more else ()
         hint = f". Did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(" ".join(about.split()) + hint) from None
+    return command.run if file is None else functools.partial(command.run, file)
 
 
 def _options() -> tyro.constructors.ConstructorRegistry:
@@ -336,17 +342,17 @@ def _options() -> tyro.constructors.ConstructorRegistry:
     return registry
 
 
-def _task_study(path: str, args: list[str]) -> TaskStudy:
-    """The command for a task file, whose values are the defaults of its options."""
+def _read_task_file(path: str, args: list[str]) -> tuple[task_files.TaskFile, TaskStudy]:
+    """Returns a task file's content, and a command with its values as defaults."""
     _start_jax(cache="--no-cache" not in args, distributed="--distributed" in args)
     from soap_jax.study import task_files
 
     hints = typing.get_type_hints(TaskStudy)
-    file = task_files.read(path, {name: hints[name] for name in hints.keys() - {"task", "file"}})
+    file = task_files.read(path, {name: hints[name] for name in hints.keys() - {"task"}})
     defaults = dict(file.options)
     if any(arg.partition("=")[0] == "--epochs" for arg in args):
         defaults.pop("steps", None)
-    return TaskStudy(task=pathlib.Path(path), file=file, **defaults)
+    return file, TaskStudy(task=pathlib.Path(path), **defaults)
 
 
 def _as(kind, options):

@@ -50,6 +50,15 @@ LARGEST = np.iinfo(np.int32).max
 """The largest allowed step and period, the largest int32."""
 
 
+def _binds(signature: inspect.Signature, num: int) -> bool:
+    """Whether one may call a function of the signature with so many positional arguments."""
+    try:
+        signature.bind(*range(num))
+    except TypeError:
+        return False
+    return True
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
     """The base class of all rules.
@@ -401,15 +410,6 @@ class WeightMirror(Rule):
         step = shard_like(float(self.rate) * seen.reshape(kernel.shape), kernel)
         new = float(1 - self._decay) * feedback.astype(wide) + step
         return _rounded(new, feedback)
-
-
-def _binds(signature: inspect.Signature, num: int) -> bool:
-    """Whether one may call a function of the signature with so many positional arguments."""
-    try:
-        signature.bind(*range(num))
-    except TypeError:
-        return False
-    return True
 
 
 def check_period(name: str, period: ArrayLike) -> None:

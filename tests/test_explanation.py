@@ -66,7 +66,7 @@ def assert_true(fun, params, *args):
         expected = {
             "feedback": {"changes"},
             "backprop": {"changes" if scales else "refused"},
-            "exact": {"refused", "nothing"},
+            "not needed": {"refused", "nothing"},
             "no effect": {"refused", "nothing"},
         }[row.effect]
         assert found in expected, (path, row.effect, found)
@@ -110,7 +110,7 @@ def shared(params, x):
 
 
 CASES = {
-    mlp: {"a": "no effect", "bias": "exact", "b": "feedback", "c": "feedback"},
+    mlp: {"a": "no effect", "bias": "not needed", "b": "feedback", "c": "feedback"},
     last_layer_unused_by_the_loss: {
         "a": "no effect",
         "b": "feedback",
@@ -172,11 +172,15 @@ MIDDLES = {  # (h, b, c) -> h, the effects of b and c
     "changed and not": (lambda h, b, c: h @ b + h @ jnp.tanh(b) @ c, "backprop", "feedback"),
     "normalised": (lambda h, b, c: h @ (b / jnp.linalg.norm(b)) @ c, "backprop", "feedback"),
     "a scale": (lambda h, b, c: (h * b[:1]) @ c, "backprop", "feedback"),
-    "a quotient": (lambda h, b, c: lax.stop_gradient(h) / (3 + b[:1]) @ c, "exact", "feedback"),
-    "a bias": (lambda h, b, c: (h + b[:1]) @ c, "exact", "feedback"),
+    "a quotient": (
+        lambda h, b, c: lax.stop_gradient(h) / (3 + b[:1]) @ c,
+        "not needed",
+        "feedback",
+    ),
+    "a bias": (lambda h, b, c: (h + b[:1]) @ c, "not needed", "feedback"),
     "a scale and a product": (lambda h, b, c: (h * b[:1]) @ b @ c, "feedback", "feedback"),
-    "a number": (lambda h, b, c: h @ c * jnp.linalg.norm(b), "exact", "feedback"),
-    "a loop": (loop(lambda h, b, c: h @ b + c[:1]), "feedback", "exact"),
+    "a number": (lambda h, b, c: h @ c * jnp.linalg.norm(b), "not needed", "feedback"),
+    "a loop": (loop(lambda h, b, c: h @ b + c[:1]), "feedback", "not needed"),
     "a loop that scales": (loop(lambda h, b, c: h @ b * c[:1]), "feedback", "backprop"),
     "a loop over a sum": (loop(lambda h, b, c: h @ (b + c)), "backprop", "backprop"),
     "a branch": (
@@ -256,8 +260,8 @@ TABLE = """\
  scale                        backprop    mul           64×256 · 1×256            -
  out                          feedback    dot_general   64×256 · 256×10     10.2 kB
 
-26 params: 1 no effect, 12 exact, 12 feedback, 1 backprop; 2.9 MB of feedback.
-Exact, since no error passes through them: 12 bias (add)."""
+26 params: 1 no effect, 12 not needed, 12 feedback, 1 backprop; 2.9 MB of feedback.
+Not needed, since no error passes through them: 12 bias (add)."""
 
 
 HALF = jnp.bfloat16
@@ -395,7 +399,7 @@ def test_a_param_that_scales_elementwise_gets_feedback_where_it_is_named():
     fun, params = between(MIDDLES["a scale"][0]), {k: PARAMS[k[0]] for k in ("a", "b", "c")}
     params["d"] = PARAMS["a"]
     explanation = explain(fun, params, X)
-    assert "scales activations elementwise; name it in `where` to give it feedback" in told(
+    assert "scales activations elementwise; to give it feedback, name it in `where`: where=[" in told(
         explanation
     )
     assert init_feedback(KEY, params, where=explanation).feedback["b"] is None
@@ -434,10 +438,10 @@ def test_an_embedding_that_is_only_looked_up_needs_no_feedback():
             lambda p, ids, model=model: model.apply({"params": p}, ids), params, ids
         )
         found[tied] = effects(explanation)
-    both = {"dense/kernel": "feedback", "dense/bias": "exact"}
+    both = {"dense/kernel": "feedback", "dense/bias": "not needed"}
     assert found[True] == both | {"Embed_0/embedding": "feedback"}
-    assert found[False].pop("Embed_0/embedding") in ("exact", "no effect")
-    assert found[False] == both | {"head/kernel": "feedback", "head/bias": "exact"}
+    assert found[False].pop("Embed_0/embedding") in ("not needed", "no effect")
+    assert found[False] == both | {"head/kernel": "feedback", "head/bias": "not needed"}
 
 
 def test_weights_that_only_meet_each_other_are_named():
@@ -495,7 +499,7 @@ def test_layers_with_feedback_of_their_own_are_told_from_backprop():
         return Net().apply({"params": params, "feedback": feedback}, x).sum()
 
     params, own = variables["params"], variables["feedback"]
-    biases = {f"{name}/bias": "exact" for name in ("first", "own", "cell/i", "head")}
+    biases = {f"{name}/bias": "not needed" for name in ("first", "own", "cell/i", "head")}
     found = effects(explain(loss, params, own, X))
     assert found == biases | {
         "cell/h/kernel": "feedback",

@@ -645,3 +645,23 @@ def test_signs_that_keep_the_norm_are_the_default():
     assert rules.SignSync() == rules.SignSync(magnitude="norm")
     feedback = sign_sync("norm", np.array([[2.0, -3.0]]), np.array([[0.3, 0.4]]))
     np.testing.assert_allclose(np.linalg.norm(feedback), 0.5, rtol=1e-6)
+
+
+def test_a_rule_with_another_signature_is_refused_where_it_is_defined():
+    message = r"Short.__call__ has the signature \(self, kernel, feedback\); expected \(self, ker"
+    with pytest.raises(ValueError, match=message):
+
+        @dataclasses.dataclass(frozen=True, kw_only=True)
+        class Short(rules.Rule):
+            def __call__(self, kernel, feedback):
+                return feedback
+
+
+def test_a_rule_with_fields_that_is_not_a_dataclass_is_refused():
+    class Leak(rules.Rule):
+        rate: float = 0.1
+
+    with pytest.raises(
+        ValueError, match="Leak declares rate but is not a dataclass; put @dataclass"
+    ):
+        Leak()

@@ -223,10 +223,7 @@ def read(
 
 
 ELEMENTWISE = ("div", "mul")
-SCALES = (
-    "scales activations elementwise; name it in `where` to give it feedback, as in "
-    "where=[explanation, '*/scale']"
-)
+SCALES = "scales activations elementwise; to give it feedback, name it in `where`"
 NO_DATA = (
     "The function has no array argument besides its params. Arrays that it closes over are "
     "constants, not data: pass the batch as an argument, and call `explain` again."
@@ -329,6 +326,7 @@ def _table(explanation: Explanation) -> str:
     for (pattern, *_), rows in groups.items():
         row = rows[0]
         path = f"{pattern} ({len(rows)} times)" if len(rows) > 1 else "/".join(row.path)
+        glob = pattern if len(rows) > 1 else path
         places = [use for use in row.uses if not use.problem] or list(row.uses)
         name = places[0].primitive if places else "-"
         operands = " · ".join(map(_shape, places[0].operands)) if places else "-"
@@ -343,7 +341,9 @@ def _table(explanation: Explanation) -> str:
         cells = path, *effect, name, operands, ", ".join(stored) or "-"
         grid.add_row(*map(text.Text, cells))
         problems = [
-            f"{path} {use.problem}." if use.problem == SCALES else f"{path}: {use}, {use.problem}."
+            f"{path} {SCALES}: where=[explanation, {glob!r}]."
+            if use.problem == SCALES
+            else f"{path}: {use}, {use.problem}."
             for use in row.uses
             if use.problem
         ]
@@ -374,6 +374,6 @@ def _table(explanation: Explanation) -> str:
     shown = [line.rstrip() for line in file.getvalue().splitlines() if line.strip()]
     shown = [*shown, ""] if groups else []
     for line in [*lines, *notes]:
-        width = max(80, len(shown[0]) if shown else 0)
+        width = max(88, len(shown[0]) if shown else 0)
         shown += textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
     return "\n".join(shown)
