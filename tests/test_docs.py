@@ -1,5 +1,6 @@
 """The site's pages: their code runs, their links lead somewhere, and every public name has one."""
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -17,7 +18,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 import soap_jax
 from soap_jax import cli, models, sweeps, training
@@ -70,12 +70,16 @@ def classifier():
 
 def test_any_model_gets_pseudo_gradients():
     names = classifier()
-    first, second = guide("any-model")
+    first, second, third = guide("any-model")
     exec(first.code, names)
     true = jax.grad(names["loss"])(names["params"], names["x"], names["labels"])
     same = jax.tree.map(lambda a, b: bool(jnp.allclose(a, b)), names["grads"], true)
     assert same["layers_2"] == {"kernel": True, "bias": True}
     assert same["layers_0"] == {"kernel": False, "bias": False}
+    exec(third.code, names)
+    found = jax.tree.map(lambda leaf: bool(leaf.any()), names["grads_of_zeros"])
+    assert found["layers_2"] == {"kernel": True, "bias": True}
+    assert found["layers_0"] == {"kernel": False, "bias": False}
     exec(second.code, names)
     assert jax.tree.structure(names["grads"]) == jax.tree.structure(names["nnx_params"])
     assert np.any(jax.tree.leaves(names["grads"])[0])
@@ -166,30 +170,36 @@ def test_a_state_survives_its_checkpoint_and_another_rule_is_noticed(loop, tmp_p
     names = {**loop}
     (block,) = guide("checkpoints")
     exec(block.code, names)
-    preserve = soap_jax.SignSync(period=10, magnitude="preserve")
+    rule = soap_jax.SignSync(period=10, magnitude="preserve")
 
-    def make_state(rule=preserve):
+    def make_state():
         feedback = soap_jax.init_feedback(jax.random.key(3), loop["params"], rule)
         return training.init_train_state(loop["params"], optax.adam(0.1), feedback=feedback)
 
     state = make_state()
-    names["save"](tmp_path, state)
-    restored = names["restore"](tmp_path, make_state)
+    names["save"](tmp_path, state, rule)
+    restored = names["restore"](tmp_path, make_state, rule)
     same = jax.tree.map(lambda a, b: bool((a == b).all()), restored, state)
     assert jax.tree.all(same)
-    with pytest.raises(ValueError, match="the checkpoint's rule is not Fixed"):
-        names["restore"](tmp_path, lambda: make_state(soap_jax.Fixed()))
+    for other in (soap_jax.Fixed(), dataclasses.replace(rule, period=5)):
+        with pytest.raises(ValueError, match=r"the checkpoint's rule is not (Fixed|.*period=5)"):
+            names["restore"](tmp_path, make_state, other)
 
 
 def test_a_batch_over_devices_gives_the_same_gradients():
     names = classifier()
     exec(guide("any-model")[0].code, names)
-    alone = names["grads"]
-    names |= {"NamedSharding": NamedSharding, "PartitionSpec": PartitionSpec}
     (block,) = guide("scaling")
-    exec(block.code, names)
+    one, several = dict(names), dict(names)
+    for known, code in (
+        (one, block.code.replace("jax.device_count()", "1")),
+        (several, block.code),
+    ):
+        known["params"], known["state"] = jax.tree.map(jnp.copy, (names["params"], names["state"]))
+        exec(code, known)
+    assert len(several["train_state"][0]["layers_0"]["bias"].devices()) == jax.device_count() > 1
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)  # order of sums
-    jax.tree.map(close, names["grads"], alone)
+    jax.tree.map(close, several["train_state"][0], one["train_state"][0])
 
 
 def test_a_task_of_ones_own_runs_as_a_study(tmp_path, monkeypatch, capsys):

@@ -399,8 +399,9 @@ def test_a_param_that_scales_elementwise_gets_feedback_where_it_is_named():
     fun, params = between(MIDDLES["a scale"][0]), {k: PARAMS[k[0]] for k in ("a", "b", "c")}
     params["d"] = PARAMS["a"]
     explanation = explain(fun, params, X)
-    assert "scales activations elementwise; to give it feedback, name it in `where`: where=[" in told(
-        explanation
+    assert (
+        "scales activations elementwise; to give it feedback, name it in `where`: where=["
+        in told(explanation)
     )
     assert init_feedback(KEY, params, where=explanation).feedback["b"] is None
     state = init_feedback(KEY, params, where="b", initializer="matched")

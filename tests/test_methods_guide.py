@@ -3,10 +3,12 @@
 import functools
 import pathlib
 import re
+import types
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import markdown_blocks as blocks
 import numpy as np
 import optax
 import pytest
@@ -20,7 +22,8 @@ DOCS = pathlib.Path(__file__).parents[1] / "docs"
 GUIDES = [f"guides/{name}.md" for name in ("learned", "direct", "time-local", "metrics")]
 GUIDE = "\n".join((DOCS / name).read_text() for name in ["methods.md", *GUIDES])
 ROWS = re.findall(r"^\| .* \| `(.*)` \|$", GUIDE, re.MULTILINE)
-BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+GIVEN = ("cell", "cell_loss", "tapped_loss", "loss", "params", "weights", "feedback", "key", "step")
+GIVEN += ("x", "labels", "cell_params", "B", "h0", "xs", "targets")  # a reader's own
 X = jax.random.normal(jax.random.key(1), (8, 32))
 LABELS = jnp.arange(8) % 10
 
@@ -180,10 +183,15 @@ def test_the_table_names_every_rule_and_every_local_loss():
 
 @pytest.fixture(scope="module")
 def known():
-    """What is known after all blocks have run, one after the other."""
-    known = names()
-    for block in BLOCKS:
-        exec(block, known)
+    """The names after all blocks have run, one after the other; each page has its imports."""
+    given = {name: value for name, value in names().items() if name in GIVEN}
+    known = dict(given)
+    for guide in GUIDES:
+        arrays = {name: value for name, value in known.items() if not callable(value)}
+        page = given | {n: v for n, v in arrays.items() if not isinstance(v, types.ModuleType)}
+        for block in blocks.python((DOCS / guide).read_text()):
+            exec(block.code, page)
+        known |= page
     return known
 
 
