@@ -53,6 +53,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 from jax.typing import ArrayLike, DTypeLike
 
+__all__ = [
+    "Loss",
+    "Tap",
+    "ValueAndGrad",
+    "untapped",
+    "value_and_grad",
+]
+
 Tap = Callable[[str, jax.Array], jax.Array]
 """A function `(name, activation) -> activation`."""
 

@@ -23,6 +23,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+__all__ = [
+    "Unsuitable",
+    "as_products",
+    "convolves",
+]
+
 Function = TypeVar("Function", bound=Callable)
 Program = core.Jaxpr | core.ClosedJaxpr
 

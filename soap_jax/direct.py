@@ -85,6 +85,18 @@ from jax.typing import DTypeLike
 from soap_jax import draws, dtypes, ops, trees
 from soap_jax.feedback import glorot_normal
 
+__all__ = [
+    "Block",
+    "Error",
+    "ProjectFn",
+    "ProjectionBar",
+    "direct_feedback",
+    "direct_target",
+    "draw_projection",
+    "draw_projections",
+    "scan_blocks",
+]
+
 ProjectFn = Callable[[jax.Array, tuple[int, ...], chex.PRNGKey | None], jax.Array]
 """A projection computed by a device: `(error, shape, key) -> x_bar`, with x_bar of this shape."""
 

@@ -47,6 +47,13 @@ from jax.typing import DTypeLike
 
 from soap_jax import dtypes
 
+__all__ = [
+    "Feedback",
+    "LowRank",
+    "Product",
+    "fixed",
+]
+
 
 class Product(NamedTuple):
     """Feedback weights `left · right`, with a learned left factor and a fixed right factor.

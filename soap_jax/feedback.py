@@ -28,6 +28,16 @@ from jax.typing import ArrayLike, DTypeLike
 
 from soap_jax import draws, dtypes, factors, rules, trees
 
+__all__ = [
+    "FeedbackState",
+    "Initializer",
+    "RulesByPattern",
+    "feedback_of",
+    "init_feedback",
+    "sync_feedback",
+    "sync_feedback_unless",
+]
+
 Initializer = jax.nn.initializers.Initializer | Literal["matched"]
 """A function `(key, shape, dtype) -> array`, or "matched": as large as the kernel."""
 

@@ -35,6 +35,22 @@ from jax.typing import DTypeLike
 
 from soap_jax import factors, trees
 
+__all__ = [
+    "BilinearOp",
+    "Feedback",
+    "FeedbackBar",
+    "FeedbackBarFn",
+    "FeedbackOp",
+    "LocalLoss",
+    "detach",
+    "feedback_conv",
+    "feedback_conv_transpose",
+    "feedback_dense",
+    "feedback_einsum",
+    "feedback_op",
+    "through_feedback",
+]
+
 BilinearOp = Callable[[jax.Array, jax.Array], jax.Array]
 """`(x, kernel) -> y`, linear in each argument."""
 

@@ -41,6 +41,16 @@ from jax.typing import ArrayLike
 
 from soap_jax import draws, dtypes
 
+__all__ = [
+    "Fixed",
+    "Made",
+    "Magnitude",
+    "Rule",
+    "SignSync",
+    "Transport",
+    "WeightMirror",
+]
+
 Magnitude = Literal["norm", "unit", "preserve", "glorot", "redraw", "kernel"]
 
 Made = jax.Array | tuple[jax.Array, chex.ArrayTree]
@@ -76,7 +86,6 @@ class Rule:
     period: ArrayLike = 1
 
     def __init_subclass__(cls, **kwargs):
-        """Checks the signature of a rule's `__call__`."""
         super().__init_subclass__(**kwargs)
         signature = inspect.signature(cls.__call__)
         if not any(_binds(signature, num) for num in (4, 5)):

@@ -33,6 +33,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from soap_jax import convolutions, grids
 
+__all__ = [
+    "Point",
+    "Run",
+    "grid",
+    "sweep",
+]
+
 Run = Callable[..., chex.ArrayTree]
 """A function `(seed, learning_rate, period, *args) -> results` of int32, float32 and int32 scalars
 and the `args` of `sweep`; the results are a tree of arrays."""

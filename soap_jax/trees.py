@@ -18,6 +18,17 @@ import jax.numpy as jnp
 
 from soap_jax import dtypes, factors
 
+__all__ = [
+    "KERNEL_NAMES",
+    "Path",
+    "Selector",
+    "Where",
+    "map_pairs",
+    "named",
+    "pairs",
+    "select",
+]
+
 Path = tuple[str, ...]
 """The names from a tree's root to a leaf, without a Flax box around the leaf."""
 

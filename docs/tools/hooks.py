@@ -214,7 +214,8 @@ def run_notebook(path):
         parts += [f"![The figure that this code draws]({name})" for name in shown]
         drawn += len(shown)
     source = f"{REPOSITORY}/blob/main/examples/notebooks/{path.name}"
-    parts.insert(1, f"*This page is a notebook, run as it stands: [its text]({source}).*")
+    needs = ", with `pip install matplotlib`" * ("import matplotlib" in path.read_text())
+    parts.insert(1, f"*This page is a notebook, run as it stands{needs}: [its text]({source}).*")
     return "\n\n".join(parts) + "\n", figures
 
 
