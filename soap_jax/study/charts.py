@@ -277,10 +277,8 @@ def _over_training(comparison: Results, column: str, rates: Mapping[str, float])
         rows = comparison.rows("evaluations", method, rate)
         if column in rows:
             by_step = rows.pivot(index="step", columns="seed", values=column).dropna()
-            name, note = (
-                display_names(comparison)[method],
-                f"{by_step.shape[1]} seeds at rate {rate:g}",
-            )
+            name = display_names(comparison)[method]
+            note = f"{by_step.shape[1]} seeds at rate {rate:g}"
             points += [(name, step, *_range(of), note) for step, *of in by_step.itertuples()]
     return points
 

@@ -8,11 +8,7 @@ same reader, so they agree.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import io
-import re
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -24,7 +20,7 @@ from jax.interpreters import partial_eval
 
 from soap_jax import dtypes, trees
 from soap_jax.transform import labels as lb
-from soap_jax.transform import reader, tracing
+from soap_jax.transform import reader, table, tracing
 from soap_jax.transform import values as vals
 from soap_jax.transform.reader import Use
 
@@ -108,7 +104,7 @@ class Explanation:
         return any("/".join(row.path) == path and row.effect == "feedback" for row in self.rows)
 
     def __str__(self) -> str:
-        return _table(self)
+        return table.render(self)
 
 
 def explain(
@@ -223,11 +219,6 @@ def read(
 
 
 ELEMENTWISE = ("div", "mul")
-SCALES = "scales activations elementwise; to give it feedback, name it in `where`"
-NO_DATA = (
-    "The function has no array argument besides its params. Arrays that it closes over are "
-    "constants, not data: pass the batch as an argument, and call `explain` again."
-)
 
 Found = tuple[Effect, Sequence[Use]]
 
@@ -240,7 +231,7 @@ def _row(notes: reader.Notes) -> Found:
     if hard or (notes.broken and notes.served):
         return "backprop", [*notes.served, *notes.broken]
     if notes.served and all(use.primitive in ELEMENTWISE for use in notes.served):
-        return "backprop", [use._replace(problem=SCALES) for use in notes.served]
+        return "backprop", [use._replace(problem=table.SCALES) for use in notes.served]
     if notes.served:
         return "feedback", [*notes.served]
     if notes.met or not notes.first:
@@ -285,95 +276,3 @@ def _finished(leaf, path, effect, uses, used, given, open_question, gradient) ->
     used = dtypes.wide(one, *others) if others else np.dtype(one)
     shape = tuple(leaf.shape)
     return Row(path, effect, uses, shape, leaf.dtype, stored, used, nbytes, gradient)
-
-
-def _gradients(explanation: Explanation) -> list[str]:
-    """Lines about gradients that are not exact, or none if all are exact."""
-    found: dict[str, list[str]] = {}
-    for row in explanation:
-        found.setdefault(row.gradient, []).append("/".join(row.path))
-    if set(found) <= {"exact"}:
-        return []
-    counts = [f"{len(found[g])} {g}" for g in ("direct", "mixed", "exact", "none") if g in found]
-    lines = [f"Gradients: {', '.join(counts)}."]
-    if "mixed" in found:
-        lines.append(f"Direct feedback and an error around it reach {', '.join(found['mixed'])}.")
-    if "none" in found:
-        lines.append(f"No error reaches {', '.join(found['none'])}.")
-    return lines
-
-
-def _shape(operand: jax.ShapeDtypeStruct) -> str:
-    return "×".join(map(str, operand.shape)) or "scalar"
-
-
-def _table(explanation: Explanation) -> str:
-    """The printed table; rows whose paths differ only by numbers share a line."""
-    from rich import box, console, filesize, table, text  # imported here, since it is slow
-
-    grid = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    direct = any(row.gradient in ("direct", "mixed") for row in explanation)
-    for column in ("param", *["gradient"] * direct, "effect", "used in", "operands"):
-        grid.add_column(column, no_wrap=True)
-    grid.add_column("feedback", justify="right", no_wrap=True)
-    groups: dict[tuple, list[Row]] = {}
-    for row in explanation:
-        if row.effect != "not needed":
-            pattern = re.sub(r"\d+", "*", "/".join(row.path))
-            key = (pattern, row.gradient, row.effect, row.shape, row.stored, row.used)
-            groups.setdefault(key, []).append(row)
-    notes = []
-    for (pattern, *_), rows in groups.items():
-        row = rows[0]
-        path = f"{pattern} ({len(rows)} times)" if len(rows) > 1 else "/".join(row.path)
-        glob = pattern if len(rows) > 1 else path
-        places = [use for use in row.uses if not use.problem] or list(row.uses)
-        name = places[0].primitive if places else "-"
-        operands = " · ".join(map(_shape, places[0].operands)) if places else "-"
-        if len(places) > 1:
-            name = f"{name} and {len(places) - 1} more"
-        total = sum(row.nbytes for row in rows)
-        narrow = f" {row.stored}" if row.stored != row.dtype else ""
-        stored = [f"{filesize.decimal(total)}{narrow}"] if total else []
-        if row.used not in (row.dtype, row.stored) and row.effect.endswith("feedback"):
-            stored.append(f"used as {row.used}")
-        effect = [*[row.gradient] * direct, row.effect]
-        cells = path, *effect, name, operands, ", ".join(stored) or "-"
-        grid.add_row(*map(text.Text, cells))
-        problems = [
-            f"{path} {SCALES}: where=[explanation, {glob!r}]."
-            if use.problem == SCALES
-            else f"{path}: {use}, {use.problem}."
-            for use in row.uses
-            if use.problem
-        ]
-        notes += list(dict.fromkeys(problems))[:2]
-    file = io.StringIO()
-    printer = console.Console(file=file, width=200, color_system=None)
-    printer.print(grid)
-    effects = [row.effect for row in explanation]
-    counts = ", ".join(f"{effects.count(effect)} {effect}" for effect in dict.fromkeys(effects))
-    nbytes = filesize.decimal(sum(row.nbytes for row in explanation))
-    number = f"{len(explanation)} param{'s' if len(explanation) != 1 else ''}"
-    lines = [f"{number}: {counts or 'none'}; {nbytes} of feedback."]
-    if direct:
-        lines = [*_gradients(explanation), f"With `with_feedback` in addition: {lines[0]}"]
-        notes = []
-    unneeded = collections.Counter(
-        f"{row.path[-1] if row.path else 'params'} ({row.uses[-1].primitive})"
-        for row in explanation
-        if row.effect == "not needed"
-    )
-    if unneeded:
-        kinds = ", ".join(f"{times} {kind}" for kind, times in unneeded.items())
-        lines.append(f"Not needed, since no error passes through them: {kinds}.")
-    if not direct:
-        lines += _gradients(explanation)
-    if not explanation.has_data and "backprop" in effects:
-        notes = [NO_DATA]
-    shown = [line.rstrip() for line in file.getvalue().splitlines() if line.strip()]
-    shown = [*shown, ""] if groups else []
-    for line in [*lines, *notes]:
-        width = max(88, len(shown[0]) if shown else 0)
-        shown += textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(shown)
