@@ -32,8 +32,7 @@ class FlipSigns(soap_jax.Rule):
 
     share: float = 0.1
 
-    def __call__(self, kernel, feedback, key):
-        """Returns the new feedback."""
+    def __call__(self, kernel, feedback, key):  # noqa: D102
         chosen = jax.random.bernoulli(key, self.share, kernel.shape)
         return jnp.where(chosen, jnp.copysign(feedback, kernel), feedback)
 
@@ -91,9 +90,7 @@ METHODS = {
     "bp": "bp",
     "fa": "fa",
     "signs": "sign_preserve",  # the signs of W, all and at every step
-    "flip": study.Method(
-        rule=FlipSigns(), label="a tenth of the signs", isolates="signs, few by few"
-    ),
+    "flip": study.Method(rule=FlipSigns(), label="a tenth of the signs", isolates="few signs"),
 }
 
 

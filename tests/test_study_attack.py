@@ -143,7 +143,7 @@ def test_refuses_the_rest_before_training(name, tmp_path):
         (np.array(["a"] * 8), "ndarray of <U1"),
         (np.array([None] * 8), "ndarray of object"),
         (np.ma.masked_array(X, X > 1), "MaskedArray"),
-        (np.arange(8) + 2**40, "integers beyond int32"),
+        (np.arange(8) + 2**40, r"integers that are too large for int32 at \["),
     ],
 )
 def test_refuses_arrays_that_are_no_numbers_to_jax(array, message):
