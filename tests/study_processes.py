@@ -30,8 +30,13 @@ RUNS = 32
 
 TABLES = ("runs.parquet", "runs.csv", "evaluations.parquet", "evaluations.csv", "losses.parquet")
 
-STUDY = "from soap_jax.cli import main; main()"
-"""The real command."""
+STUDY = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from soap_jax.cli import main
+main()
+"""
+"""The real command; Ctrl-C works in it also if the tests run in the background."""
 
 WITHOUT_REPORT = "from soap_jax import cli; cli._show = lambda *_: None; cli.main()"
 """The same without conclusions, which have tests of their own and take seconds."""

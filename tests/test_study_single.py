@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
+import study_processes as processes
 
 from soap_jax import data
 from soap_jax.study import compare, files, preset, single
@@ -22,7 +23,7 @@ from soap_jax.study.preset import TrainConfig
 
 TINY = {"hidden": (7,), "epochs": 5, "checkpoint_every": 2, "keep": 2, "period": 3}
 ARGS = ["--hidden=7", "--period=3", "--keep=2", "--method=sign_redraw", "--optimizer=momentum"]
-SCRIPT = [sys.executable, "-W", "error", "-c", "from soap_jax.cli import main; main()", "train"]
+SCRIPT = [sys.executable, "-W", "error", "-c", processes.STUDY, "train"]
 
 
 @pytest.fixture(scope="module")

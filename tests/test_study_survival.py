@@ -15,9 +15,6 @@ from soap_jax.study import store
 LONG = processes.TASK + "methods, seeds, steps, periods = ['kp', 'sign'], 20, 20_000, (1, 10)"
 """120 runs of two methods: enough for ten kills."""
 
-SLOW = processes.TASK + "steps = 40_000"
-"""Runs so long that the study does not end between a part and the signal that follows it."""
-
 
 def told(process):
     """How many runs are done, by the process's own last word."""
@@ -63,7 +60,7 @@ def test_a_study_killed_ten_times_at_random_gives_the_same_bits(tmp_path):
 
 def test_the_command_is_alone_in_its_directory_and_goes_on_after_kill_and_ctrl_c(tmp_path):
     out = tmp_path / "out"
-    command = processes.STUDY, *processes.arguments(out, SLOW)
+    command = processes.STUDY, *processes.arguments(out)
     with processes.started(*command) as first:
         processes.await_parts(first, out)
         first.send_signal(signal.SIGSTOP)  # so that it is not done meanwhile
@@ -91,7 +88,7 @@ def test_the_command_is_alone_in_its_directory_and_goes_on_after_kill_and_ctrl_c
     code, said, error = processes.run(*command)
     assert code == 0, error
     assert f"{num} runs are there already, in {out}." in said
-    processes.assert_finished_alike(out, SLOW)
+    processes.assert_finished_alike(out)
     assert (out / "report.html").exists()
 
 
