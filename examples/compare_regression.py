@@ -100,8 +100,7 @@ def main(seeds=6, steps=600, out=None, report=None):
         out=out,
     )
     print(result.summary().to_string())
-    for finding in result.judge():
-        print(f"{finding.statement}: {finding.verdict}; {finding.why}")
+    print(*result.judge(), sep="\n")
     if report:
         result.report(report)
     return result

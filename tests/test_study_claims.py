@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from synthetic import TRUTH, TUNED, again, at, censor, make_study
 
-from soap_jax.study import claims, preset_claims
+from soap_jax.study import Difference, Ratio, claims, preset_claims
 
 HOLDS, FAILS, UNDECIDED, NOT_TESTABLE = "holds", "fails", "undecided", "not testable here"
 
@@ -20,6 +20,24 @@ def find(study, key):
 
 def verdicts(study):
     return {finding.key: finding.verdict for finding in study.judge()}
+
+
+def test_a_finding_in_two_lines():
+    study = make_study(noise=0.02)
+    single = Difference("fa", within=(-1, 0), metric="test_f1")
+    found, untested = study.judge([Ratio("fa", within=(1.5, 3)), single])
+    title, numbers = str(found).split("\n")
+    assert title == (
+        "FA, fixed feedback / backprop, steps to loss 0.5 at rate 0.01: holds, p < 0.001, "
+        "exploratory"
+    )
+    assert numbers.startswith("  1.97 [1.93, 2.02], the") and numbers.endswith(
+        "the interval lies within 1.5 to 3."
+    )
+    assert str(untested).startswith(
+        "FA, fixed feedback − backprop, test f1: not testable here, exploratory\n  Metric is"
+    )
+    assert "parts" not in repr(found)
 
 
 # Known truths
@@ -105,7 +123,7 @@ def test_tuned_rates_are_each_methods_own():
     study.runs.loc[better, "validation_accuracy"] += 0.2
     study.runs.loc[better, "steps_to_target"] *= 0.1
     part = find(again(study), "5").parts[1]
-    assert part.label.endswith("each at its best rate (0.03 and 0.1)")
+    assert part.label.endswith("at the best rates (0.03 and 0.1)")
     assert part.estimate < 0.2
 
 
@@ -164,7 +182,7 @@ def test_bounds_on_both_sides_say_nothing():
     part = find(censor(study, "bp_scaled_live", 0.01, never=1), "3").parts[0]
     assert (part.low, part.high, part.p_holds, part.p_fails) == (0.0, np.inf, 1.0, 1.0)
     assert math.isnan(part.estimate)
-    assert "at rate 0.01: –, the runs give no interval" in find(study, "3").why
+    assert "at rate 0.01: –, no interval" in find(study, "3").why
     assert part.note.startswith(
         "neither a lower nor an upper bound: 1 of 10 runs of sign diverged; "
         "1 of 10 runs of bp_scaled_live never reached the target; effective rates"

@@ -39,7 +39,7 @@ def test_a_difference_is_paired_and_at_each_methods_best_rate():
     assert part.low < -0.02 < part.high and part.high - part.low < 0.01
     assert part.p_holds < 0.01 and part.measure == "difference"
     assert part.label == (
-        "FA, fixed feedback − backprop, test accuracy each at its best rate (0.1 and 0.1)"
+        "FA, fixed feedback − backprop, test accuracy at the best rates (0.1 and 0.1)"
     )
 
 
@@ -72,7 +72,7 @@ def test_a_share_is_that_of_the_gain_over_the_control():
     found = statistics.fieller(fa - frozen, bp - frozen)
     assert (part.low, part.high) == found.interval
     assert part.low < 0.4 < part.high and part.p_holds < 0.05
-    assert part.runs == 30 and "each at its best rate (0.1, 0.1 and 0.1)" in part.label
+    assert part.runs == 30 and "at the best rates (0.1, 0.1 and 0.1)" in part.label
     assert dataclasses.replace(test, within=(0.9, INF)).part(study).p_fails < 0.001
 
 
@@ -123,6 +123,16 @@ def test_a_best_rate_at_the_edge_is_not_testable(test):
     part = test.part(make_study(rates=(0.1, 1.0)))
     assert not part.testable and "lies at the edge of the grid" in part.note
     assert part.label == test.label(make_study())
+    assert part.label.endswith(("test accuracy", "steps to loss 0.5", "last hidden layer"))
+
+
+@pytest.mark.parametrize(("seeds", "open_"), [(2, True), (3, True), (6, False)])
+def test_too_few_seeds_for_an_interval_at_best_rates_say_so(seeds, open_):
+    """With 3 seeds every ninth resample holds one seed alone, and has no standard error."""
+    study = make_study(seeds=seeds)
+    part = Ratio("fa", within=(1, 2), at="best").part(study)
+    assert np.isinf(part.high) == open_
+    assert ("too few seeds for an interval at best rates: use more" in part.note) == open_
 
 
 # Stored
@@ -189,9 +199,7 @@ class Faster(Test):
 def test_a_test_of_ones_own_is_judged_and_stored_as_the_others():
     study = make_study()
     (finding,) = study.judge([Faster("sign", within=(0.5, INF))])
-    assert finding.statement.startswith(
-        "sign sync, raw: seeds in which it is faster, at the shared"
-    )
+    assert finding.statement.startswith("sign sync, raw: seeds in which it is faster at the shared")
     assert finding.parts[0].estimate == 1.0 and finding.exploratory
     assert Test.from_dict(finding_test := Faster("sign", within=(0.5, INF)).to_dict()).method
     assert finding_test["within"] == [0.5, None]
@@ -233,7 +241,7 @@ def test_where_an_interval_lies(within, numbers, said):
 
 def test_what_has_no_interval_in_words():
     open_ = claims.format_part(contrasts.Part("", "ratio", (0.9, 1.1), 1.0, 0.0, INF, 1, 1))
-    assert open_ == ("1.00", "0.9 to 1.1", "the runs give no interval")
+    assert open_ == ("1.00", "0.9 to 1.1", "no interval")
     untested = claims.format_part(contrasts.Part("", "trend", (0, INF), testable=False))
     assert untested == ("–", "rises", "not testable")
     trend = claims.format_part(

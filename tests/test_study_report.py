@@ -72,11 +72,11 @@ def test_verdicts_come_first_and_in_words(page):
 def test_the_summary_counts_verdicts_and_claims_no_more(study):
     findings = make_findings()
     assert report.summarise(study, findings) == (
-        "On digits, over 3 seeds: of 7 claims, 4 hold (1, 2, 3, 7), 1 fails (6), 1 is undecided "
-        "(4) and 1 is not testable here (7b)."
+        "On digits, over 3 seeds: of 7 claims, 4 hold (claims 1, 2, 3, 7), 1 fails (claim 6), "
+        "1 is undecided (claim 4) and 1 is not testable here (claim 7b)."
     )
     assert report.summarise(study, findings[4:5]) == (
-        "On digits, over 3 seeds: of 1 claim, 1 fails (6)."
+        "On digits, over 3 seeds: of 1 claim, 1 fails (claim 6)."
     )
     assert report.summarise(study, []) == "On digits, over 3 seeds: no claim was tested."
 

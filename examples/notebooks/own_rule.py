@@ -116,8 +116,7 @@ columns = ["method", "best_rate", "test_accuracy", "ratio", "ratio_low", "ratio_
 print(result.summary()[columns].round(3).to_string(index=False))
 
 # %%
-for finding in result.judge():
-    print(finding.verdict, "|", finding.statement)
+print(*result.judge(), sep="\n")
 
 # %% [markdown]
 # ## What to read

@@ -72,7 +72,7 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finding:
-    """The verdict on a claim.
+    """The verdict on a claim; `str` formats it in two lines.
 
     Attributes:
         key: the name of the claim.
@@ -94,9 +94,14 @@ class Finding:
     why: str
     p: float
     p_words: str = ""
-    family: int = 0
-    parts: tuple[Part, ...]
+    family: int = dataclasses.field(default=0, repr=False)
+    parts: tuple[Part, ...] = dataclasses.field(repr=False)
     exploratory: bool = False
+
+    def __str__(self):
+        p_value = "" if math.isnan(self.p) else f", {statistics.format_p_value(self.p)}"
+        verdict = f"{self.verdict}{p_value}{', exploratory' * self.exploratory}"
+        return f"{self.statement}: {verdict}\n  {self.why.removeprefix(f'{self.statement}: ')}"
 
 
 def as_claims(claims: Sequence[Claim | Test]) -> list[Claim]:
@@ -237,7 +242,7 @@ def format_part(part: Part) -> FormattedPart:
         side = f"below {lower}" if part.high <= low else f"above {upper}"
         position = f"the interval lies {side}"
     elif part.low in (0, -INF) and part.high == INF:
-        position = "the runs give no interval"
+        position = "no interval"
     elif beyond:
         position = f"the interval contains {' and '.join(beyond)}"
     else:

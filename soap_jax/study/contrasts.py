@@ -12,7 +12,7 @@ import numpy as np
 from soap_jax import grids
 from soap_jax.study import statistics
 from soap_jax.study.results import NotTestable, Periods, Results, joined
-from soap_jax.study.statistics import Estimate, Result
+from soap_jax.study.statistics import Estimate, Result, format_number
 
 INF = math.inf
 Region = tuple[float, float]
@@ -81,8 +81,10 @@ class Test:
             )
 
     def label(self, comparison: Results) -> str:
-        """The measured quantity: `words` with the labels of the methods in the fields."""
+        """The measured quantity: `words` with the labels of the methods, and the metric."""
         named = {k: comparison.label(v) for k, v in vars(self).items() if isinstance(v, str)}
+        if "metric" in named:
+            named["metric"] = named["metric"].replace("_", " ")
         return self.words.format(**named)
 
     def evaluate(self, comparison: Results) -> Part:
@@ -105,7 +107,7 @@ class Test:
 
     def with_result(self, comparison: Results, where: str, result: Result, *more: Any) -> Part:
         """The result of the test; `more` are the fields runs, note and censored of `Part`."""
-        label = f"{self.label(comparison)}, {where}"
+        label = f"{self.label(comparison)} {where}"
         return Part(label, self.measure, self.within, *result, *more)
 
     def to_dict(self) -> dict[str, Any]:
@@ -153,9 +155,15 @@ class Ratio(Test):
     sign: ClassVar[str] = " / "
 
     def label(self, comparison: Results) -> str:
-        """The methods, with their periods where these are given."""
+        """The methods, with their periods where these are given, and the metric or "steps"."""
         names = zip((self.method, self.reference), self.periods, strict=True)
-        return self.sign.join(comparison.label(m) + (f", T = {t}" if t else "") for m, t in names)
+        pair = self.sign.join(comparison.label(m) + (f", T = {t}" if t else "") for m, t in names)
+        return f"{pair}, {self._quantity(comparison)}"
+
+    def _quantity(self, comparison):
+        target = comparison.target_loss
+        known = not math.isnan(target)
+        return f"steps to {f'loss {format_number(target)}' if known else 'the target loss'}"
 
     def evaluate(self, comparison: Results) -> Part:
         """Evaluates the test; raises `NotTestable` if the comparison does not allow it."""
@@ -166,8 +174,6 @@ class Ratio(Test):
             raise NotTestable(starts)
         _check_inside(comparison, self.at, pair, self.periods)
         found = comparison.paired_difference(*pair, at=self.at, periods=self.periods, metric=metric)
-        steps = f"steps to loss {statistics.format_number(comparison.target_loss)}"
-        what = metric.replace("_", " ") if metric else steps
         result = (found.mean.judge if metric else found.mean.judge_ratio)(self.within)
         notes = [found.note, starts]
         if self.amplification:
@@ -177,7 +183,7 @@ class Ratio(Test):
             steps = np.exp(values[comparison.rates.index(found.rates[0])])
             if steps.max() <= period:
                 notes.append("every run ended within one period: it synced only at the start")
-        flags, where = found.censored, f"{what} {_format_rates(self.at, *found.rates)}"
+        flags, where = found.censored, _format_rates(self.at, *found.rates)
         return self.with_result(
             comparison, where, result, np.size(flags), joined(*notes), int(np.sum(flags))
         )
@@ -196,6 +202,9 @@ class Difference(Ratio):
     at: str | float = "best"
     measure: ClassVar[str] = "difference"
     sign: ClassVar[str] = " − "
+
+    def _quantity(self, comparison):
+        return self.metric.replace("_", " ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +227,7 @@ class Share(Test):
     over: str
     metric: str
     measure: ClassVar[str] = "share"
-    words: ClassVar[str] = "{method}: share of the gain of {reference} over {over}"
+    words: ClassVar[str] = "{method}: share of the gain of {reference} over {over}, {metric}"
 
     def evaluate(self, comparison: Results) -> Part:
         """Evaluates the test; raises `NotTestable` if the comparison does not allow it."""
@@ -239,7 +248,7 @@ class Share(Test):
                 f"the gain of the reference over the control is not significant: {gained}"
             )
         result = statistics.fieller(method - over, reference - over).judge(self.within)
-        where = f"{self.metric.replace('_', ' ')} {_format_rates('best', *rates)}"
+        where = _format_rates("best", *rates)
         return self.with_result(comparison, where, result, 3 * over.size)
 
 
@@ -330,9 +339,7 @@ class ErrorAngleTrend(Test):
 def _format_rates(at, *rates):
     *most, last = (f"{rate:g}" for rate in rates)
     return (
-        f"each at its best rate ({', '.join(most)} and {last})"
-        if at == "best"
-        else f"at rate {last}"
+        f"at the best rates ({', '.join(most)} and {last})" if at == "best" else f"at rate {last}"
     )
 
 

@@ -128,7 +128,8 @@ def summarise(comparison: Results, findings: Sequence[claims.Finding]) -> str:
     for verdict, (_, _, one, many) in VERDICTS.items():
         keys = [finding.key for finding in findings if finding.verdict == verdict]
         if keys:
-            said.append(f"{len(keys)} {one if len(keys) == 1 else many} ({', '.join(keys)})")
+            named = f"claim{'s' * (len(keys) > 1)} {', '.join(keys)}"
+            said.append(f"{len(keys)} {one if len(keys) == 1 else many} ({named})")
     *most, last = said
     listed = f"{', '.join(most)} and {last}" if most else last
     return f"{study}: of {_count(len(findings), 'claim')}, {listed}."

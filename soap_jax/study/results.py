@@ -305,7 +305,7 @@ class Results:
             for method, _, rate in places
             if at == "best" and self.at_edge(rate)
         ]
-        note = joined(_censoring(mean, censored, joined(*missing)), *edges)
+        note = joined(_open_ends(mean, censored, joined(*missing)), *edges)
         return PairedDifference(mean, (rates[0], rates[1]), censored, note)
 
     def censored_note(self, method: str, rate: float, period: int | None = None) -> str:
@@ -326,7 +326,8 @@ class Results:
         - `best_rate` and `best_rate_at_edge` (a better rate may lie outside the grid);
         - each of `metrics` at the best rate, with `_low` and `_high`;
         - `shared_rate`, and `steps_to_target` at it (geometric mean);
-        - `ratio`, of these steps to those of the method's reference, with `_low` and `_high`;
+        - `ratio`, of these steps to those of the method's reference, with `_low` and `_high`. They
+          are 0 and inf on the sides that censored runs leave open;
         - `censored`, the number of the method's runs at the shared rate that diverged or never
           reached the target. They count with all their steps, and make the ratio a bound;
         - `fewest_steps`, the smallest geometric mean at any rate where every run reaches the
@@ -423,14 +424,19 @@ def joined(*notes: str) -> str:
     return "; ".join(filter(None, notes))
 
 
-def _censoring(mean, censored, missing):
-    """A note on the bound that censored runs make of a mean; "" if there are none."""
-    if mean.has_low and mean.has_high:
+def _open_ends(mean, censored, missing):
+    """A note on why an interval is open, since runs are censored or seeds too few; "" if it is not.
+
+    `missing` is the note on censored runs at the rates themselves.
+    """
+    if not np.isinf(mean.interval).any():
         return ""
     bound = "a lower bound" if mean.has_low else "an upper bound"
     bound = bound if mean.has_low or mean.has_high else "neither a lower nor an upper bound"
     if any(map(statistics.too_many, censored)):
         bound = "more than a tenth of a method's runs are censored, so there is no conclusion"
+    elif not missing and mean.too_few:
+        return "too few seeds for an interval at best rates: use more"
     return f"{bound}: {missing or 'there are censored runs at rates that the bootstrap chose'}"
 
 

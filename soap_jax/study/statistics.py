@@ -226,6 +226,12 @@ class Mean:
     smallest_p: float = 0.0
 
     @property
+    def too_few(self) -> bool:
+        """Whether a bootstrap has too few seeds for an interval, even without censored runs."""
+        ends = self.pivot.interval(1 - ALPHA)
+        return self.error == 0 or bool(np.isinf(ends).any())
+
+    @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval; infinite on an open side, NaN for a single value."""
         lower, upper = self.pivot.interval(1 - ALPHA) if self.error else (0.0, 0.0)
