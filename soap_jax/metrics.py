@@ -216,7 +216,7 @@ def gradient_angle(
         A tree of scalars in degrees, of the gradient's structure.
 
     Raises:
-        ValueError: if feedback does not fit params.
+        ValueError: if feedback does not fit params, or if `gradient` returns a scalar.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -232,6 +232,11 @@ def gradient_angle(
         Lillicrap et al. (2016). https://doi.org/10.1038/ncomms13276
     """
     pseudo = gradient(params, feedback)
+    if jax.tree_util.all_leaves([pseudo]) and jnp.ndim(pseudo) == 0:
+        raise ValueError(
+            "gradient(params, feedback) is a scalar, like a loss; expected a gradient, such as "
+            "jax.grad(loss)(params, feedback)."
+        )
     true = gradient(params, trees.at_kernels(params, feedback))
     return jax.tree.map(angle, pseudo, true)
 

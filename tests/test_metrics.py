@@ -331,6 +331,11 @@ def make_feedback(seed):
     return {"0": None, "1": {"w": params["1"]["w"]}, "2": {"w": params["2"]["w"]}}
 
 
+def test_the_loss_in_place_of_its_gradient_is_refused():
+    with pytest.raises(ValueError, match="scalar, like a loss"):
+        metrics.gradient_angle(loss, make_params(0), make_feedback(1))
+
+
 def numpy_gradient(params, feedback):
     """Feedback alignment by hand, in float64."""
     params, feedback, x = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, feedback, X))
