@@ -46,6 +46,9 @@ SHOWN = {"examples": "examples/index.md", "examples/notebooks": "notebooks/from_
 
 LINK = re.compile(r"(\]\()([^()\s]+)(\))")
 EQUATION = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
+CODE = re.compile(  # code in a line of text, and what holds code that is no reference
+    r"<(a|h\d|pre)\b.*?</\1>|<code>(?P<name>[a-z][\w.]*)(?:\(.*?\))?</code>", re.DOTALL
+)
 FENCE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
 
 
@@ -169,8 +172,32 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(content, page, config, files):
-    """Typesets equations as MathML, which browsers show without a script."""
-    return EQUATION.sub(lambda tex: latex2mathml.converter.convert(html.unescape(tex[1])), content)
+    """Typesets equations as MathML, which browsers show without a script, and links names."""
+
+    def link(code):
+        entry = entry_of(code["name"], page.file.src_uri) if code["name"] else None
+        return f'<autoref identifier="{entry}" optional>{code[0]}</autoref>' if entry else code[0]
+
+    content = EQUATION.sub(
+        lambda tex: latex2mathml.converter.convert(html.unescape(tex[1])), content
+    )
+    return CODE.sub(link, content)
+
+
+def entry_of(name, page):
+    """The entry in the API reference of a name such as "metrics.angle", or None.
+
+    Fails if a name that starts with "soap_jax." does not exist.
+    """
+    value = soap_jax
+    for part in name.removeprefix("soap_jax.").split("."):
+        value = getattr(value, part, None)
+    if value is None and name.startswith("soap_jax.") and page != "changelog.md":
+        raise exceptions.PluginError(f"{page} names {name}, which does not exist.")
+    if isinstance(value, types.ModuleType):
+        return value.__name__ if name.startswith("soap_jax.") else None
+    own = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+    return own if own.startswith("soap_jax.") else None
 
 
 def read_notebook(path):

@@ -14,7 +14,7 @@ from soap_jax.study.contrasts import Test
 class Comparison(results.Results):
     """The results of a comparison, its claims and its report.
 
-    See also `soap_jax.study.results.Results`.
+    Its tables and estimates are those of `soap_jax.study.results.Results`.
     """
 
     def judge(self, claims: Sequence[Claim | Test] | None = None) -> list[Finding]:
