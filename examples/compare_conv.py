@@ -109,7 +109,7 @@ def main(seeds=3, epochs=6, out=None):
         evaluations=6,
         out=out,
     )
-    print(result.summary().to_string())
+    print(result, end="\n\n")
     print("steps of flip relative to fa:", result.ratio("flip", "fa"))
     return result
 

@@ -99,7 +99,7 @@ def main(seeds=6, steps=600, out=None, report=None):
         claims=CLAIMS,
         out=out,
     )
-    print(result.summary().to_string())
+    print(result, end="\n\n")
     print(*result.judge(), sep="\n")
     if report:
         result.report(report)

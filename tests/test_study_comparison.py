@@ -358,3 +358,13 @@ def test_a_directory_gives_back_what_was_written(tmp_path):
     pd.testing.assert_frame_equal(read.summary(), made.summary())
     assert read.judge() == made.judge()
     assert read.at_target(1.0).target_loss == 1.0
+
+
+def test_print_shows_the_table_of_methods():
+    found = by_hand()
+    lines = str(found).splitlines()
+    assert lines[0].strip() == "digits, 2 seeds, 95 % intervals"
+    assert max(map(len, lines)) <= 80 and not any(line != line.rstrip() for line in lines)
+    assert any(line.startswith("FA, fixed feedback") for line in lines)
+    assert "> marks a bound" not in str(found)  # no run is censored at the shared rate
+    assert repr(found) == "<Comparison of bp, fa on digits with 2 seeds>"

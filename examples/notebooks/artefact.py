@@ -61,8 +61,7 @@ methods = ["bp", "fa", "sign", "sign_norm", "bp_scaled_live"]
 result = study.compare(
     task, methods, learning_rates=RATES, seeds=SEEDS, epochs=EPOCHS, batch_size=64
 )
-table = result.summary()
-print(table[["method", "steps_to_target", "ratio", "ratio_low", "ratio_high"]].round(2))
+print(result)
 print("sign / bp_scaled_live:", result.ratio("sign", "bp_scaled_live"))
 
 # %% [markdown]

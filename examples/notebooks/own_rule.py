@@ -112,8 +112,7 @@ result = study.compare(
     maximise=True,
     claims=claims,
 )
-columns = ["method", "best_rate", "test_accuracy", "ratio", "ratio_low", "ratio_high"]
-print(result.summary()[columns].round(3).to_string(index=False))
+print(result)
 
 # %%
 print(*result.judge(), sep="\n")
@@ -121,11 +120,10 @@ print(*result.judge(), sep="\n")
 # %% [markdown]
 # ## What to read
 #
-# - `best_rate` is chosen for each method on validation data. The test accuracy is reported at this
+# - The best rate is chosen for each method on validation data. The test accuracy is that at this
 #   rate.
-# - `ratio` is the number of steps of a method divided by backprop's, at one learning rate for all
-#   methods.
-# - A ratio between 0 and inf is a bound: at least one run never reached the target.
+# - The ratio is the number of steps of a method divided by backprop's, at one learning rate for all
+#   methods. `>` marks a lower bound: at least one run never reached the target.
 # - `frozen` shows how much the hidden layers matter for this task.
 #
 # `result.report("report.html")` writes all results to one page that works offline, with figures and

@@ -12,10 +12,19 @@ from soap_jax.study.contrasts import Test
 
 
 class Comparison(results.Results):
-    """The results of a comparison, its claims and its report.
+    """The results of a comparison, its claims and its report; `print` shows the table of methods.
 
     Its tables and estimates are those of `soap_jax.study.results.Results`.
     """
+
+    def __str__(self):
+        from soap_jax.study import terminal
+
+        return terminal.as_text(terminal.summary_table(self))
+
+    def __repr__(self):
+        title, seeds = self.record["title"], len(self.seeds)
+        return f"<Comparison of {', '.join(self.methods)} on {title} with {seeds} seeds>"
 
     def judge(self, claims: Sequence[Claim | Test] | None = None) -> list[Finding]:
         """Judges claims; by default those that were stored when the study started.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
 import time
@@ -15,6 +16,14 @@ from rich.text import Text
 from soap_jax.study import claims, statistics
 from soap_jax.study.results import Results
 from soap_jax.study.statistics import Estimate, format_number
+
+
+def as_text(table: Table) -> str:
+    """A table as plain text, 80 characters wide."""
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()).strip("\n")
 
 
 def summary_table(comparison: Results) -> Table:
@@ -80,6 +89,7 @@ def summary_notes(comparison: Results, *, full: bool) -> str:
     select = comparison.record["protocol"]["select"].replace("_", " ")
     shared, target = comparison.shared_rate, format_number(comparison.target_loss)
     who = comparison.label(comparison.reference) if comparison.reference else "every method"
+    table = comparison.summary()
     notes = [f"The best rate is chosen by {select}; metrics are those at the best rate."]
     if math.isnan(shared):
         notes.append(f"No steps to compare: {comparison.why}.")
@@ -87,8 +97,10 @@ def summary_notes(comparison: Results, *, full: bool) -> str:
         notes.append(
             f"Steps to loss {target} are counted at rate {shared:g}, the smallest at which every "
             f"run of {who} reaches this loss within half the steps; ratios are to each method's "
-            "reference. > marks a bound: some run never reached the loss."
+            "reference."
         )
+        if table["censored"].any():
+            notes.append("> marks a bound: some run never reached the loss.")
     periods = [min(method["periods"]) for method in comparison.methods.values()]
     if not full and any(periods):
         updates = f"{max(periods)} updates" if max(periods) > 1 else "update"
@@ -96,7 +108,7 @@ def summary_notes(comparison: Results, *, full: bool) -> str:
     if full:
         notes.append("Fewest steps: at the fastest rate where every run reaches the loss.")
         notes.append("Values are means over seeds (geometric for steps) with 95 % intervals.")
-    if comparison.summary()["best_rate_at_edge"].any():
+    if table["best_rate_at_edge"].any():
         notes.append("* at the edge of the grid: a better rate may lie outside.")
     return " ".join(notes)
 
