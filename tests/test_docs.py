@@ -137,7 +137,7 @@ def test_feedback_of_the_kernels_is_that_of_a_sync():
 def test_the_rules_table_names_rules_that_exist():
     text = TEXTS["guides/rules.md"]
     calls = re.findall(r"\| `((?:Fixed|SignSync|Transport|WeightMirror)\([^`]*\))` \|", text)
-    rules = [eval(call, {**vars(soap_jax.rules), "T": 10, "r": 0.5}) for call in calls]
+    rules = [eval(call, {**vars(soap_jax.rules), "T": 10, "r": 0.5, "d": 0.5}) for call in calls]
     offered = {
         name
         for name, value in vars(soap_jax.rules).items()
@@ -221,8 +221,23 @@ def test_a_task_of_ones_own_runs_as_a_study(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "results" / "my_task-quick" / "report.html").exists()
 
 
+def test_strict_normalisation_is_a_method_of_a_study():
+    _, block, _ = guide("compare")
+    names = {}
+    exec(block.code, names)
+    strict = names["methods"]["strict"]
+    kernel = jnp.array([[3.0, -4.0], [1.0, 2.0]])
+    made = strict.rule(kernel, jnp.zeros_like(kernel), jax.random.key(0))
+    np.testing.assert_allclose(made, np.sqrt(30 / 4) * np.sign(kernel), rtol=1e-6)
+    study, options = names["study"], {"learning_rates": (0.1,), "seeds": 1, "steps": 2}
+    result = study.compare(soap_jax.tasks.mlp(1, 8), names["methods"], evaluations=1, **options)
+    assert result.label("strict") == "strict normalisation"
+    found = result.measured("norm_ratio/Dense_1/kernel", "strict", 0.1, end=True)
+    np.testing.assert_allclose(found, 1, rtol=1e-5)
+
+
 def test_what_a_training_left_is_loaded(tmp_path, monkeypatch):
-    _, block = guide("compare")
+    *_, block = guide("compare")
     directory = re.search(r'single\.load\("(.*)"\)', block.code)[1]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "_start_jax", lambda **options: None)
