@@ -7,6 +7,7 @@ import inspect
 import pathlib
 import re
 import shlex
+import subprocess
 import types
 import typing
 
@@ -317,6 +318,29 @@ def test_every_link_leads_somewhere(path):
     text = path.read_text()
     internal = [link for link in blocks.links(text) if "://" not in link]
     assert [link for link in internal if not leads(link)] == []
+
+
+def tracked():
+    """The files of the repository; without git, those in folders that are not hidden."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode == 0:
+        return [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+    folders = [path for path in ROOT.iterdir() if path.name[0] != "." and path.is_dir()]
+    return [*ROOT.glob("*.*"), *(path for folder in folders for path in folder.rglob("*.*"))]
+
+
+def conflicts(content):
+    """The lines of a text that git writes around two versions in conflict."""
+    if b"\0" in content:
+        return []
+    return re.findall(rb"^(?:<{7} |>{7} |\|{7} ).*$", content, re.MULTILINE)
+
+
+def test_no_file_has_a_conflict():
+    files = [path for path in tracked() if path.is_file()]
+    assert {ROOT / "CHANGELOG.md", ROOT / "mkdocs.yml", ROOT / "tests" / "test_docs.py"} <= {*files}
+    assert [str(path) for path in files if conflicts(path.read_bytes())] == []
+    assert len(conflicts(b"a\n" + b"<" * 7 + b" HEAD\n" + b">" * 7 + b" other\n")) == 2
 
 
 # The API reference
