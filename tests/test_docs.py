@@ -292,6 +292,22 @@ def test_the_table_of_methods_is_the_registry():
     }
 
 
+def test_the_tables_of_what_works_where_are_those_of_the_saved_results():
+    what_works_where = importlib.import_module("benchmarks.what_works_where")
+    rows = what_works_where.read(ROOT / "benchmarks" / "results" / "what_works_where.json")
+    page = (ROOT / "studies" / "README.md").read_text()
+    made = {
+        "table": what_works_where.matrix(rows),
+        "claims": what_works_where.claims(what_works_where.CLAIMS),
+    }
+    for name, table in made.items():
+        assert f"<!-- {name} -->\n\n{table}\n<!-- end of {name} -->" in page
+    colors = {row["label"]: row["color"] for row in rows}
+    assert len(set(colors.values())) == len(colors)
+    percent = [row for row in rows if row["metric"].endswith("accuracy") and row["at_edge"]]
+    assert percent and "A star marks" in page
+
+
 # The links
 
 
