@@ -336,6 +336,12 @@ def test_every_link_leads_somewhere(path):
     assert [link for link in internal if not leads(link)] == []
 
 
+@pytest.mark.parametrize("path", LINKED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_text_is_lost_as_a_tag(path):
+    text = re.sub(r"^ *```.*?^ *```$|`[^`]*`", "", path.read_text(), flags=re.M | re.DOTALL)
+    assert re.findall(r"<[a-zA-Z][^>]*>", text) == []
+
+
 def tracked():
     """The files of the repository; without git, those in folders that are not hidden."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
