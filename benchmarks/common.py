@@ -118,13 +118,25 @@ def publish(
     **more,
 ) -> None:
     """Prints the table; writes it, the rows with versions and device as JSON, and the figure."""
+    show(name, out, rows, columns, figure=figure)
+    write(name, out, rows, **more)
+
+
+def show(
+    name: str,
+    out: pathlib.Path,
+    rows: Sequence[Mapping],
+    columns: Mapping[str, str | Callable[[Mapping], str]],
+    *,
+    figure: Figure | None = None,
+) -> None:
+    """Prints the table; writes it and the figure."""
     table = markdown(rows, columns)
     print(f"\n{table}")
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.md").write_text(table)
     if figure is not None:
         figure.savefig(out / f"{name}.png", dpi=130, metadata={"Software": None})
-    write(name, out, rows, **more)
 
 
 def write(name: str, out: pathlib.Path, results: Sequence[Mapping], **more) -> None:

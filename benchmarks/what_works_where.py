@@ -4,15 +4,16 @@
         [--page studies/README.md]
 
 It reads finished studies, one per directory, and the results of the seven claims that `keep_study`
-saved. It trains nothing. For each method except the reference:
+saved. Without a study, it reads the rows that an earlier call saved in DIR, and makes the tables
+and the figure again. It trains nothing. For each method except the reference:
 
     gap      its test metric (the training loss of a task without test data) minus backprop's,
              each at its own best rate, with a 95 % interval by a paired t-test over seeds. The
              rates are fixed; the claims of studies choose them again in every resample, which is
              more careful and needs ten seeds
     share    its share of backprop's gain over frozen hidden layers, by Fieller's method; none
-             if backprop may gain nothing. * if one of the three best rates lies at the edge
-             of the grid, so that a better rate may lie beyond (claims do not test this share)
+             if backprop may gain nothing. If one of the three best rates lies at the edge of
+             the grid, a better rate may lie beyond (claims do not test this share)
     angle    of the final error to the true error, at the first and the last kernel before the
              readout in order of use (the query of the first attention, a recurrent net's input
              gate), at the method's best rate, as a mean over seeds
@@ -91,7 +92,7 @@ def share(found, method, reference, metric) -> tuple[list[float], bool]:
         found.grid(name, metric=metric).values[found.rates.index(rate)]
         for name, rate in zip(names, rates, strict=True)
     )
-    sign = found.better(metric) or np.sign(np.mean(theirs - control))
+    sign = found.improvement_sign(metric) or np.sign(np.mean(theirs - control))
     gain = statistics.student(sign * (theirs - control))
     if not gain.interval[0] > 0:
         return [math.nan] * 3, edge
@@ -119,28 +120,36 @@ def final(found, method, rate) -> dict[str, float]:
     }
 
 
-LEAST, MOST = -0.5, 1.3
-"""The range of shares in the figure; a triangle marks a share below it."""
+LEAST, MOST = -50, 130
+"""The range of shares in the figure, in percent; a triangle marks a share below it."""
 CLAIMS = [common.OUT / name for name in ("mnist", "fashion_mnist", "claims_small_conv")]
 """The kept studies of the seven claims."""
 COLUMNS = {"fa": "FA", "dfa": "DFA", "sign_norm": "signs, norm kept", "frozen": "frozen"}
 """The methods of the page's table; the long table has the others."""
 
 
+def read(saved: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows that an earlier call saved."""
+    return json.loads(saved.read_text())["results"]
+
+
 def matrix(rows) -> str:
-    """A line for each task: gap to backprop with its interval, then the share of the gain."""
+    """A line for each task: gap to backprop with its interval, then the share of the gain.
+
+    A star marks a result at a best rate at the edge of the grid.
+    """
     lines = [["task", "backprop", *COLUMNS.values()], ["---"] * (2 + len(COLUMNS))]
     for task in dict.fromkeys(row["task"] for row in rows):
         mine = {row["method"]: row for row in rows if row["task"] == task}
         scale, unit = (100.0, " %") if mine["bp"]["metric"].endswith("accuracy") else (1.0, "")
-        cells = [task, f"{scale * mine['bp']['value']:.3g}{unit}"]
+        cells = [task, f"{scale * mine['bp']['value']:.3g}{unit}" + "*" * mine["bp"]["at_edge"]]
         for name in COLUMNS:
             if name not in mine:
                 cells.append("")
                 continue
             share = mine[name].get("share", [math.nan])[0]
-            star = "*" * mine[name].get("share_at_edge", False)
-            more = f"; {100 * share:.0f} %{star}" if math.isfinite(share) else ""
+            more = f"; {100 * share:.0f}\u00a0%".replace("-", "−") if math.isfinite(share) else ""
+            more += "*" * mine[name]["at_edge"]
             none = math.isnan(mine[name]["best_rate"])
             cells.append("diverged" if none else in_words("gap", scale, mine[name]) + more)
         lines.append(cells)
@@ -188,31 +197,38 @@ def figure(rows):
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     shown = [row for row in rows if row["method"] not in ("bp", "frozen")]
     methods = {row["label"]: row["color"] for row in shown}
-    spread = {label: i / max(1, len(methods) - 1) - 0.5 for i, label in enumerate(methods)}
-    fig, ax = plt.subplots(figsize=(8.5, 0.8 + 0.55 * len(tasks)), layout="constrained")
+    if len(set(methods.values())) < len(methods):
+        raise ValueError(f"methods are {methods}; expected a colour of its own for each.")
+    fig, ax = plt.subplots(figsize=(5.2, 1.6 + 0.48 * len(tasks)), layout="constrained")
     for label, color in methods.items():
         mine = [r for r in shown if r["label"] == label and np.isfinite(r["share"][0])]
-        y = [tasks.index(r["task"]) + 0.6 * spread[label] for r in mine]
-        x, low, high = (np.array([r["share"][k] for r in mine], float) for k in range(3))
+        y = [height(r, rows) for r in mine]
+        x, low, high = (100 * np.array([r["share"][k] for r in mine], float) for k in range(3))
         low, high = np.maximum(low, LEAST), np.minimum(high, MOST)
         beyond = [(LEAST, at) for value, at in zip(x, y, strict=True) if value < LEAST]
         ax.plot(*zip(*beyond, strict=True), "<", color=color) if beyond else None
         ax.errorbar(
-            x, y, xerr=[np.maximum(x - low, 0), np.maximum(high - x, 0)], fmt="o", ms=4, lw=1,
+            x, y, xerr=[np.maximum(x - low, 0), np.maximum(high - x, 0)], fmt="o", ms=4.5, lw=1.5,
             color=color, label=label,
         )  # fmt: skip
-    for edge in (0, 1):
+    for edge in (0, 100):
         ax.axvline(edge, color="0.6", lw=1, zorder=0)
-    ax.set(
-        yticks=range(len(tasks)),
-        yticklabels=tasks,
-        xlim=(LEAST, MOST),
-        ylim=(len(tasks) - 0.4, -0.6),
-    )
-    ax.set_xlabel("share of backprop's gain over frozen hidden layers (95 % interval)")
-    ax.grid(axis="y", alpha=0.3)
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    for between in range(1, len(tasks)):
+        ax.axhline(between - 0.5, color="0.9", lw=1, zorder=0)
+    ax.set(xlim=(LEAST, MOST), ylim=(len(tasks) - 0.5, -0.5), xticks=range(-50, 101, 50))
+    ax.set_yticks(range(len(tasks)), [task.replace("_", " ") for task in tasks])
+    ax.tick_params(left=False)
+    ax.set_xlabel("share of backprop's gain, in %, with 95 % interval")
+    fig.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     return fig
+
+
+def height(row, rows) -> float:
+    """The place of a method's dot in the figure: around the line of its task."""
+    tasks = list(dict.fromkeys(one["task"] for one in rows))
+    of_task = [r for r in rows if r["task"] == row["task"] and r["method"] not in ("bp", "frozen")]
+    middle = (len(of_task) - 1) / 2
+    return tasks.index(row["task"]) + 0.18 * (of_task.index(row) - middle)
 
 
 def in_words(name: str, scale: float, row: Mapping) -> str:
@@ -225,19 +241,16 @@ def in_words(name: str, scale: float, row: Mapping) -> str:
 def main():
     """Reads, prints the table, writes JSON, table and figure."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("studies", nargs="+", type=pathlib.Path)
+    parser.add_argument("studies", nargs="*", type=pathlib.Path)
     parser.add_argument("--out", type=pathlib.Path, default=common.OUT)
     parser.add_argument("--page", type=pathlib.Path, help="a page to write the short tables into")
     parser.add_argument("--claims", nargs="+", type=pathlib.Path, default=CLAIMS)
     args = parser.parse_args()
-    rows = [row for path in args.studies for row in rows_of(path)]
+    saved = args.out / "what_works_where.json"
+    rows = [row for path in args.studies for row in rows_of(path)] or read(saved)
 
     def percent(row):
         return 100.0 if row["metric"].endswith("accuracy") else 1.0
-
-    def share_in_words(row):
-        said = in_words("share", 1.0, row)
-        return said + "*" * (said != "–" and row["share_at_edge"])
 
     def best_rate(row):
         none = math.isnan(row["best_rate"])
@@ -256,14 +269,16 @@ def main():
         "best rate": best_rate,
         "result": result,
         "gap to backprop": lambda r: in_words("gap", percent(r), r),
-        "share of the gain": share_in_words,
+        "share of the gain, in %": functools.partial(in_words, "share", 100.0),
         "error angle, first": functools.partial(number, "angle_first"),
         "last": functools.partial(number, "angle_last"),
         "effective rate": functools.partial(number, "effective_rate"),
     }
     if any(math.isfinite(row["rank_first"]) for row in rows):
         columns |= {"effective rank": functools.partial(number, "rank_first")}
-    common.publish("what_works_where", args.out, rows, columns, figure=figure(rows))
+    if args.studies:
+        common.write("what_works_where", args.out, rows)
+    common.show("what_works_where", args.out, rows, columns, figure=figure(rows))
     if args.page is not None:
         into_page(args.page, "table", matrix(rows))
         into_page(args.page, "claims", claims(args.claims))

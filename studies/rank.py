@@ -33,7 +33,7 @@ tasks = {
 methods = {
     "bp": "bp",
     "fa": "fa",
-    "bp_muon": study.Method(optimizer=muon, label="backprop, Muon", color="#404040"),
+    "bp_muon": study.Method(optimizer=muon, label="backprop, Muon", color="#009E73"),
     "fa_muon": study.Method(rule=Fixed(), optimizer=muon, label="FA, Muon", color="#E69F00"),
     "frozen": "frozen",
 }

@@ -7,6 +7,7 @@ import inspect
 import pathlib
 import re
 import shlex
+import subprocess
 import types
 import typing
 
@@ -137,7 +138,7 @@ def test_feedback_of_the_kernels_is_that_of_a_sync():
 def test_the_rules_table_names_rules_that_exist():
     text = TEXTS["guides/rules.md"]
     calls = re.findall(r"\| `((?:Fixed|SignSync|Transport|WeightMirror)\([^`]*\))` \|", text)
-    rules = [eval(call, {**vars(soap_jax.rules), "T": 10, "r": 0.5}) for call in calls]
+    rules = [eval(call, {**vars(soap_jax.rules), "T": 10, "r": 0.5, "d": 0.5}) for call in calls]
     offered = {
         name
         for name, value in vars(soap_jax.rules).items()
@@ -221,8 +222,23 @@ def test_a_task_of_ones_own_runs_as_a_study(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "results" / "my_task-quick" / "report.html").exists()
 
 
+def test_strict_normalisation_is_a_method_of_a_study():
+    _, block, _ = guide("compare")
+    names = {}
+    exec(block.code, names)
+    strict = names["methods"]["strict"]
+    kernel = jnp.array([[3.0, -4.0], [1.0, 2.0]])
+    made = strict.rule(kernel, jnp.zeros_like(kernel), jax.random.key(0))
+    np.testing.assert_allclose(made, np.sqrt(30 / 4) * np.sign(kernel), rtol=1e-6)
+    study, options = names["study"], {"learning_rates": (0.1,), "seeds": 1, "steps": 2}
+    result = study.compare(soap_jax.tasks.mlp(1, 8), names["methods"], evaluations=1, **options)
+    assert result.label("strict") == "strict normalisation"
+    found = result.measured("norm_ratio/Dense_1/kernel", "strict", 0.1, end=True)
+    np.testing.assert_allclose(found, 1, rtol=1e-5)
+
+
 def test_what_a_training_left_is_loaded(tmp_path, monkeypatch):
-    _, block = guide("compare")
+    *_, block = guide("compare")
     directory = re.search(r'single\.load\("(.*)"\)', block.code)[1]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "_start_jax", lambda **options: None)
@@ -276,6 +292,22 @@ def test_the_table_of_methods_is_the_registry():
     }
 
 
+def test_the_tables_of_what_works_where_are_those_of_the_saved_results():
+    what_works_where = importlib.import_module("benchmarks.what_works_where")
+    rows = what_works_where.read(ROOT / "benchmarks" / "results" / "what_works_where.json")
+    page = (ROOT / "studies" / "README.md").read_text()
+    made = {
+        "table": what_works_where.matrix(rows),
+        "claims": what_works_where.claims(what_works_where.CLAIMS),
+    }
+    for name, table in made.items():
+        assert f"<!-- {name} -->\n\n{table}\n<!-- end of {name} -->" in page
+    colors = {row["label"]: row["color"] for row in rows}
+    assert len(set(colors.values())) == len(colors)
+    percent = [row for row in rows if row["metric"].endswith("accuracy") and row["at_edge"]]
+    assert percent and "A star marks" in page
+
+
 # The links
 
 
@@ -302,6 +334,35 @@ def test_every_link_leads_somewhere(path):
     text = path.read_text()
     internal = [link for link in blocks.links(text) if "://" not in link]
     assert [link for link in internal if not leads(link)] == []
+
+
+@pytest.mark.parametrize("path", LINKED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_text_is_lost_as_a_tag(path):
+    text = re.sub(r"^ *```.*?^ *```$|`[^`]*`", "", path.read_text(), flags=re.M | re.DOTALL)
+    assert re.findall(r"<[a-zA-Z][^>]*>", text) == []
+
+
+def tracked():
+    """The files of the repository; without git, those in folders that are not hidden."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode == 0:
+        return [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+    folders = [path for path in ROOT.iterdir() if path.name[0] != "." and path.is_dir()]
+    return [*ROOT.glob("*.*"), *(path for folder in folders for path in folder.rglob("*.*"))]
+
+
+def conflicts(content):
+    """The lines of a text that git writes around two versions in conflict."""
+    if b"\0" in content:
+        return []
+    return re.findall(rb"^(?:<{7} |>{7} |\|{7} ).*$", content, re.MULTILINE)
+
+
+def test_no_file_has_a_conflict():
+    files = [path for path in tracked() if path.is_file()]
+    assert {ROOT / "CHANGELOG.md", ROOT / "mkdocs.yml", ROOT / "tests" / "test_docs.py"} <= {*files}
+    assert [str(path) for path in files if conflicts(path.read_bytes())] == []
+    assert len(conflicts(b"a\n" + b"<" * 7 + b" HEAD\n" + b">" * 7 + b" other\n")) == 2
 
 
 # The API reference

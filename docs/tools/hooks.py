@@ -45,6 +45,8 @@ SOURCES = {page: source for source, page in PAGES.items()}
 SHOWN = {"examples": "examples/index.md", "examples/notebooks": "notebooks/from_scratch.md"}
 
 LINK = re.compile(r"(\]\()([^()\s]+)(\))")
+FIGURE = re.compile(r'<img [^>]*src="([^"]+)"[^>]*>')
+OBJECT = re.compile(r'(<span class="doc doc-object-name[^>]*>)([\w.]+)(</span>)')
 EQUATION = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 CODE = re.compile(  # code in a line of text, and what holds code that is no reference
     r"<(a|h\d|pre)\b.*?</\1>|<code>(?P<name>[a-z][\w.]*)(?:\(.*?\))?</code>", re.DOTALL
@@ -172,12 +174,17 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(content, page, config, files):
-    """Typesets equations as MathML, which browsers show without a script, and links names."""
+    """Typesets equations as MathML, which browsers show without a script, and links names.
+
+    Figures open in their full size, and dotted names in headings break only after dots.
+    """
 
     def link(code):
         entry = entry_of(code["name"], page.file.src_uri) if code["name"] else None
         return f'<autoref identifier="{entry}" optional>{code[0]}</autoref>' if entry else code[0]
 
+    content = FIGURE.sub(r'<a href="\1">\g<0></a>', content)
+    content = OBJECT.sub(lambda m: f"{m[1]}{m[2].replace('.', '.<wbr>')}{m[3]}", content)
     content = EQUATION.sub(
         lambda tex: latex2mathml.converter.convert(html.unescape(tex[1])), content
     )
