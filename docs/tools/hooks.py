@@ -49,7 +49,7 @@ FIGURE = re.compile(r'<img [^>]*src="([^"]+)"[^>]*>')
 OBJECT = re.compile(r'(<span class="doc doc-object-name[^>]*>)([\w.]+)(</span>)')
 EQUATION = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 CODE = re.compile(  # code in a line of text, and what holds code that is no reference
-    r"<(a|h\d|pre)\b.*?</\1>|<code>(?P<name>[a-z][\w.]*)(?:\(.*?\))?</code>", re.DOTALL
+    r"<(a|h\d|pre)\b.*?</\1>|<code>(?P<name>[A-Za-z][\w.]*)(?:\([^<]*)?</code>", re.DOTALL
 )
 FENCE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
 
@@ -192,10 +192,13 @@ def on_page_content(content, page, config, files):
 
 
 def entry_of(name, page):
-    """The entry in the API reference of a name such as "metrics.angle", or None.
+    """The entry in the API reference of a name such as "metrics.angle" or "SignSync", or None.
 
     Fails if a name that starts with "soap_jax." does not exist.
     """
+    named = [entry for entry in public_names() if entry.rpartition(".")[2] == name]
+    if name[0].isupper() and len(set(named)) == 1:
+        return named[0]
     value = soap_jax
     for part in name.removeprefix("soap_jax.").split("."):
         value = getattr(value, part, None)
