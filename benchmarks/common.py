@@ -11,6 +11,7 @@ import argparse
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -140,12 +141,21 @@ def show(
 
 
 def write(name: str, out: pathlib.Path, results: Sequence[Mapping], **more) -> None:
-    """Writes results as JSON, with versions and device."""
+    """Writes results as JSON, with versions and device; numbers that are not finite are null."""
     report = {"benchmark": name, **more, **facts(), "results": results}
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps(finite(report), indent=1, allow_nan=False) + "\n")
     print(f"Written to {path}.")
+
+
+def finite(value):
+    """A tree of JSON in which None replaces numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: finite(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def dot_plot(

@@ -67,7 +67,7 @@ def rows_of(path: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def gap(found, method, reference, metric) -> tuple[float, float, float]:
+def gap(found: study.Comparison, method, reference, metric) -> tuple[float, float, float]:
     """The difference in the metric at best rates, with its interval."""
     values = []
     for name in (method, reference):
@@ -79,7 +79,7 @@ def gap(found, method, reference, metric) -> tuple[float, float, float]:
     return mean.estimate, *mean.interval
 
 
-def share(found, method, reference, metric) -> tuple[list[float], bool]:
+def share(found: study.Comparison, method, reference, metric) -> tuple[list[float], bool]:
     """The share of the gain with its interval, or NaN, and whether a rate is at an edge."""
     names = (method, reference, "frozen")
     if method == "frozen" or "frozen" not in found.methods:
@@ -100,7 +100,7 @@ def share(found, method, reference, metric) -> tuple[list[float], bool]:
     return [result.estimate, *result.interval], edge
 
 
-def final(found, method, rate) -> dict[str, float]:
+def final(found: study.Comparison, method, rate) -> dict[str, float]:
     """Angles of errors and the effective rate at the end of runs."""
 
     def mean(name, kernel):
@@ -130,7 +130,14 @@ COLUMNS = {"fa": "FA", "dfa": "DFA", "sign_norm": "signs, norm kept", "frozen": 
 
 def read(saved: pathlib.Path) -> list[dict[str, Any]]:
     """The rows that an earlier call saved."""
-    return json.loads(saved.read_text())["results"]
+
+    def numbers(value):
+        if isinstance(value, list):
+            return [numbers(child) for child in value]
+        return math.nan if value is None else value
+
+    rows = json.loads(saved.read_text())["results"]
+    return [{k: v if k == "color" else numbers(v) for k, v in row.items()} for row in rows]
 
 
 def matrix(rows) -> str:
