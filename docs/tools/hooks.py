@@ -184,7 +184,10 @@ def on_page_content(content, page, config, files):
         return f'<autoref identifier="{entry}" optional>{code[0]}</autoref>' if entry else code[0]
 
     content = FIGURE.sub(r'<a href="\1">\g<0></a>', content)
-    content = OBJECT.sub(lambda m: f"{m[1]}{m[2].replace('.', '.<wbr>')}{m[3]}", content)
+    short = short_names()
+    content = OBJECT.sub(
+        lambda m: f"{m[1]}{short.get(m[2], m[2]).replace('.', '.<wbr>')}{m[3]}", content
+    )
     content = EQUATION.sub(
         lambda tex: latex2mathml.converter.convert(html.unescape(tex[1])), content
     )
@@ -256,14 +259,27 @@ def run_notebook(path):
     return "\n\n".join(parts) + "\n", figures
 
 
+def modules():
+    """The package, and its public modules."""
+    values = [getattr(soap_jax, name) for name in soap_jax.__all__]
+    return soap_jax, *(value for value in values if isinstance(value, types.ModuleType))
+
+
+def short_names():
+    """The name by which users import what another module defines, by its full name."""
+    found = {}
+    for module in modules():
+        for name in getattr(module, "__all__", ()):
+            value = getattr(module, name)
+            if inspect.isclass(value) or inspect.isfunction(value):
+                full = f"{value.__module__}.{value.__qualname__}"
+                found.setdefault(full, f"{module.__name__}.{name}")
+    return found
+
+
 def public_names():
     """Every public name, by the module that defines it."""
-    modules = [
-        value
-        for name in soap_jax.__all__
-        if isinstance(value := getattr(soap_jax, name), types.ModuleType)
-    ]
-    for module in (soap_jax, *modules, importlib.import_module("soap_jax.feedback")):
+    for module in (*modules(), importlib.import_module("soap_jax.feedback")):
         for name in getattr(module, "__all__", vars(module)):
             value = getattr(module, name)
             own = getattr(value, "__module__", None) or module.__name__

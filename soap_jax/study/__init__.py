@@ -20,6 +20,7 @@ _HOMES = {
     "Difference": "soap_jax.study.contrasts",
     "Ratio": "soap_jax.study.contrasts",
     "Share": "soap_jax.study.contrasts",
+    "Test": "soap_jax.study.contrasts",
     "Trend": "soap_jax.study.contrasts",
     "judge": "soap_jax.study.claims",
 }
