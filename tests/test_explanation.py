@@ -174,7 +174,7 @@ MIDDLES = {  # (h, b, c) -> h, the effects of b and c
     "a scale": (lambda h, b, c: (h * b[:1]) @ c, "backprop", "feedback"),
     "a quotient": (
         lambda h, b, c: lax.stop_gradient(h) / (3 + b[:1]) @ c,
-        "not needed",
+        "backprop",
         "feedback",
     ),
     "a bias": (lambda h, b, c: (h + b[:1]) @ c, "not needed", "feedback"),

@@ -144,3 +144,90 @@ def test_a_backward_pass_may_branch_on_flags_among_its_residuals():
     one = jax.grad(with_feedback(loss), 2)(PARAMS, {"w": PARAMS["w"]}, X)
     np.testing.assert_allclose(one, jax.grad(loss, 1)(PARAMS, X), rtol=1e-6)
     assert not np.any(jax.grad(with_feedback(loss), 2)(PARAMS, {"w": jnp.zeros((3, 3))}, X))
+
+
+# Data mixed into weights: an activation or weights, so no error goes through them in silence
+
+NET = {"w": draw(3, 3) / 2, "o": draw(3, 2, seed=3)}
+
+
+def unrolled(p, x):
+    """A recurrent net that starts at a constant and to which its input is added."""
+    h = jnp.zeros_like(x)
+    for _ in range(3):
+        h = jnp.tanh(h @ p["w"] + x)
+    return h
+
+
+AMBIGUOUS = {
+    "a state that starts at zero": unrolled,
+    "one unit": lambda p, x: unrolled({"w": p["w"][:1, :1]}, x[:1, :1]),
+    "a kernel that scales data twice": lambda p, x: jnp.tanh(jnp.tanh(x * p["w"][:1]) * p["w"][:1]),
+    "a square that scales data": lambda p, x: (x * p["w"][:1] * p["w"][:1] - 1) ** 2,
+    "a first layer that is solved": lambda p, x: jnp.linalg.solve(p["w"], x.T),
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+@pytest.mark.parametrize("readout", [False, True])
+def test_no_feedback_is_accepted_and_ignored(name, readout):
+    def loss(p, x):
+        h = AMBIGUOUS[name](p, x)
+        return jnp.sum(jnp.tanh(h) @ p["o"][: h.shape[-1]] if readout and h.shape[-1] < 4 else h)
+
+    assert explain(loss, NET, X)["w"].effect == "backprop"
+    with pytest.raises(ValueError, match=r"kernel at \['w'\] itself|at \['w'\] would do nothing"):
+        jax.eval_shape(jax.grad(with_feedback(loss)), NET, {"w": NET["w"], "o": None}, X)
+
+
+def test_a_state_that_starts_at_an_argument_goes_through_feedback():
+    def loss(p, x, h):
+        for _ in range(3):
+            h = jnp.tanh(h @ p["w"] + x)
+        return jnp.sum(h @ p["o"])
+
+    assert explain(loss, NET, X, X)["w"].effect == "feedback"
+
+
+NOISY = {  # a is an argument
+    "noise": lambda w, a: w + a,
+    "a base": lambda w, a: a - 0.1 * w,
+    "rows": lambda w, a: w.at[0].set(a[0]),
+    "a choice": lambda w, a: jnp.where(a > 0, w, a),
+    "bounds": lambda w, a: jnp.clip(w, -a, a),
+    "a mask in tanh": lambda w, a: jnp.tanh(w * a),
+}
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_weights_with_data_in_them_are_said_to_be_backprop(name):
+    def loss(p, x, a):
+        h = jnp.tanh(x @ p["v"])
+        return jnp.sum(jnp.tanh(h @ NOISY[name](p["w"], a)))
+
+    row = explain(loss, PARAMS, X, MASK)["w"]
+    assert row.effect == "backprop" and any(use.problem for use in row.uses)
+
+
+def decoder(p, y):
+    """Latents are params, so that there is no data before the loss."""
+    return jnp.sum((jnp.tanh(jnp.tanh(p["z"] @ p["w"]) @ p["v"]) @ p["o"] - y) ** 2)
+
+
+def coordinates(p, y):
+    grid = jnp.linspace(-1, 1, 12).reshape(4, 3)
+    return jnp.sum((jnp.sin(jnp.sin(grid @ p["w"]) @ p["v"]) @ p["o"] - y) ** 2)
+
+
+def cores(p, y):
+    return jnp.sum((jnp.einsum("bi,ij,jk,kl->bl", X + y[:, :1], p["w"], p["v"], p["o"]) - y) ** 2)
+
+
+@pytest.mark.parametrize("loss", [decoder, coordinates, cores])
+def test_what_an_explanation_selects_is_not_refused(loss):
+    params = PARAMS | {"o": NET["o"], "z": X}
+    found = explain(loss, params, draw(4, 2))
+    feedback = {k: v if found[k].effect == "feedback" else None for k, v in params.items()}
+    jax.eval_shape(jax.grad(with_feedback(loss)), params, feedback, draw(4, 2))
+    given = explain(loss, params, draw(4, 2), feedback=feedback)
+    assert all(given[k].effect == "feedback" for k, v in feedback.items() if v is not None)

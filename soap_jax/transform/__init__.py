@@ -28,6 +28,8 @@ the factors, and there are no other factors. The rules are:
 4.  A kernel's own tangent may be multiplied by that kernel, as in a penalty. Then two forms are
     computed, with the kernel and with its feedback. The first is used if only numbers and constants
     multiply it later, so penalties are exact. The second is used if an activation multiplies it.
+    Broken weights into which data are mixed may be an activation, as in `tanh(x + w)`: they
+    multiply their own kernel's tangent exactly, once. After that it is an error (rule 3).
 5.  A single number computed from a whole kernel, such as its norm, does not count as weights: it
     scales errors exactly.
 
@@ -49,7 +51,8 @@ Limitations:
     an argument. A function that closes over its batch is refused: pass it as an argument.
 -   A penalty on a product of two kernels is refused if both have feedback: differentiate it
     separately and add the gradients.
--   Weights can be hidden in an activation, as in `(x + w) - x`.
+-   Weights can be hidden in an activation, as in `(x + w) - x`, in weights that an activation
+    generates (`base + dw(h)`), or in an update inside the function (`w - lr * g`, as in MAML).
 """
 
 from soap_jax.transform.errors import gradient_and_errors, layer_errors

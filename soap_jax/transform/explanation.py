@@ -225,10 +225,9 @@ Found = tuple[Effect, Sequence[Use]]
 
 def _row(notes: reader.Notes) -> Found:
     """The effect that feedback would have on a leaf."""
-    hard = [use for use in notes.broken if not use.mixed]
     if notes.layer:
         return ("own feedback" if notes.served_by_layer else "no effect"), [notes.layer]
-    if hard or (notes.broken and notes.served):
+    if notes.broken:
         return "backprop", [*notes.served, *notes.broken]
     if notes.served and all(use.primitive in ELEMENTWISE for use in notes.served):
         return "backprop", [use._replace(problem=table.SCALES) for use in notes.served]

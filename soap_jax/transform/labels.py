@@ -108,6 +108,7 @@ class Label(NamedTuple):
         tangent: whether it is a tangent.
         owners: for a tangent that no activation multiplies, the params of which it is a linear
             function; None for other tangents, through which errors pass.
+        mixed: for a tangent with owners, whether it was multiplied by weights with data mixed in.
         rows: for a tangent, whether rows were looked up by an integer argument.
         used: for weights, the dtypes in which they were first used in arithmetic; empty if they
             were only cast and moved.
@@ -126,6 +127,7 @@ class Label(NamedTuple):
     whole: bool = False
     tangent: bool = False
     owners: frozenset[int] | None = None
+    mixed: bool = False
     rows: bool = False
     used: frozenset[np.dtype] = frozenset()
     layer: bool = False
@@ -232,6 +234,7 @@ def join(a: Label, b: Label, broken: Broken) -> Label:
         whole=a.whole and b.whole,
         tangent=tangent,
         owners=owned([label for label in (a, b) if label.tangent]),
+        mixed=a.mixed or b.mixed,
         rows=a.rows or b.rows,
         ways=a.ways | b.ways,
         used=a.used | b.used,
@@ -257,6 +260,7 @@ def same_kind(a: Label, b: Label) -> Label:
         number=a.number and b.number,
         tangent=a.tangent or b.tangent,
         owners=a.owners if a.tangent else frozenset(),  # initial zeros, which any param may own
+        mixed=a.mixed or b.mixed,
         ways=a.ways | b.ways,
     )
 
@@ -447,7 +451,9 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label], line: str = "") -> Step
     """Finds how an equation with tangents, which is linear in them, is evaluated.
 
     Coefficients that are weights are replaced by their form with feedback, except if the tangent is
-    the kernel's own. Then both forms are computed, until an activation multiplies them.
+    the kernel's own. Then both forms are computed, until an activation multiplies them. If data are
+    mixed into the weights, they multiply their own tangent as an activation does, once: after that
+    it is an error.
 
     Args:
         eqn: the equation.
@@ -458,8 +464,9 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label], line: str = "") -> Step
     tangents = [label for label in labels if label.tangent]
     owners = owned(tangents)
     rows = any(label.rows for label in tangents)
-    numbers = all(_size(var) == 1 for var in (*eqn.invars, *eqn.outvars))
-    exact, mine, foreign, activation = set(), [], [], False
+    mixed = any(label.mixed for label in tangents)
+    numbers = not any(var.aval.ndim for var in (*eqn.invars, *eqn.outvars))
+    exact, mine, foreign, activation, met = set(), [], [], False, False
     several = Broken("where one term contains several params", name, line)
     for k, label in enumerate(labels):
         if label.tangent or name in SUMS:  # a term added to a tangent is a tangent or zeros
@@ -468,7 +475,12 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label], line: str = "") -> Step
             exact.add(k)
             activation = True
         elif owners and not rows and set(label.kernels) == owners:
-            mine.append(label)
+            if not label.data or not _broken(label.kernels):
+                (foreign if mixed else mine).append(label)
+            elif (mixed and name in PRODUCTS) or any(dot.kernels for dot in tangents):
+                foreign.append(label)
+            else:
+                met = True
         elif label.kernels:
             both = owners if owners and not rows else ()
             kernels = {i: several if i in both else s for i, s in label.kernels.items()}
@@ -479,6 +491,7 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label], line: str = "") -> Step
         tangent=True,
         data=any(label.data for label in labels),
         whole=_whole(eqn, labels),
+        mixed=mixed or met,
         ways=all_ways(tangents),
         used=used(eqn, labels),
         refused=next((label.refused for label in tangents if label.refused), None),

@@ -340,7 +340,8 @@ def _chosen(reader, eqn, by, labels):
     for label in labels:
         if by.kernels and label.tangent:
             step = lb.Step(label, broken=dict.fromkeys(by.kernels, problem))
-            refused = label.refused or reader.refuse(eqn, step)
+            problem = reader.refuse(eqn, step)
+            refused = label.refused or problem
             label = label._replace(refused=refused)
         elif by.kernels:
             label = label._replace(kernels={**label.kernels, **dict.fromkeys(by.kernels, problem)})
@@ -430,7 +431,8 @@ def _custom_lin_labels(reader, eqn, labels):
         })  # fmt: skip
         refused = next((t.refused for t in tangents if t.refused), None)
         if forms.broken:
-            refused = refused or reader.refuse(eqn, forms)
+            problem = reader.refuse(eqn, forms)
+            refused = refused or problem
         if made_of:
             error = lb.Label(tangent=True, data=True)
             back = reader.labels(_backward(reader, eqn), [*residuals, *[error] * len(eqn.outvars)])
