@@ -309,8 +309,9 @@ def _replaced(jaxpr: Program, known: dict[int, tuple[Program, Program]]) -> Prog
     """
     if id(jaxpr) not in known:
         new = jaxpr
-        if convolves(jaxpr) and isinstance(jaxpr, core.ClosedJaxpr):
-            new = jaxpr.replace(jaxpr=_replaced(jaxpr.jaxpr, known))
+        inner = getattr(jaxpr, "jaxpr", jaxpr)
+        if convolves(jaxpr) and inner is not jaxpr:  # closed; since JAX 0.12 a jaxpr is its own
+            new = jaxpr.replace(jaxpr=_replaced(inner, known))
         elif convolves(jaxpr):
             eqns = [_equation(eqn, known) for eqn in jaxpr.eqns]
             new = jaxpr.replace(eqns=eqns)  # type: ignore[call-arg]

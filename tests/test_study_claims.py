@@ -315,9 +315,10 @@ def test_the_verdict_on_a_stored_claim_does_not_depend_on_who_asks():
     everything = study.judge()
     assert [finding.key for finding in everything] == ["1", "2", "3", "4", "5", "6", "7", "7b"]
     first, last = preset_claims.CLAIMS[0], preset_claims.CLAIMS[6]
-    assert study.judge([last, first]) == [everything[6], everything[0]]
+    # As text, since a p-value may be NaN.
+    assert repr(study.judge([last, first])) == repr([everything[6], everything[0]])
     assert study.judge([]) == []
-    assert study.judge()[:7] == everything[:7]  # repeats exactly
+    assert repr(study.judge()) == repr(everything)  # repeats exactly
     assert not any(finding.exploratory for finding in everything)
 
 

@@ -356,7 +356,7 @@ def test_a_directory_gives_back_what_was_written(tmp_path):
     read = comparison.load(tmp_path)
     assert read.path == tmp_path and read.record == made.record
     pd.testing.assert_frame_equal(read.summary(), made.summary())
-    assert read.judge() == made.judge()
+    assert repr(read.judge()) == repr(made.judge())  # p may be NaN
     assert read.at_target(1.0).target_loss == 1.0
 
 
