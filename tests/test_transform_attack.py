@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental.ode import odeint
 
 from soap_jax import explain, with_feedback
 
@@ -231,3 +232,44 @@ def test_what_an_explanation_selects_is_not_refused(loss):
     jax.eval_shape(jax.grad(with_feedback(loss)), params, feedback, draw(4, 2))
     given = explain(loss, params, draw(4, 2), feedback=feedback)
     assert all(given[k].effect == "feedback" for k, v in feedback.items() if v is not None)
+
+
+@jax.custom_vjp
+def integrate(h, w):
+    """Two steps of Euler's method; the backward pass goes back through the states themselves."""
+    for _ in range(2):
+        h = h + 0.1 * jnp.tanh(h @ w)
+    return h
+
+
+def integrate_bwd(residuals, h_bar):
+    h, w = residuals
+    both, w_bar = jnp.concatenate([h, h_bar]), 0.0
+    for _ in range(2):
+        h, h_bar = jnp.split(both, 2)
+        h = h - 0.1 * jnp.tanh(h @ w)
+        z_bar = 0.1 * (1 - jnp.tanh(h @ w) ** 2) * h_bar
+        both, w_bar = jnp.concatenate([h, h_bar + z_bar @ w.T]), w_bar + h.T @ z_bar
+    return jnp.split(both, 2)[1], w_bar
+
+
+integrate.defvjp(lambda h, w: ((h := integrate(h, w)), (h, w)), integrate_bwd)
+
+
+def ode(h, w):
+    return odeint(lambda h, t, w: jnp.tanh(h @ w), h, jnp.array([0.0, 1.0]), w)[-1]
+
+
+@pytest.mark.parametrize("middle", [ode, integrate])
+def test_a_backward_pass_that_joins_errors_with_states_is_refused(middle):
+    """It computes states again, with weights, from an array that also has errors."""
+
+    def loss(p, x):
+        return jnp.sum(jnp.sin(middle(jnp.tanh(x @ p["v"]), p["w"])) @ p["o"])
+
+    params = PARAMS | {"o": NET["o"]}
+    assert explain(loss, params, X)["w"].effect == "backprop"
+    grad = jax.grad(with_feedback(loss))
+    jax.eval_shape(grad, params, {"w": None, "v": None, "o": NET["o"]}, X)
+    with pytest.raises(ValueError, match="an error is joined with values that are no errors"):
+        jax.eval_shape(grad, params, {"w": PARAMS["w"], "v": None, "o": NET["o"]}, X)

@@ -427,6 +427,13 @@ def _number(eqn, labels, var) -> bool:
     return not var.aval.ndim or (eqn.primitive.name in moves and labels[0].number)
 
 
+_JOINED = (
+    "an error is joined with values that are no errors, in {} at {}, so that its way through "
+    "weights cannot be found. Keep errors in arrays of their own in this custom backward pass, or "
+    "give the weights that it uses no feedback (None at their paths)."
+)
+
+
 class Step(NamedTuple):
     """The evaluation of an equation with tangents.
 
@@ -465,8 +472,11 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label], line: str = "") -> Step
     owners = owned(tangents)
     rows = any(label.rows for label in tangents)
     mixed = any(label.mixed for label in tangents)
-    numbers = not any(var.aval.ndim for var in (*eqn.invars, *eqn.outvars))
-    exact, mine, foreign, activation, met = set(), [], [], False, False
+    numbers = not any(getattr(v.aval, "ndim", 0) for v in (*eqn.invars, *eqn.outvars))
+    exact: set[int] = set()
+    mine: list[Label] = []
+    foreign: list[Label] = []
+    activation = met = False
     several = Broken("where one term contains several params", name, line)
     for k, label in enumerate(labels):
         if label.tangent or name in SUMS:  # a term added to a tangent is a tangent or zeros
@@ -496,6 +506,11 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label], line: str = "") -> Step
         used=used(eqn, labels),
         refused=next((label.refused for label in tangents if label.refused), None),
     )
+    if name in JOINS and any(
+        is_float(var.aval) and not label.tangent and (label.data or label.params)
+        for var, label in zip(eqn.invars, labels, strict=True)
+    ):  # in a backward pass that a user wrote
+        out = out._replace(refused=out.refused or _JOINED.format(name, line))
     if not (activation or foreign):
         kernels = merged([*tangents, *mine])
         if out.whole and all(_reduces(eqn, var) for var in eqn.outvars):

@@ -340,9 +340,8 @@ def _chosen(reader, eqn, by, labels):
     for label in labels:
         if by.kernels and label.tangent:
             step = lb.Step(label, broken=dict.fromkeys(by.kernels, problem))
-            problem = reader.refuse(eqn, step)
-            refused = label.refused or problem
-            label = label._replace(refused=refused)
+            refused = reader.refuse(eqn, step)
+            label = label._replace(refused=label.refused or refused)
         elif by.kernels:
             label = label._replace(kernels={**label.kernels, **dict.fromkeys(by.kernels, problem)})
         found.append(label._replace(data=label.data or by.data, floats=label.floats or by.floats))
@@ -431,12 +430,16 @@ def _custom_lin_labels(reader, eqn, labels):
         })  # fmt: skip
         refused = next((t.refused for t in tangents if t.refused), None)
         if forms.broken:
-            problem = reader.refuse(eqn, forms)
-            refused = refused or problem
+            found = reader.refuse(eqn, forms)
+            refused = refused or found
         if made_of:
             error = lb.Label(tangent=True, data=True)
-            back = reader.labels(_backward(reader, eqn), [*residuals, *[error] * len(eqn.outvars)])
-            refused = refused or next((out.refused for out in back if out.refused), None)
+            errors = [error] * len(eqn.outvars)
+            back = reader.labels(_backward(reader, eqn), [*residuals, *errors])
+            found = next((out.refused for out in back if out.refused), None)
+            if found:  # also noted, for `explain`
+                reader.refuse(eqn, lb.Step(label, broken=dict.fromkeys(made_of, problem)))
+            refused = refused or found
         label = label._replace(refused=refused)
         for dot in tangents:  # a layer's operands are y, x, kernel and feedback; check x's tangent
             for leaf in (dot.owners or frozenset()) & reader.notes.keys():

@@ -229,8 +229,8 @@ class Reader:
             )
             label = label._replace(kernels=dict.fromkeys(label.kernels, problem))
         if step.broken:
-            problem = self.refuse(eqn, step)  # which also takes notes
-            label = label._replace(refused=label.refused or problem)
+            refused = self.refuse(eqn, step)  # which also takes notes
+            label = label._replace(refused=label.refused or refused)
         if not self.quiet:
             for i in step.served:
                 self.note(i).served[self._use(eqn)] = None
