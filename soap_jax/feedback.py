@@ -409,7 +409,7 @@ def _apply(rule, kernels, key, feedback, memory):
         if name in memory:
             made, learnt[name] = _with_memory(rule, args, memory[name], path)
         else:
-            made = rule(*args)
+            made = _without_memory(rule, args, path)
         _check_drawn(f"{rule} returned", made, old.shape, old.dtype, path)
         if _is_integer(old) and not _is_integer(made):
             raise ValueError(
@@ -420,6 +420,18 @@ def _apply(rule, kernels, key, feedback, memory):
             )
         new[path] = jnp.asarray(made).astype(old.dtype)
     return new, learnt
+
+
+def _without_memory(rule, args, path):
+    """Calls a rule without a memory; checks that it does not return one."""
+    made = rule(*args)
+    if isinstance(made, tuple):
+        raise ValueError(
+            f"{rule} returned a tuple for {trees.show(path)}; expected feedback alone, since its "
+            "`init` returned no memory. For a rule with a memory, define init(self, kernel, "
+            "feedback, key), which returns the first one."
+        )
+    return made
 
 
 def _with_memory(rule, args, memory, path):
@@ -433,7 +445,14 @@ def _with_memory(rule, args, memory, path):
     feedback, learnt = made
 
     def type_of(tree):
-        return jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), tree)
+        return jax.tree.map(type_of_leaf, tree)
+
+    def type_of_leaf(leaf):
+        try:
+            dtype = jnp.result_type(leaf)
+        except TypeError:  # not an array
+            return type(leaf).__name__
+        return jnp.shape(leaf), dtype
 
     if type_of(learnt) != type_of(memory):
         raise ValueError(
@@ -448,7 +467,8 @@ def _memory_of(static, pairs, key):
     memory = {}
     for _, rule, paths in _rules_of(static, list(pairs), complete=True):
         for path in paths:
-            own = rule.init(*pairs[path], _fold_in_path(key, path))
+            kernel, leaf = pairs[path]
+            own = rules.first_memory(rule, kernel, leaf, _fold_in_path(key, path))
             if own is None:
                 continue
             if _name(path) in memory:
@@ -456,7 +476,7 @@ def _memory_of(static, pairs, key):
                     f"two kernels are called {_name(path)!r} when '/' joins the parts of a path; "
                     f"expected different names, by which the memory of {rule} is kept. Rename one."
                 )
-            memory[_name(path)] = jax.tree.map(jnp.array, own)  # a copy, which can be donated
+            memory[_name(path)] = own
     return memory
 
 
@@ -533,8 +553,7 @@ def _split_period(rule) -> tuple[Any, chex.ArrayTree]:
     """Splits a rule, or a mapping of rules, into its static part and its periods."""
     if isinstance(rule, rules.Rule):
         rules.check_period(type(rule).__name__, rule.period)
-        static = rule if isinstance(rule, rules.Fixed) else dataclasses.replace(rule, period=1)
-        return static, jnp.asarray(rule.period, jnp.int32)
+        return rules.at_every_step(rule), jnp.asarray(rule.period, jnp.int32)
     if isinstance(rule, Mapping) and rule:
         parts = {pattern: _split_period(one) for pattern, one in rule.items()}
         static_parts = tuple((pattern, static) for pattern, (static, _) in parts.items())

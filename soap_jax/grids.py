@@ -15,6 +15,22 @@ MOST_RUNS = 10**6
 """The largest number of runs of a study, all of whose names are kept in memory."""
 
 
+def as_seeds(seeds: int | Sequence[int]) -> Sequence[int]:
+    """Returns the seeds 0 to n - 1 for a number n, and given seeds as they are.
+
+    Raises:
+        ValueError: if a number of seeds is not an integer from 1 to `MOST_RUNS`.
+
+    Example:
+        >>> as_seeds(3), as_seeds([5, 7])
+        (range(0, 3), [5, 7])
+    """
+    if isinstance(seeds, int | numbers.Number):
+        check_count("seeds", seeds, most=MOST_RUNS)
+        return range(int(seeds))
+    return seeds
+
+
 def check(
     *, seeds: Sequence[int], learning_rates: Sequence[float], periods: Sequence[int] = (1,)
 ) -> None:
@@ -28,13 +44,18 @@ def check(
     """
 
     def each(name, values, holds, expected, same=lambda value: value):
-        if len(values) == 0:
+        try:
+            num = len(values)
+        except TypeError:
+            said = reprlib.repr(values)
+            raise ValueError(f"{name} is {said}; expected a list of {expected}.") from None
+        if num == 0:
             raise ValueError(f"{name} is empty; expected at least one.")
         for i, value in enumerate(values):
             if isinstance(value, bool) or not holds(value):
                 said = reprlib.repr(value)
                 raise ValueError(f"{name} has {said} at index {i}; expected {expected}.")
-        if len(set(map(same, values))) < len(values):
+        if len(set(map(same, values))) < num:
             raise ValueError(f"{name} has a value twice: {list(values)}.")
 
     def whole(value):

@@ -22,11 +22,13 @@ called as `rule(kernel, feedback, key, memory) -> (feedback, memory)`.
 The fields of a rule are numbers and strings, never functions or arrays. (Two equal initialisers do
 not compare equal, so they would cause a retrace.) The only exception is an array `period`, for
 sweeps over the period: it makes the rule unhashable until `init_feedback` has moved the period into
-the state.
+the state. Rules are compared by all their fields, and equal rules share what JAX has compiled. So a
+rule has no `__init__` of its own, and no field with `compare=False`.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import math
@@ -69,6 +71,22 @@ def _binds(signature: inspect.Signature, num: int) -> bool:
     return True
 
 
+def _check_init_is_made(cls: type, base: type) -> None:
+    """Raises ValueError if `base`, which is `cls` or one of its bases, has its own `__init__`."""
+    own = vars(base).get("__init__")
+    if own is None or "__dataclass_fields__" in vars(base):  # a base, or made with slots=True
+        return
+    names = [name for name in inspect.signature(own).parameters if name not in ("self", "period")]
+    where = "" if base is cls else f", by its base {base.__name__}"
+    raise ValueError(
+        f"{cls.__name__} has an __init__ of its own{where}; expected the one that dataclass makes, "
+        "since rules are compared by their fields. Put @dataclasses.dataclass(frozen=True, "
+        f"kw_only=True) before the class, and in the class, in place of __init__, the fields "
+        f"`{'; '.join(f'{name}: float' for name in names) or 'name: type'}`, with their own types. "
+        "To check values, define __post_init__."
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
     """The base class of all rules.
@@ -80,13 +98,16 @@ class Rule:
     Raises:
         ValueError: if the period is not an integer scalar from 1 to the largest int32, or if
             arguments are given by position. The value of a traced period is not checked: with a
-            value below 1 feedback is never synced.
+            value below 1 feedback is never synced. A subclass raises it if it has another
+            signature, defines `__init__`, or is not compared by all its fields.
     """
 
     period: ArrayLike = 1
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        for base in cls.__mro__[: cls.__mro__.index(Rule)]:
+            _check_init_is_made(cls, base)
         signature = inspect.signature(cls.__call__)
         if not any(_binds(signature, num) for num in (4, 5)):
             raise ValueError(
@@ -101,6 +122,13 @@ class Rule:
             raise ValueError(
                 f"{cls.__name__} declares {', '.join(declared)} but is not a dataclass; put "
                 "@dataclasses.dataclass(frozen=True, kw_only=True) before the class."
+            )
+        ignored = [field.name for field in dataclasses.fields(cls) if not field.compare]
+        if ignored or not cls.__dataclass_params__.eq:  # type: ignore[attr-defined]
+            how = f"compare=False for {', '.join(ignored)}" if ignored else "dataclass(eq=False)"
+            raise ValueError(
+                f"{cls.__name__} has {how}; expected a comparison of all fields, since rules that "
+                "are equal share one compiled sync. Leave it out."
             )
         if args and all(field.kw_only for field in fields):
             raise ValueError(
@@ -419,6 +447,60 @@ class WeightMirror(Rule):
         step = shard_like(float(self.rate) * seen.reshape(kernel.shape), kernel)
         new = float(1 - self._decay) * feedback.astype(wide) + step
         return _rounded(new, feedback)
+
+
+def at_every_step(rule: Rule) -> Rule:
+    """Returns a copy of the rule with the period 1 and all other values as they are.
+
+    `dataclasses.replace` would call `__post_init__` again, which may change values.
+
+    Example:
+        >>> at_every_step(SignSync(period=10, magnitude="unit"))
+        SignSync(period=1, magnitude='unit')
+    """
+    static = copy.copy(rule)
+    object.__setattr__(static, "period", 1)
+    return static
+
+
+def first_memory(
+    rule: Rule, kernel: jax.Array, feedback: jax.Array, key: chex.PRNGKey
+) -> chex.ArrayTree | None:
+    """Returns `rule.init(kernel, feedback, key)`, as a copy, which can be donated.
+
+    Raises:
+        ValueError: if this is not a tree of arrays, or `__call__` does not take a memory if there
+            is one, or needs a memory if there is none.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> first_memory(SignSync(), jnp.ones(2), jnp.array([3.0, -3.0]), jax.random.key(0))
+        Array(3., dtype=float32)
+    """
+    name = type(rule).__name__
+    start, call = inspect.signature(rule.init), inspect.signature(rule.__call__)
+    if not _binds(start, 3):
+        raise ValueError(
+            f"{name}.init has the signature {start}; expected (kernel, feedback, key) after self."
+        )
+    memory = rule.init(kernel, feedback, key)
+    if memory is None and not _binds(call, 3):
+        raise ValueError(
+            f"{name}.__call__ has the signature {call}, with a memory, and there is none; expected "
+            "a method init(self, kernel, feedback, key) that returns the first memory. For a rule "
+            "without a memory, leave the last argument out."
+        )
+    if memory is not None and not _binds(call, 4):
+        raise ValueError(
+            f"{name}.init returned a memory and {name}.__call__ has the signature {call}; expected "
+            "(kernel, feedback, key, memory) after self, and (feedback, memory) as its result."
+        )
+    try:
+        return jax.tree.map(jnp.array, memory)
+    except TypeError as error:
+        raise ValueError(
+            f"{name}.init returned {memory!r}; expected None or a tree of arrays."
+        ) from error
 
 
 def check_period(name: str, period: ArrayLike) -> None:

@@ -68,7 +68,7 @@ class Part(NamedTuple):
 def sweep(
     run: Run,
     *,
-    seeds: Sequence[int],
+    seeds: int | Sequence[int],
     learning_rates: Sequence[float],
     periods: Sequence[int] = (1,),
     args: tuple[chex.ArrayTree, ...] = (),
@@ -84,7 +84,7 @@ def sweep(
             traced only once, also for several sweeps (more often with a memory limit), so it must
             not read variables that change. JAX keeps it in memory, with its closure, until
             `jax.clear_caches()`: pass data as `args`.
-        seeds: integers.
+        seeds: the number of seeds, counted from 0; or the seeds themselves.
         learning_rates: positive numbers.
         periods: integers of at least 1.
         args: arrays that all runs share, such as the data; one copy per device.
@@ -111,6 +111,7 @@ def sweep(
         >>> sweep(run, seeds=[1, 2], learning_rates=[0.5], periods=[2, 4])["value"].tolist()
         [[[2.0, 3.0]], [[3.0, 4.0]]]
     """
+    seeds = grids.as_seeds(seeds)
     points = grid(seeds=seeds, learning_rates=learning_rates, periods=periods)
     parts = iterate(
         run,
@@ -131,13 +132,17 @@ def sweep(
 
 
 def grid(
-    *, seeds: Sequence[int], learning_rates: Sequence[float], periods: Sequence[int] = (1,)
+    *,
+    seeds: int | Sequence[int],
+    learning_rates: Sequence[float],
+    periods: Sequence[int] = (1,),
 ) -> list[Point]:
     """Returns every combination; seeds vary fastest, then learning rates, then periods.
 
     Raises:
         ValueError: if a grid is empty or has a value out of range.
     """
+    seeds = grids.as_seeds(seeds)
     grids.check(seeds=seeds, learning_rates=learning_rates, periods=periods)
     return [
         Point(seed, rate, period) for period in periods for rate in learning_rates for seed in seeds

@@ -30,7 +30,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from soap_jax import convolutions, rules
+from soap_jax import convolutions, grids, rules
 from soap_jax.activity import ValueAndGrad as ValueAndGrad
 from soap_jax.feedback import FeedbackState, sync_feedback, sync_feedback_unless
 from soap_jax.sweeps import sweep as sweep
@@ -301,7 +301,7 @@ def train_epoch(
     Args:
         step: a training step from `make_train_step`.
         state: the state before the epoch; it is donated, so use only the returned state afterwards.
-        data: `(x, targets)`.
+        data: `(x, targets)`, or any tree of arrays with examples along their first axis.
         key: a PRNG key for the order.
         batch_size: number of examples per step.
 
@@ -309,7 +309,8 @@ def train_epoch(
         The state after the epoch, and the loss of each step, `(examples // batch_size,)`.
 
     Raises:
-        ValueError: if the batch size is not between 1 and the number of examples.
+        ValueError: if the batch size is not an integer between 1 and the number of examples, or if
+            the arrays differ in their number of examples.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -319,24 +320,55 @@ def train_epoch(
         >>> int(total), losses
         (9, Array([3., 3., 3.], dtype=float32))
     """
-    order = epoch_order(key, data[0].shape[0], batch_size)
+    order = epoch_order(key, num_examples(data), batch_size)
     return scan_batches(step, state, data, order)
+
+
+def num_examples(data: chex.ArrayTree, name: str = "data") -> int:
+    """Returns the number of examples, the length of the first axis of every array.
+
+    Args:
+        data: a tree of arrays, such as `(x, targets)`.
+        name: the name of the data, for the message.
+
+    Raises:
+        ValueError: if the arrays differ in it, or there are no examples.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> num_examples((jnp.ones((12, 3)), jnp.arange(12)))
+        12
+    """
+    lengths = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(data):
+        at = jax.tree_util.keystr(keys) or "the array"
+        if not getattr(leaf, "shape", ()):
+            said = jax.typeof(leaf) if isinstance(leaf, jax.Array) else repr(leaf)
+            raise ValueError(
+                f"{name} has {said} at {at}; expected arrays with examples as their first axis."
+            )
+        lengths[at] = leaf.shape[0]
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        said = ", ".join(f"{length} at {at}" for at, length in lengths.items()) or "none"
+        raise ValueError(f"{name} has examples: {said}; expected the same number, at least 1.")
+    return next(iter(lengths.values()))
 
 
 def epoch_order(key: chex.PRNGKey, num_examples: int, batch_size: int) -> jax.Array:
     """Draws the batches of an epoch, as indices `(num_examples // batch_size, batch_size)`.
 
     Raises:
-        ValueError: if the batch size is not between 1 and the number of examples.
+        ValueError: if the batch size is not an integer between 1 and the number of examples.
 
     Example:
         >>> import jax
         >>> epoch_order(jax.random.key(0), 10, 3).shape
         (3, 3)
     """
-    if not 1 <= batch_size <= num_examples:
+    grids.check_count("batch_size", batch_size)
+    if batch_size > num_examples:
         raise ValueError(
-            f"batch_size is {batch_size}; expected 1 to {num_examples}, the number of examples."
+            f"batch_size is {batch_size}; expected at most {num_examples}, the number of examples."
         )
     steps = num_examples // batch_size
     order = jax.random.permutation(key, np.arange(num_examples, dtype=np.int32))
@@ -353,11 +385,14 @@ def scan_batches(
     Args:
         step: as in `train_epoch`.
         state: the state before the first step.
-        data: `(x, targets)`.
+        data: as in `train_epoch`.
         order: `(steps, batch_size)`, indices of examples, as from `epoch_order`.
 
     Returns:
         The state after the last step, and the loss of each step, `(steps,)`.
+
+    Raises:
+        ValueError: if the arrays differ in their number of examples.
 
     Example:
         >>> import jax.numpy as jnp
@@ -365,6 +400,7 @@ def scan_batches(
         >>> scan_batches(first, 0, (jnp.arange(9), jnp.arange(9)), jnp.array([[5, 1], [7, 2]]))[1]
         Array([5, 7], dtype=int32)
     """
+    num_examples(data)
     data = jax.tree.map(jnp.asarray, data)
     step = convolutions.as_products(step)
 
@@ -398,7 +434,8 @@ def evaluate(
         An `Evaluation`.
 
     Raises:
-        ValueError: if the batch size is below 1.
+        ValueError: if the batch size is not an integer of at least 1, or if the arrays differ in
+            their number of examples.
 
     Example:
         >>> import jax.numpy as jnp
@@ -406,8 +443,8 @@ def evaluate(
         >>> round(float(evaluate(lambda p, b, x: x, None, None, data).accuracy), 3)
         0.667
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
+    grids.check_count("batch_size", batch_size)
+    num = num_examples(data)
     feedback = feedback_weights(feedback)
 
     def one(example):
@@ -416,7 +453,7 @@ def evaluate(
         hit = (jnp.argmax(outputs, -1)[0] == label[0]).astype(jnp.float32)
         return loss_fn(outputs, label), jnp.where(jnp.isfinite(outputs).all(), hit, jnp.nan)
 
-    losses, hits = lax.map(one, data, batch_size=min(batch_size, data[0].shape[0]))
+    losses, hits = lax.map(one, data, batch_size=min(batch_size, num))
     return Evaluation(losses.mean(), hits.mean())
 
 

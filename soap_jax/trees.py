@@ -9,6 +9,7 @@ kernels with feedback uses it. A missing or `None` leaf means exact backpropagat
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -192,7 +193,11 @@ def select(params: chex.ArrayTree, where: Where) -> set[Path]:
             )
         chosen = set()
         for selector in selectors:
+            if hasattr(selector, "rows"):  # an explanation; names in its paths may contain "/"
+                chosen |= leaves.keys() & {r.path for r in selector.rows if r.effect == "feedback"}
+                continue
             if callable(selector):
+                _check_predicate(selector)
                 chosen |= {p for p, leaf in leaves.items() if selector("/".join(p), leaf)}
                 continue
             matched = {p for p in leaves if matches(selector, p)}
@@ -217,6 +222,21 @@ def select(params: chex.ArrayTree, where: Where) -> set[Path]:
         check_kernel(leaves[path], path)
         check_not_empty(leaves[path], path)
     return chosen
+
+
+def _check_predicate(predicate: Callable) -> None:
+    """Raises ValueError if a predicate of `where` does not take a path and a leaf."""
+    try:
+        signature = inspect.signature(predicate)
+    except ValueError:  # a built-in function may have none
+        return
+    try:
+        signature.bind("path", "leaf")
+    except TypeError as error:
+        raise ValueError(
+            f"a predicate of `where` has the signature {signature}; expected (path, leaf), such as "
+            "lambda path, leaf: leaf.ndim == 2."
+        ) from error
 
 
 def check_kernel(kernel: jax.Array, path: Path = ()) -> None:

@@ -925,6 +925,25 @@ def test_a_pattern_or_predicate_that_selects_nothing_raises():
         init_feedback(KEY, PARAMS, where=lambda path, leaf: False)
 
 
+@pytest.mark.parametrize("predicate", [lambda path: True, lambda: True, lambda a, b, c: True])
+def test_a_predicate_takes_a_path_and_a_leaf(predicate):
+    for where in (predicate, ["a/*", predicate]):
+        with pytest.raises(ValueError, match=r"has the signature \(.*\); expected \(path, leaf\)"):
+            init_feedback(KEY, PARAMS, where=where)
+
+
+def test_an_explanation_tells_names_with_a_slash_from_nested_ones():
+    params = {"first": jnp.ones((3, 4)), "a": {"b": jnp.ones((4, 4))}, "a/b": jnp.ones((4, 4))}
+
+    def fun(params, x):
+        return x @ params["first"] @ params["a"]["b"] + params["a/b"].sum()
+
+    where = soap_jax.explain(fun, params, jnp.ones((2, 3)))
+    for some in (where, [where]):
+        feedback = init_feedback(KEY, params, rules.Fixed(), where=some).feedback
+        assert feedback["a"]["b"] is not None and feedback["a/b"] is None
+
+
 def test_an_integer_kernel_raises():
     params = {"out": {"kernel": np.ones((2, 3), np.int32)}}
     message = r"kernel at \['out'\]\['kernel'\] has dtype int32"

@@ -665,3 +665,101 @@ def test_a_rule_with_fields_that_is_not_a_dataclass_is_refused():
         ValueError, match="Leak declares rate but is not a dataclass; put @dataclass"
     ):
         Leak()
+
+
+def own_init(self, *, scale=1.0, period=1):
+    object.__setattr__(self, "scale", scale)
+    object.__setattr__(self, "period", period)
+
+
+@pytest.mark.parametrize(
+    "decorate", [lambda cls: cls, dataclasses.dataclass], ids=["plain", "data"]
+)
+@pytest.mark.parametrize("base", [rules.Rule, rules.SignSync])
+def test_a_rule_with_an_init_of_its_own_is_refused_where_it_is_defined(base, decorate):
+    message = (
+        r"Scaled has an __init__ of its own; .* @dataclasses.dataclass.*`scale: float`.*__post"
+    )
+    with pytest.raises(ValueError, match=message):
+        decorate(type("Scaled", (base,), {"__init__": own_init}))
+    mixed = type("Mixed", (), {"__init__": own_init})
+    with pytest.raises(ValueError, match="an __init__ of its own, by its base Mixed; expected"):
+        type("Scaled", (mixed, base), {})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Percent(rules.Rule):
+    """A rule that changes its values when it is made."""
+
+    rate: float
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "rate", self.rate / 100)
+
+    def __call__(self, kernel, feedback, key):
+        return self.rate * kernel
+
+
+@pytest.mark.parametrize("slots", [False, True])
+def test_a_state_keeps_all_values_of_its_rule_but_the_period(slots):
+    @dataclasses.dataclass(frozen=True, kw_only=True, slots=slots)
+    class Own(Percent):
+        shift: float
+
+    for rule in (Percent(rate=50.0, period=5), Own(rate=50.0, shift=2.0, period=5), *ALL_RULES):
+        state = init_feedback(KEY, {"kernel": jnp.ones((2, 2))}, rule)
+        assert type(state.rule) is type(rule) and int(state.period) == rule.period
+        assert dataclasses.asdict(state.rule) == dataclasses.asdict(rule) | {"period": 1}
+
+
+def test_a_rule_is_compared_by_all_its_fields():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Part(rules.Rule):
+        scale: float = dataclasses.field(compare=False)
+
+    @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+    class Identical(rules.Rule):
+        scale: float
+
+    for kind, how in ((Part, "compare=False for scale"), (Identical, r"dataclass\(eq=False\)")):
+        with pytest.raises(
+            ValueError, match=f"{kind.__name__} has {how}; expected a comparison of"
+        ):
+            kind(scale=2.0)
+
+
+def test_a_rule_whose_init_and_call_disagree_is_refused():
+    def first(self, kernel, feedback, key):
+        return jnp.zeros(())
+
+    def text(self, kernel, feedback, key):
+        return "abc"
+
+    def short(self, kernel):
+        return None
+
+    def with_memory(self, kernel, feedback, key, memory):
+        return feedback, memory
+
+    def without(self, kernel, feedback, key):
+        return feedback
+
+    def pair(self, kernel, feedback, key):
+        return feedback, jnp.zeros(())
+
+    def forgets(self, kernel, feedback, key, memory):
+        return feedback, "abc"
+
+    params = {"kernel": jnp.ones((2, 2))}
+    for methods, message in (
+        ({"init": first, "__call__": without}, r"init returned a memory .* \(kernel, .*memory\)"),
+        ({"__call__": with_memory}, r"Own.__call__ has .* with a memory.* a method init\(self"),
+        ({"init": short, "__call__": without}, r"Own.init has the signature \(kernel\); expected"),
+        ({"__call__": pair}, r"a tuple for \['kernel'\]; expected feedback alone.* init\("),
+        ({"init": text, "__call__": with_memory}, "Own.init returned 'abc'; expected None or a"),
+        ({"init": first, "__call__": forgets}, r"a memory of str for .* expected \(\(\), "),
+    ):
+        rule = dataclasses.dataclass(frozen=True)(type("Own", (rules.Rule,), methods))()
+        with pytest.raises(ValueError, match=message):
+            sync_feedback(params, init_feedback(KEY, params, rule), 0)

@@ -163,6 +163,13 @@ def test_grids_may_be_ranges_tuples_and_numpy_arrays():
     assert got["period"].min() == got["period"].max() == 4
 
 
+@pytest.mark.parametrize("num", [3, np.int64(3)])
+def test_a_number_of_seeds_stands_for_the_seeds_from_zero(num):
+    got, expected = (sweeps.sweep(record, seeds=s, learning_rates=[0.1]) for s in (num, range(3)))
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert sweeps.grid(seeds=num, learning_rates=[0.1])[2] == (2, 0.1, 1)
+
+
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_a_run_is_traced_once(chunk_size):
     traces = 0
@@ -271,6 +278,11 @@ def test_a_run_that_diverges_leaves_the_others_as_they_are(monkeypatch, one_by_o
 
 BAD = [
     ({"seeds": []}, "seeds is empty"),
+    ({"seeds": 0}, "seeds is 0; expected at least 1"),
+    ({"seeds": 2.5}, "seeds is 2.5; expected an integer"),
+    ({"seeds": None}, "seeds is None; expected a list of integers from 0"),
+    ({"learning_rates": 0.1}, "learning_rates is 0.1; expected a list of positive"),
+    ({"periods": 3}, "periods is 3; expected a list of integers from 1"),
     ({"learning_rates": []}, "learning_rates is empty"),
     ({"periods": []}, "periods is empty"),
     ({"seeds": [0.5]}, "seeds has 0.5 at index 0; expected integers"),

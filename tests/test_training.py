@@ -563,9 +563,19 @@ def test_scan_batches_takes_the_batches_that_the_order_names():
     np.testing.assert_array_equal(x, order * 10)
 
 
-@pytest.mark.parametrize("batch_size", [0, -1, 11])
-def test_a_batch_size_out_of_range_raises(batch_size):
-    message = f"batch_size is {batch_size}; expected 1 to 10, the number of examples"
+@pytest.mark.parametrize(
+    ("batch_size", "expected"),
+    [
+        (0, "at least 1"),
+        (-1, "at least 1"),
+        (11, "at most 10, the number of examples"),
+        (4.0, "an integer"),
+        (True, "an integer"),
+        (None, "an integer"),
+    ],
+)
+def test_a_batch_size_out_of_range_raises(batch_size, expected):
+    message = f"batch_size is {batch_size}; expected {expected}"
     with pytest.raises(ValueError, match=message):
         training.epoch_order(jax.random.key(0), 10, batch_size)
     data = (jnp.arange(10), jnp.arange(10))
@@ -574,6 +584,46 @@ def test_a_batch_size_out_of_range_raises(batch_size):
 
 
 # Evaluation
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            (jnp.arange(12), jnp.arange(6)),
+            r"data has examples: 12 at \[0\], 6 at \[1\]; expected the",
+        ),
+        (
+            (jnp.arange(6), jnp.arange(12)),
+            r"data has examples: 6 at \[0\], 12 at \[1\]; expected the",
+        ),
+        (
+            (jnp.arange(6), {"a": np.arange(6), "b": np.arange(5)}),
+            r"5 at \[1\]\['b'\]; expected the",
+        ),
+        ((jnp.zeros((0, 2)), jnp.zeros(0)), r"0 at \[0\], 0 at \[1\]; expected .* at least 1"),
+        ((jnp.arange(6), jnp.float32(0)), r"data has float32\[\] at \[1\]; expected arrays with"),
+        ((), "data has examples: none; expected"),
+    ],
+)
+def test_arrays_of_data_have_the_same_number_of_examples(data, message, jit):
+    def of_batch(params, feedback, x):
+        return x[:, None]
+
+    for run in (
+        lambda data: training.train_epoch(look, 0, data, jax.random.key(0), batch_size=2),
+        lambda data: training.scan_batches(look, 0, data, jnp.array([[0, 1], [2, 3]])),
+        lambda data: training.evaluate(of_batch, None, None, data, batch_size=2),
+    ):
+        with pytest.raises(ValueError, match=message):
+            (jax.jit(run) if jit else run)(data)
+
+
+def test_an_epoch_takes_any_tree_of_data():
+    data = {"x": jnp.arange(6), "more": [jnp.arange(6), jnp.arange(6) + 1]}
+    _, got = training.train_epoch(look, 0, data, jax.random.key(0), batch_size=2)
+    np.testing.assert_array_equal(got["more"][1], got["x"] + 1)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 13, 1000])

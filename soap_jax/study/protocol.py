@@ -142,10 +142,7 @@ def compare(
             f"optimizer is {optimizer!r}; expected a function of the learning rate, such as "
             "optax.sgd."
         )
-    if isinstance(seeds, int | float | np.number):
-        grids.check_count("seeds", seeds, most=grids.MOST_RUNS)
-        seeds = range(int(seeds))
-    seeds, learning_rates = _as_list(seeds), _as_list(learning_rates)
+    seeds, learning_rates = _as_list(grids.as_seeds(seeds)), _as_list(learning_rates)
     periods = None if periods is None else _as_list(periods) or None
     grids.check(seeds=seeds, learning_rates=learning_rates, periods=periods or (1,))
     learning_rates = sorted(map(float, learning_rates))

@@ -205,14 +205,10 @@ def shared_key(method: Method) -> tuple | None:
     """The key of a method among those that share a program; None if it needs its own."""
     if method.has_own_gradient or method.feedback_bar or method.init_feedback or method.optimizer:
         return None
-    rule = method.feedback_rule
+    rule: Any = method.feedback_rule
     if type(rule) not in (rules.Fixed, rules.SignSync, rules.Transport, methods.Scaled):
         return None
-    return _static(rule), method.last_only
-
-
-def _static(rule):
-    return rule if isinstance(rule, rules.Fixed) else dataclasses.replace(rule, period=1)
+    return rules.at_every_step(rule), method.last_only
 
 
 def make(
@@ -312,7 +308,8 @@ def make(
             return None
         rule = method.feedback_rule
         if len(members) > 1:
-            rule = methods.AnyOf(members=tuple(_static(member.feedback_rule) for member in members))
+            each: Any = (member.feedback_rule for member in members)
+            rule = methods.AnyOf(members=tuple(map(rules.at_every_step, each)))
         where = (
             _only(layers.feedback_kernels)
             if method.where is None and made is None

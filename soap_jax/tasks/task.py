@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from soap_jax import training
+
 Data: TypeAlias = chex.ArrayTree
 """A tree of arrays, all with examples as their first axis."""
 
@@ -114,7 +116,7 @@ class Task:
         """The number of examples of each part that consists of arrays."""
         parts = {name: getattr(self, name) for name in ("train", "validation", "test")}
         return {
-            name: jax.tree.leaves(part)[0].shape[0]
+            name: training.num_examples(part, name)
             for name, part in parts.items()
             if part is not None and not callable(part)
         }
@@ -129,16 +131,9 @@ def _as_array(leaf):
 
 
 def _check_data(name, part):
-    leaves = {
-        jax.tree_util.keystr(keys) or "the array": leaf
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(part)
-    }
-    lengths = {}
-    for keys, leaf in leaves.items():
-        if not getattr(leaf, "shape", ()):
-            raise ValueError(
-                f"{name} has {leaf!r} at {keys}; expected arrays with examples as their first axis."
-            )
+    training.num_examples(part, name)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(part):
+        keys = jax.tree_util.keystr(path) or "the array"
         kinds = (np.number, np.bool_, jax.dtypes.prng_key)
         if isinstance(leaf, np.ma.MaskedArray) or not any(
             jnp.issubdtype(leaf.dtype, kind) for kind in kinds
@@ -153,10 +148,6 @@ def _check_data(name, part):
                 f"{name} has integers that are too large for {held} at {keys}; expected integers "
                 f"within {held}, JAX's widest integer dtype in this configuration."
             )
-        lengths[keys] = leaf.shape[0]
-    if len(set(lengths.values())) != 1 or 0 in lengths.values():
-        said = ", ".join(f"{length} at {keys}" for keys, length in lengths.items()) or "none"
-        raise ValueError(f"{name} has examples: {said}; expected the same number, at least 1.")
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
