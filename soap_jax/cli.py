@@ -21,6 +21,7 @@ import time
 import traceback
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
@@ -278,13 +279,20 @@ def main():
 
         print(f"soap_jax {soap_jax.__version__}")
         return
-    with _errors():
+    with _errors(), _warnings():
         _parse(sys.argv[1:])()
 
 
 def _parse(args: list[str]) -> Callable[[], None]:
     """Reads a command and its options; returns a function that runs it."""
     task = next((arg for arg in args if arg.endswith(".py")), None)
+    command, first = (*args[:2], "-", "-")[:2]
+    if not command.startswith("-") and command not in ("study", "report", "train"):
+        raise ValueError(f"there is no command {command!r}; expected study, report or train.")
+    if command == "study" and task is None and not first.startswith("-"):
+        raise ValueError(f"{first} is not a task file; expected a Python file, FILE.py.")
+    if len(given := _lengths(args)) > 1:
+        raise ValueError(f"{' and '.join(f'--{name}' for name in given)}: expected one of them.")
     study: Any = Annotated[Study, tyro.conf.subcommand("study")]
     file = None
     if args[:1] == ["study"] and task is not None:
@@ -295,7 +303,7 @@ def _parse(args: list[str]) -> Callable[[], None]:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            command = tyro.cli(
+            parsed = tyro.cli(
                 study | report | train,
                 args=args or ["--help"],
                 prog="soap-jax",
@@ -311,7 +319,13 @@ def _parse(args: list[str]) -> Callable[[], None]:
         near = re.findall(r"^--[a-z][\w-]+", more, re.MULTILINE) if "Perhaps" in more else ()
         hint = f". Did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(" ".join(about.split()) + hint) from None
-    return command.run if file is None else functools.partial(command.run, file)
+    return parsed.run if file is None else functools.partial(parsed.run, file)
+
+
+def _lengths(args: list[str]) -> list[str]:
+    """The options among `args` that set the length of a run: steps, epochs."""
+    given = {arg.partition("=")[0] for arg in args}
+    return [name for name in ("steps", "epochs") if f"--{name}" in given]
 
 
 def _options() -> tyro.constructors.ConstructorRegistry:
@@ -350,8 +364,11 @@ def _read_task_file(path: str, args: list[str]) -> tuple[task_files.TaskFile, Ta
     hints = typing.get_type_hints(TaskStudy)
     file = task_files.read(path, {name: hints[name] for name in hints.keys() - {"task"}})
     defaults = dict(file.options)
-    if any(arg.partition("=")[0] == "--epochs" for arg in args):
-        defaults.pop("steps", None)
+    lengths = [name for name in ("steps", "epochs") if defaults.get(name) is not None]
+    if len(lengths) > 1:
+        raise ValueError(f"{path} defines steps and epochs; expected one of them.")
+    if _lengths(args):
+        defaults |= dict.fromkeys(lengths)
     return file, TaskStudy(task=pathlib.Path(path), **defaults)
 
 
@@ -412,17 +429,19 @@ def _compare(arguments, out, record, *, about="", dry_run=False):
     start = time.perf_counter()
     import jax
 
-    from soap_jax import study
+    from soap_jax import grids, study
     from soap_jax.study import methods, store, terminal, trial
 
     first = jax.process_index() == 0
     console = _console(quiet=not first)
     chosen = methods.resolve(arguments["methods"])
+    grids.check_count("seeds", arguments["seeds"], most=grids.MOST_RUNS)
     points = len(arguments["learning_rates"]) * arguments["seeds"]
     runs = {k: points * len(m.periods(arguments["periods"])) for k, m in chosen.items()}
     task = arguments["task"]
     steps = trial.steps_of(task, *(arguments[k] for k in ("steps", "epochs", "batch_size")))
-    steps -= steps % max(1, min(arguments["evaluations"], steps))
+    grids.check_count("evaluations", arguments["evaluations"])
+    steps -= steps % trial.evaluations_of(steps, arguments["evaluations"])
     console.print(
         f"{record['title']}: {task.examples.get('train', 'made')} training examples{about}. "
         f"{sum(runs.values())} runs of {steps} steps, {len(runs)} methods, on "
@@ -470,13 +489,14 @@ def _command(args: list[str]) -> str:
 def _estimate(arguments, runs, steps) -> float:
     """The seconds that a comparison will take: a few of its runs are timed up to an evaluation."""
     from soap_jax import study
+    from soap_jax.study import trial
 
     events: dict[str, list[tuple[float, int]]] = {name: [] for name in runs}
 
     def note(method, done, *_):
         events[method].append((time.perf_counter(), done))
 
-    evaluations = min(arguments["evaluations"], steps)
+    evaluations = trial.evaluations_of(steps, arguments["evaluations"])
     some = min(4, evaluations)
     few = {"epochs": None, "steps": steps // evaluations * some, "evaluations": some}
     few |= {"learning_rates": arguments["learning_rates"][:2]}
@@ -537,6 +557,22 @@ def _errors() -> Iterator[None]:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _warnings() -> Iterator[None]:
+    """Prints each warning for users as one line."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message, category, *where):
+            if category is UserWarning:
+                print(f"warning: {message}", file=sys.stderr)
+            else:
+                usual(message, category, *where)
+
+        warnings.showwarning = show
+        yield
 
 
 def _say(error: str):

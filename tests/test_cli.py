@@ -225,7 +225,10 @@ def test_another_study_in_the_same_directory_is_refused(small_study):
         (["--learning-rates=0.1;0.2"], "--learning-rates: could not convert string to float"),
         (["--seeds=many"], "--seeds: invalid literal for int()"),
         (["--rates", "0.1"], "Unrecognized options: --rates, 0.1. Did you mean --learning-rates"),
-        (["--data=mine.npz"], "No such file or directory: 'mine.npz'"),
+        (["--data=mine.npz"], "there is no mine.npz; expected data, FILE.npz"),
+        (["mine.txt"], "mine.txt is not a task file; expected a Python file, FILE.py."),
+        (["."], ". is not a task file; expected a Python file, FILE.py."),
+        (["--steps=3", "--epochs=2"], "--steps and --epochs: expected one of them."),
         (["my_task.py"], "there is no file my_task.py"),
         (["--methods=bp,pepita"], "methods: 'pepita' is unknown; expected bp, fa"),
         (["--period=0"], "periods has 0 at index 0"),
@@ -355,6 +358,10 @@ def test_rates_of_the_command_line_go_before_those_of_a_file(tmp_path):
         (f"{TASK}claims = 'fa'", "claims is 'fa'; expected a list of Claims or Tests"),
         (f"{TASK}evaluations = 0", "evaluations is 0; expected at least 1"),
         (f"{TASK}tasks = dict(a=task)", "my_task.py defines `task` and `tasks`"),
+        (f"{TASK}epochs = 3", "my_task.py defines steps and epochs; expected one of them."),
+        (f"{TASK}seeds = -1", "seeds is -1; expected at least 1"),
+        ("raise SystemExit", "my_task.py, line 1: SystemExit: SystemExit."),
+        (TASK.replace('Ratio("mine"', 'Ratio("mien"'), "claim '1' names the method 'mien'"),
         (f"{TASK}smaller = 3", "my_task.py: smaller is 3; expected options of --quick"),
         (f"{TASK}smaller = dict(steps=2.5)", "my_task.py: steps is 2.5; expected int | None."),
         ("tasks = dict(a=3)", "my_task.py `tasks` has 3 at 'a'; expected task = soap_jax"),
@@ -369,6 +376,36 @@ def test_a_task_file_that_does_not_work_is_one_line(content, message, tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_length_of_the_command_line_goes_before_that_of_a_file(tmp_path):
+    (tmp_path / "my_task.py").write_text(TASK.replace("steps, ", "epochs, "))
+    done = soap_jax("study", "my_task.py", "--steps=39", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "runs of 38 steps" in done.stdout  # 19 evaluations
+
+
+def test_warnings_are_one_line_each(tmp_path):
+    normed = TASK.replace('@ params["out"]', '@ jnp.sin(params["mid"])) @ params["out"]')
+    normed = normed.replace("jnp.tanh(batch", "jnp.tanh(jnp.tanh(batch").replace(
+        '{"in"', '{"mid": jnp.eye(6), "in"'
+    )
+    (tmp_path / "my_task.py").write_text(f"{normed}evaluation = 3")
+    script = 'import warnings; warnings.simplefilter("default")\n'
+    script += "from soap_jax.cli import main; main()"
+    done = soap_jax("study", "my_task.py", "--dry-run", cwd=tmp_path, script=script)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == [
+        "warning: my_task.py defines evaluation, which is not an option. Did you mean evaluations?",
+        "warning: Errors pass through mid by exact backprop, also in methods with feedback: "
+        "soap_jax.explain says why.",
+    ]
+
+
+def test_an_unknown_command_is_named(tmp_path):
+    done = soap_jax("studdy", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: there is no command 'studdy'; expected study, report or train.\n"
 
 
 def test_programs_are_kept_for_the_next_time_unless_that_is_off(tmp_path):

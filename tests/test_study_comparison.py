@@ -170,6 +170,9 @@ def test_a_target_near_the_start_is_none():
 def test_steps_can_be_counted_to_another_loss_which_is_exploratory():
     made = made_up.comparison(("bp", "fa"), seeds=3)
     other = made.at_target(1.0)
+    for loss in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match=r"target_loss is .*; expected a positive number"):
+            made.at_target(loss)
     assert other.exploratory and not made.exploratory and not made.at_target(0.5).exploratory
     assert other.target_loss == 1.0 and made.target_loss == 0.5
     faster = other.rows("runs", "bp", 0.1)["steps_to_target"].to_numpy()

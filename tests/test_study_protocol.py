@@ -144,6 +144,47 @@ def test_refuses_bad_options(name):
         compare(**options)
 
 
+def loss_with_an_exact_kernel(params, batch):
+    x, y = batch
+    hidden = jnp.tanh(jnp.tanh(x @ params["a"]) @ jnp.sin(params["n"]))
+    return jnp.mean((hidden @ params["b"] - y) ** 2)
+
+
+def init_with_an_exact_kernel(key):
+    return init(key) | {"n": jnp.eye(5)}
+
+
+def test_kernels_without_feedback_are_recorded_and_said(tmp_path):
+    task = changed(init=init_with_an_exact_kernel, loss=loss_with_an_exact_kernel)
+    compare(task, ["bp"], out=tmp_path)  # no feedback, so no warning
+    said = "Errors pass through n by exact backprop"
+    with pytest.warns(UserWarning, match=said) as warned:
+        found = compare(task, ["fa"], out=tmp_path)
+    assert len(warned) == 1
+    assert found.record["feedback_kernels"] == ["b"]
+    assert found.record["backprop_kernels"] == ["n"]
+    assert said in " ".join(str(found).split())
+    found.report(tmp_path / "page.html")
+    assert said in (tmp_path / "page.html").read_text()
+    del found.record["backprop_kernels"]  # as in an older record
+    assert said not in " ".join(str(found).split())
+
+
+@pytest.mark.parametrize(
+    ("steps", "asked", "found"), [(40, 20, 20), (39, 20, 19), (3, 20, 3), (1000, 7, 7)]
+)
+def test_at_most_a_twentieth_of_the_steps_is_dropped(steps, asked, found):
+    assert trial.evaluations_of(steps, asked) == found
+
+
+def test_a_claim_on_an_unknown_method_is_refused_before_training():
+    claim = study.Ratio("fa", "bpp", within=(1, 2))
+    with pytest.raises(ValueError, match="claim '1' names the method 'bpp'; expected one of this"):
+        compare(claims=[claim])
+    (finding,) = compare(claims=[study.Ratio("kp", "bp", within=(1, 2))]).judge()
+    assert finding.verdict == "not testable here"
+
+
 def test_columns_are_those_that_the_design_fixes():
     task = dataclasses.replace(TASK, metrics={"largest": largest})
     result = compare(task, ["bp", "sign"], periods=(1, 2))

@@ -110,6 +110,12 @@ class Test:
         label = f"{self.label(comparison)} {where}"
         return Part(label, self.measure, self.within, *result, *more)
 
+    @property
+    def method_names(self) -> tuple[str, ...]:
+        """The methods that it names, in its fields `method`, `reference`, `over` and `methods`."""
+        single = (getattr(self, name, None) for name in ("method", "reference", "over"))
+        return (*filter(None, single), *getattr(self, "methods", ()))
+
     def to_dict(self) -> dict[str, Any]:
         """The test as a dict for JSON; open ends of the region are None."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}

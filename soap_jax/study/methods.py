@@ -133,6 +133,12 @@ class Method:
         return any(x is not None for x in (self.direct, self.loss, self.gradient, self.estimator))
 
     @property
+    def has_feedback(self) -> bool:
+        """Whether errors pass through feedback that differs from the kernels."""
+        differs = self.scale is not None or not self.exact
+        return differs and not (self.has_own_gradient or self.needs or self.last_only)
+
+    @property
     def exact(self) -> bool:
         """Whether each layer's update has the direction of the true gradient."""
         made = self.has_own_gradient or self.needs or self.feedback_bar or self.init_feedback

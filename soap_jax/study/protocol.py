@@ -11,6 +11,7 @@ import os
 import pathlib
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,17 @@ import optax
 from jax.experimental import multihost_utils
 
 from soap_jax import convolutions, grids, sweeps
-from soap_jax.study import checks, comparison, environment, files, loops, statistics, store, trial
+from soap_jax.study import (
+    checks,
+    comparison,
+    environment,
+    files,
+    loops,
+    results,
+    statistics,
+    store,
+    trial,
+)
 from soap_jax.study import methods as registry
 from soap_jax.study.claims import Claim, Test, as_claims
 from soap_jax.study.methods import Method
@@ -72,7 +83,8 @@ def compare(
             or to `Method`s.
         learning_rates: the grid, the same for every method.
         seeds: the number of seeds, counted from 0; or the seeds themselves.
-        steps: parameter updates of a run, rounded down to a multiple of `evaluations`.
+        steps: parameter updates of a run, rounded down to a multiple of its evaluations, by at
+            most a twentieth.
         epochs: passes over the training data, in place of `steps`. Examples are shuffled without
             replacement, and a last, incomplete batch is left out.
         batch_size: examples per step; ignored if `task.train` is a function, which sets it.
@@ -81,7 +93,8 @@ def compare(
         periods: updates from one synchronisation to the next; methods whose rule has a period run
             with each of them. By default each rule's own period.
         evaluations: the number of evaluations of a run, equally spaced, not counting the one at the
-            start.
+            start. There are fewer if the steps would otherwise be rounded down by more than a
+            twentieth: 39 steps and 20 evaluations become 38 steps and 19 evaluations.
         eval_batch_size: the most examples in one batch of an evaluation; batches are weighted by
             their size. By default one batch of all examples, which metrics that are not means over
             examples need.
@@ -96,7 +109,8 @@ def compare(
         extend: the most learning rates to add on each side of a grid of at least three rates. A
             rate is added for all methods, where some method's best rate lies at the edge of the
             grid and no run diverged there. Added rates set neither the target nor the shared rate.
-        claims: the claims to test; their bounds are stored before the first run.
+        claims: the claims to test; their bounds are stored before the first run. They name methods
+            of this comparison or of `soap_jax.study.METHODS`.
         keep_params: whether `out` also keeps each run's final params, for `Comparison.params`.
         out: the directory for results. If the process is killed, the same call resumes the
             comparison there. Methods and seeds can be added to it later.
@@ -110,7 +124,8 @@ def compare(
         process makes the same call; the first process gets the comparison, the others None.
 
     Raises:
-        ValueError: before any training, for an argument out of range; for a task that has no kernel
+        ValueError: before any training, for an argument out of range; for a claim on an unknown
+            method; for a task that has no kernel
             for feedback, or whose loss is not a scalar, not finite at the start or not a pure
             function; for a method that does not fit the task; or for a directory that holds other
             results.
@@ -157,7 +172,7 @@ def compare(
             grids.check_count(name, count)
     for name in measures:
         grids.check_known("measures", name, trial.MEASURES)
-    evaluations = min(evaluations, steps)
+    evaluations = trial.evaluations_of(steps, evaluations)
     steps -= steps % evaluations
     select = select or ("validation_loss" if task.validation is not None else "train_loss")
     _check_select(task, select, maximise)
@@ -206,6 +221,8 @@ def compare(
         "methods": _method_records(chosen, periods_of, programs),
         "extended": [],
         "kernels": list(layers.kernels),
+        "feedback_kernels": list(layers.feedback_kernels),
+        "backprop_kernels": list(layers.backprop_kernels),
         "examples": task.examples,
         "window": statistics.WINDOW,
         "claims": [claim.to_dict() for claim in as_claims(claims)],
@@ -224,6 +241,9 @@ def compare(
             stack.enter_context(files.locked(path))
             out_store = store.Store(path)
             full_record["extended"] = out_store.record.get("extended", [])
+            _check_claims(claims, {*chosen, *out_store.record.get("methods", ())})
+            if note := results.backprop_note(full_record):
+                warnings.warn(note, stacklevel=2)
         while True:
             rates = _from_first_process([*learning_rates, *full_record["extended"]])
             mine = points(rates)
@@ -254,10 +274,10 @@ def _complete_tables(record, start, tables):
 
     The target loss is known only when all runs are done.
     """
-    results = comparison.Comparison(record, tables)
-    target = None if math.isnan(results.target_loss) else results.target_loss
+    found = comparison.Comparison(record, tables)
+    target = None if math.isnan(found.target_loss) else found.target_loss
     additions = {"target_loss": target, "seconds": round(time.perf_counter() - start, 1)}
-    return tables | {"runs": results.runs}, additions
+    return tables | {"runs": found.runs}, additions
 
 
 def _rates_to_add(found: comparison.Comparison, extend: int) -> list[float]:
@@ -387,6 +407,17 @@ def _check_select(task, select, maximise):
         )
 
 
+def _check_claims(claims, methods):
+    """Raises ValueError for a claim that names neither one of the methods nor a known one."""
+    for claim in as_claims(claims):
+        for name in (name for test in claim.tests for name in test.method_names):
+            if name not in methods | registry.METHODS.keys():
+                raise ValueError(
+                    f"claim {claim.key!r} names the method {name!r}; expected one of this "
+                    f"comparison, {', '.join(sorted(methods))}, or of soap_jax.study.METHODS."
+                )
+
+
 def _method_records(chosen, periods_of, programs) -> dict[str, dict[str, Any]]:
     return {
         name: {
@@ -397,6 +428,7 @@ def _method_records(chosen, periods_of, programs) -> dict[str, dict[str, Any]]:
             "paper": method.paper,
             "description": method.describe(),
             "exact": method.exact,
+            "has_feedback": method.has_feedback,
             "program": f"{programs[name][1]} of {programs[name][0].digest}",
             "init": method.init and registry.stable_repr(method.init),
             "periods": list(periods_of[name]),

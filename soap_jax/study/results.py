@@ -46,6 +46,17 @@ class PairedDifference(NamedTuple):
     note: str
 
 
+def backprop_note(record: Mapping[str, Any]) -> str:
+    """A sentence on kernels that methods with feedback train by backprop, or ""."""
+    names = record.get("backprop_kernels", ())  # older records lack both entries
+    if not names or not any(method.get("has_feedback") for method in record["methods"].values()):
+        return ""
+    return (
+        f"Errors pass through {', '.join(names)} by exact backprop, also in methods with feedback: "
+        "soap_jax.explain says why."
+    )
+
+
 class Results:
     """The tables and the record of a comparison, with estimates from them.
 
@@ -107,7 +118,13 @@ class Results:
         self.shared_rate = self._shared()
 
     def at_target(self, loss: float) -> Self:
-        """The same runs with steps counted to another loss; findings on them are exploratory."""
+        """The same runs with steps counted to another loss; findings on them are exploratory.
+
+        Raises:
+            ValueError: if the loss is not a positive number.
+        """
+        if not 0 < loss < math.inf:
+            raise ValueError(f"target_loss is {loss}; expected a positive number.")
         tables = {name: getattr(self, name) for name in TABLES}
         return type(self)(self.record, tables, self.path, target_loss=loss)
 

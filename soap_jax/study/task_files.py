@@ -9,12 +9,14 @@ smaller = {"steps": 50}                     # what --quick changes
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import pathlib
 import runpy
 import sys
 import traceback
 import types
 import typing
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,6 +59,7 @@ def read(path: str, hints: Mapping[str, Any]) -> TaskFile:
         FileNotFoundError: if there is no such file.
     """
     found = _run(path)
+    _warn_of_typos(path, found, {*hints, *TaskFile.__dataclass_fields__, "task"} - {"options"})
     options = {name: _option(path, name, found[name], hints) for name in hints.keys() & found}
     values = {name: _defined(found, name) for name in ("methods", "claims", "optimizer")}
     values = {name: value for name, value in values.items() if value is not None}
@@ -78,12 +81,23 @@ def _run(path: str) -> dict[str, Any]:
     sys.path.insert(0, str(pathlib.Path(path).parent))
     try:
         return runpy.run_path(path)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         where = [f", line {frame.lineno}" for frame in frames if frame.filename == path][-1:]
         first = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         said = f"{path}{''.join(where)}: {type(error).__name__}: {first}."
         raise ValueError(said) from error
+
+
+def _warn_of_typos(path: str, found: Mapping[str, Any], known: set[str]) -> None:
+    """Warns of values whose names are almost those of options: they have no effect."""
+    for name, value in found.items():
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        if near and name not in known and not (callable(value) or near[0] in found):
+            warnings.warn(
+                f"{path} defines {name}, which is not an option. Did you mean {near[0]}?",
+                stacklevel=2,
+            )
 
 
 def _defined(found: Mapping[str, Any], name: str) -> Any:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from soap_jax.study import claims, statistics
+from soap_jax.study import claims, results, statistics
 from soap_jax.study.results import Results
 from soap_jax.study.statistics import Estimate, format_number
 
@@ -108,6 +108,8 @@ def summary_notes(comparison: Results, *, full: bool) -> str:
     if full:
         notes.append("Fewest steps: at the fastest rate where every run reaches the loss.")
         notes.append("Values are means over seeds (geometric for steps) with 95 % intervals.")
+    if note := results.backprop_note(comparison.record):
+        notes.append(note)
     if table["best_rate_at_edge"].any():
         notes.append("* at the edge of the grid: a better rate may lie outside.")
     return " ".join(notes)

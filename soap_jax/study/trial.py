@@ -61,11 +61,14 @@ class Layers(NamedTuple):
         kernels: paths of the kernels that errors pass through, and of the first layer's, in order
             of use.
         feedback_kernels: paths of the kernels that can have feedback.
+        backprop_kernels: paths of the kernels that errors pass through by exact backprop, since
+            they cannot have feedback.
         last: paths of the last kernel and of the params that are first used after it.
     """
 
     kernels: tuple[str, ...]
     feedback_kernels: tuple[str, ...]
+    backprop_kernels: tuple[str, ...]
     last: frozenset[trees.Path]
 
 
@@ -180,6 +183,19 @@ def steps_of(task: Task, steps: int | None, epochs: int | None, batch_size: int)
     return steps  # type: ignore[return-value]
 
 
+def evaluations_of(steps: int, evaluations: int) -> int:
+    """The most evaluations, up to those asked for, that drop at most a twentieth of the steps.
+
+    A run trains for a multiple of its evaluations, `steps - steps % evaluations`.
+
+    Example:
+        >>> evaluations_of(40, 20), evaluations_of(39, 20)
+        (20, 19)
+    """
+    asked = range(min(evaluations, steps), 0, -1)
+    return next(number for number in asked if 20 * (steps % number) <= steps)
+
+
 def layers_of(task: Task, params, state, batch) -> Layers:
     """Reads the roles of the params from `soap_jax.explain`.
 
@@ -196,9 +212,14 @@ def layers_of(task: Task, params, state, batch) -> Layers:
             "kernel. Expected at least two layers, and a batch that is an argument of the loss. "
             f"This is what soap_jax.explain finds:\n{rows}"
         )
+    backprop_kernels = [
+        "/".join(row.path) for row in rows if len(row.shape) > 1 and row.effect == "backprop"
+    ]
     paths = [row.path for row in rows]
     last = frozenset(paths[paths.index(kernels[-1]) :])
-    return Layers(tuple(map("/".join, kernels)), tuple(feedback_kernels), last)
+    return Layers(
+        tuple(map("/".join, kernels)), tuple(feedback_kernels), tuple(backprop_kernels), last
+    )
 
 
 def shared_key(method: Method) -> tuple | None:

@@ -35,6 +35,8 @@ def read(path: str | os.PathLike[str]) -> data.Dataset:
         ValueError: if something is missing, does not fit, or is not a number.
     """
     path, digest = pathlib.Path(path).expanduser(), hashlib.sha256()
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}; expected data, FILE.npz or a directory.")
     arrays = _reader(path)(path)
     for array in arrays:
         digest.update(repr((array.shape, array.dtype.str)).encode())
