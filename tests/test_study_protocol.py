@@ -173,7 +173,7 @@ def test_kernels_without_feedback_are_recorded_and_said(tmp_path):
 @pytest.mark.parametrize(
     ("steps", "asked", "found"), [(40, 20, 20), (39, 20, 19), (3, 20, 3), (1000, 7, 7)]
 )
-def test_at_most_a_twentieth_of_the_steps_is_dropped(steps, asked, found):
+def test_at_most_a_tenth_of_the_steps_is_dropped(steps, asked, found):
     assert trial.evaluations_of(steps, asked) == found
 
 

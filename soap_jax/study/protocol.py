@@ -84,7 +84,7 @@ def compare(
         learning_rates: the grid, the same for every method.
         seeds: the number of seeds, counted from 0; or the seeds themselves.
         steps: parameter updates of a run, rounded down to a multiple of its evaluations, by at
-            most a twentieth.
+            most a tenth.
         epochs: passes over the training data, in place of `steps`. Examples are shuffled without
             replacement, and a last, incomplete batch is left out.
         batch_size: examples per step; ignored if `task.train` is a function, which sets it.
@@ -94,7 +94,7 @@ def compare(
             with each of them. By default each rule's own period.
         evaluations: the number of evaluations of a run, equally spaced, not counting the one at the
             start. There are fewer if the steps would otherwise be rounded down by more than a
-            twentieth: 39 steps and 20 evaluations become 38 steps and 19 evaluations.
+            tenth: 39 steps and 20 evaluations become 38 steps and 19 evaluations.
         eval_batch_size: the most examples in one batch of an evaluation; batches are weighted by
             their size. By default one batch of all examples, which metrics that are not means over
             examples need.
@@ -125,10 +125,9 @@ def compare(
 
     Raises:
         ValueError: before any training, for an argument out of range; for a claim on an unknown
-            method; for a task that has no kernel
-            for feedback, or whose loss is not a scalar, not finite at the start or not a pure
-            function; for a method that does not fit the task; or for a directory that holds other
-            results.
+            method; for a task that has no kernel for feedback, or whose loss is not a scalar, not
+            finite at the start or not a pure function; for a method that does not fit the task; or
+            for a directory that holds other results.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -184,7 +184,7 @@ def steps_of(task: Task, steps: int | None, epochs: int | None, batch_size: int)
 
 
 def evaluations_of(steps: int, evaluations: int) -> int:
-    """The most evaluations, up to those asked for, that drop at most a twentieth of the steps.
+    """The most evaluations, up to those asked for, that drop at most a tenth of the steps.
 
     A run trains for a multiple of its evaluations, `steps - steps % evaluations`.
 
@@ -193,7 +193,7 @@ def evaluations_of(steps: int, evaluations: int) -> int:
         (20, 19)
     """
     asked = range(min(evaluations, steps), 0, -1)
-    return next(number for number in asked if 20 * (steps % number) <= steps)
+    return next(number for number in asked if 10 * (steps % number) <= steps)
 
 
 def layers_of(task: Task, params, state, batch) -> Layers:
