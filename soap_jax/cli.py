@@ -291,6 +291,8 @@ def _parse(args: list[str]) -> Callable[[], None]:
         raise ValueError(f"there is no command {command!r}; expected study, report or train.")
     if command == "study" and task is None and not first.startswith("-"):
         raise ValueError(f"{first} is not a task file; expected a Python file, FILE.py.")
+    if command == "study" and task and any(a.partition("=")[0] == "--methods" for a in args):
+        raise ValueError(f"--methods is not for task files; define methods in {task}.")
     if len(given := _lengths(args)) > 1:
         raise ValueError(f"{' and '.join(f'--{name}' for name in given)}: expected one of them.")
     study: Any = Annotated[Study, tyro.conf.subcommand("study")]

@@ -22,6 +22,12 @@ def verdicts(study):
     return {finding.key: finding.verdict for finding in study.judge()}
 
 
+def test_a_note_that_ends_with_a_full_stop_gets_no_second_one():
+    single = Difference("fa", within=(-1, 0), metric="test_f1")
+    (finding,) = make_study().judge([single])
+    assert finding.why[-1] == "." and ".." not in finding.why
+
+
 def test_a_finding_in_two_lines():
     study = make_study(noise=0.02)
     single = Difference("fa", within=(-1, 0), metric="test_f1")

@@ -183,6 +183,9 @@ def test_a_claim_on_an_unknown_method_is_refused_before_training():
         compare(claims=[claim])
     (finding,) = compare(claims=[study.Ratio("kp", "bp", within=(1, 2))]).judge()
     assert finding.verdict == "not testable here"
+    metric = study.Difference("fa", metric="test_los", within=(-1, 1))
+    with pytest.raises(ValueError, match=r"claim '1': metric: 'test_los' is unknown.*Did you mean"):
+        compare(claims=[metric])
 
 
 def test_columns_are_those_that_the_design_fixes():

@@ -75,6 +75,13 @@ def test_notes_say_which_rate_is_shared_and_what_chooses_rates(study):
     assert "* at the edge of the grid" in said
 
 
+def test_notes_say_which_method_is_synced_when():
+    made = comparison(["bp", "sign", "sign_norm"], seeds=2)
+    made.methods["sign"]["periods"] = [10]
+    said = flat(terminal.summary_table(made))
+    assert "every update (sign sync, norm kept), every 10 updates (sign sync, raw)." in said
+
+
 @pytest.mark.parametrize("changes", BAD_CASES.values(), ids=BAD_CASES)
 def test_small_studies_have_tables(changes):
     made = comparison(**{"seeds": 2, **changes})

@@ -259,4 +259,4 @@ def _describe(part):
 
 
 def _sentence(words):
-    return f"{words[:1].upper()}{words[1:]}."
+    return f"{words[:1].upper()}{words[1:].removesuffix('.')}."

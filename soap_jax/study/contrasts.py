@@ -200,7 +200,8 @@ class Difference(Ratio):
     """A metric of one method minus that of another, seed by seed.
 
     Attributes:
-        metric: a column of the table "runs", such as "test_accuracy".
+        metric: a column of the table "runs", such as "test_accuracy". Bounds are in its unit: a
+            bound of 0.01 is one point of accuracy.
     """
 
     _: dataclasses.KW_ONLY

@@ -35,6 +35,7 @@ from soap_jax.study import (
 )
 from soap_jax.study import methods as registry
 from soap_jax.study.claims import Claim, Test, as_claims
+from soap_jax.study.contrasts import Difference, Share
 from soap_jax.study.methods import Method
 from soap_jax.tasks import Task
 
@@ -125,9 +126,9 @@ def compare(
 
     Raises:
         ValueError: before any training, for an argument out of range; for a claim on an unknown
-            method; for a task that has no kernel for feedback, or whose loss is not a scalar, not
-            finite at the start or not a pure function; for a method that does not fit the task; or
-            for a directory that holds other results.
+            method or metric; for a task that has no kernel for feedback, or whose loss is not a
+            scalar, not finite at the start or not a pure function; for a method that does not fit
+            the task; or for a directory that holds other results.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -240,7 +241,7 @@ def compare(
             stack.enter_context(files.locked(path))
             out_store = store.Store(path)
             full_record["extended"] = out_store.record.get("extended", [])
-            _check_claims(claims, {*chosen, *out_store.record.get("methods", ())})
+            _check_claims(claims, task, {*chosen, *out_store.record.get("methods", ())})
             if note := results.backprop_note(full_record):
                 warnings.warn(note, stacklevel=2)
         while True:
@@ -406,9 +407,15 @@ def _check_select(task, select, maximise):
         )
 
 
-def _check_claims(claims, methods):
-    """Raises ValueError for a claim that names neither one of the methods nor a known one."""
+def _check_claims(claims, task, methods):
+    """Raises ValueError for a claim on a method or a metric that cannot be in the results."""
+    parts = [part for part in ("validation", "test") if getattr(task, part) is not None]
+    names = dict.fromkeys(("loss", *task.metrics))
+    metrics = ["train_loss", *(f"{part}_{name}" for part in parts for name in names)]
     for claim in as_claims(claims):
+        for test in claim.tests:
+            if isinstance(test, Difference | Share):
+                grids.check_known(f"claim {claim.key!r}: metric", test.metric, metrics)
         for name in (name for test in claim.tests for name in test.method_names):
             if name not in methods | registry.METHODS.keys():
                 raise ValueError(

@@ -101,10 +101,17 @@ def summary_notes(comparison: Results, *, full: bool) -> str:
         )
         if table["censored"].any():
             notes.append("> marks a bound: some run never reached the loss.")
-    periods = [min(method["periods"]) for method in comparison.methods.values()]
-    if not full and any(periods):
-        updates = f"{max(periods)} updates" if max(periods) > 1 else "update"
-        notes.append(f"Feedback is synced every {updates}.")
+    synced: dict[int, list[str]] = {}
+    for name, method in comparison.methods.items():
+        synced.setdefault(min(method["periods"]), []).append(comparison.label(name))
+    synced.pop(0, None)
+    if not full and synced:
+        updates = [
+            (f"{period} updates" if period > 1 else "update")
+            + f" ({', '.join(labels)})" * (len(synced) > 1)
+            for period, labels in sorted(synced.items())
+        ]
+        notes.append(f"Feedback is synced every {', every '.join(updates)}.")
     if full:
         notes.append("Fewest steps: at the fastest rate where every run reaches the loss.")
         notes.append("Values are means over seeds (geometric for steps) with 95 % intervals.")
