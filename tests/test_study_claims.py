@@ -44,6 +44,8 @@ def test_a_finding_in_two_lines():
         "FA, fixed feedback − backprop, test f1: not testable here, exploratory\n  Metric is"
     )
     assert "parts" not in repr(found)
+    (small,) = study.judge([Ratio("sign", within=(0, 0.9))])
+    assert str(small).count("sign sync") + str(small).count("Sign sync") == 1
 
 
 # Known truths

@@ -101,7 +101,9 @@ class Finding:
     def __str__(self):
         p_value = "" if math.isnan(self.p) else f", {statistics.format_p_value(self.p)}"
         verdict = f"{self.verdict}{p_value}{', exploratory' * self.exploratory}"
-        return f"{self.statement}: {verdict}\n  {self.why.removeprefix(f'{self.statement}: ')}"
+        start = f"{self.statement}: "
+        repeats = self.why.lower().startswith(start.lower())  # the sentence has a capital letter
+        return f"{start}{verdict}\n  {self.why[len(start) * repeats :]}"
 
 
 def as_claims(claims: Sequence[Claim | Test]) -> list[Claim]:
