@@ -443,7 +443,6 @@ class Step(NamedTuple):
         decided: whether only the form with feedback is computed from here.
         served: kernels whose feedback multiplies an error here.
         broken: by kernel, broken weights that would multiply an error here.
-        mixed: the kernels of `broken` into which data are mixed.
     """
 
     label: Label
@@ -451,7 +450,6 @@ class Step(NamedTuple):
     decided: bool = True
     served: tuple[int, ...] = ()
     broken: Mapping[int, Broken] = {}
-    mixed: frozenset[int] = frozenset()
 
 
 def tangent(eqn: core.JaxprEqn, labels: Sequence[Label], line: str = "") -> Step:
@@ -525,15 +523,7 @@ def tangent(eqn: core.JaxprEqn, labels: Sequence[Label], line: str = "") -> Step
         exact=frozenset(exact),
         served=tuple(i for i, status in passed.items() if not isinstance(status, Broken)),
         broken={i: status for i, status in passed.items() if isinstance(status, Broken)},
-        mixed=frozenset(i for i in passed if _mixed(i, labels)),
     )
-
-
-def _mixed(i, labels) -> bool:
-    """Whether data are mixed into all coefficients computed from a kernel, or its tangents."""
-    coefficients = [label for label in labels if i in label.kernels and not label.tangent]
-    made = coefficients or [label for label in labels if i in label.kernels]
-    return all(label.data for label in made)
 
 
 def _rows(label) -> bool:

@@ -32,14 +32,12 @@ class Use(NamedTuple):
         line: the file, line and function.
         operands: the operands' shapes and dtypes.
         problem: the reason why feedback cannot be used here, or "".
-        mixed: whether data are mixed into the weights, which may be meant as an activation.
     """
 
     primitive: str
     line: str
     operands: tuple[jax.ShapeDtypeStruct, ...]
     problem: str = ""
-    mixed: bool = False
 
     def __str__(self):
         """The place: "dot_general at model.py:12:4 (loss)"."""
@@ -220,8 +218,7 @@ class Reader:
         if product:  # weights times data, though the data may get no error
             weights = product.operands[product.kernel].label
             broken = {i: s for i, s in weights.kernels.items() if isinstance(s, lb.Broken)}
-            mixed = frozenset(broken) if weights.data else frozenset()
-            step = step._replace(broken={**broken, **step.broken}, mixed=step.mixed | mixed)
+            step = step._replace(broken={**broken, **step.broken})
         label = step.label
         if self.local_bar and label.kernels and any(v.kernels for v in labels if not v.tangent):
             problem = lb.Broken(
@@ -257,8 +254,7 @@ class Reader:
             if (broken.primitive, broken.line) != (use.primitive, use.line):
                 problem = f"after {broken}, {problem}"
             if not self.quiet:
-                found = use._replace(problem=problem, mixed=i in step.mixed)
-                self.note(i).broken[found] = None
+                self.note(i).broken[use._replace(problem=problem)] = None
         paths = " and ".join(map(self.show, step.broken))
         return (
             f"an error would be sent back through the kernel at {paths} itself, not through its "
